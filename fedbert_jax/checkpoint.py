@@ -1,0 +1,92 @@
+"""Checkpoints: a run's whole state, saved by orbax in the background, atomically, and restored bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from fedbert_jax.errors import UserError
+
+
+class Checkpoints:
+    """The `checkpoints/` of a workdir, open.
+
+    Args:
+      directory: made if absent. Leavings of a save that was cut off are removed.
+      keep: how many of the newest stay; None opens for reading.
+    """
+
+    def __init__(self, directory: Path, keep: int | None = None):
+        self.directory = directory
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=keep is not None, read_only=keep is None, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), item_names=("state", "meta"), options=options)
+
+    def rounds(self) -> list[int]:
+        """Returns the finished rounds at which there is a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, round: int, state: Any, meta: dict[str, Any]) -> None:
+        """Begins to save the state after `round` finished rounds; returns when `state` may be overwritten.
+
+        Args:
+          round: the checkpoint's number. One that exists is left as it is.
+          state: pytree of arrays.
+          meta: what JSON can hold.
+        """
+        if round in self._manager.all_steps():
+            return
+        if jax.default_backend() == "cpu":
+            # On CPU orbax may write from the very buffers that the next round is given to overwrite.
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._manager.save(round, args=args)
+
+    def restore(self, round: int, state: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+        """Restores the checkpoint at `round`.
+
+        Args:
+          round: from `rounds()`.
+          state: the shapes and types expected.
+          shardings: where each array goes; it may be another mesh than the one it was saved from.
+
+        Raises:
+          UserError: if it can't be read or holds something else.
+        """
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(round, args=args)
+        except Exception as e:  # orbax and tensorstore raise many kinds
+            path = self.directory / str(round)
+            older = [n for n in self.rounds() if n < round]
+            back = f"from round {older[-1]}" if older else "from the start"
+            raise UserError(
+                f"checkpoint {path} is damaged or of another run ({_first_line(e)}); "
+                f"delete that directory to go on {back}."
+            ) from e
+        return restored.state, restored.meta
+
+    def wait(self) -> None:
+        """Waits until every save has reached the disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and closes."""
+        self._manager.close()
+
+
+def remove(directory: Path, round: int) -> None:
+    """Removes one checkpoint."""
+    shutil.rmtree(directory / str(round), ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:160] if text else type(error).__name__

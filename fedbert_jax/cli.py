@@ -1,0 +1,105 @@
+"""The edge: flags become a `Config`, and a user's mistake becomes one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from fedbert_jax.config import Config, all_keys, from_dict, unknown_key
+from fedbert_jax.errors import ConfigError, UserError
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command and ends the process: 0, 2 for a user's mistake, 130 for Ctrl-C; never with a traceback for these."""
+    _quieten()
+    try:
+        command()
+    except UserError as e:
+        sys.stdout.flush()
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe has gone: nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def parse_flags(argv: list[str], usage: str) -> list[str]:
+    """Parses absl flags, `--config.KEY=VALUE` overrides among them.
+
+    Args:
+      argv: the command line.
+      usage: printed with --help.
+
+    Returns:
+      The positional arguments.
+
+    Raises:
+      ConfigError: for an unknown flag or key, or a value of the wrong type, in one sentence.
+    """
+    if any(a in ("-h", "--help", "-help") for a in argv[1:]):
+        print(usage.strip())
+        sys.exit(0)
+    try:
+        return flags.FLAGS(argv)[1:]
+    except AttributeError as e:
+        raise _bad_key(argv, e) from e
+    except (flags.Error, TypeError, ValueError, KeyError) as e:
+        text = " ".join(str(e).split())
+        for arg in argv:
+            key, _, value = arg.removeprefix("--").removeprefix("config.").partition("=")
+            if arg.startswith("--config.") and key in text and key in all_keys():
+                raise ConfigError(f"config key {key}={value!r}: {text.split(': ', 1)[-1]}.") from e
+        raise ConfigError(f"{text}; see --help.") from e
+
+
+def load_config(value: Any) -> Config:
+    """Validates what `--config FILE.py` returned.
+
+    Raises:
+      ConfigError: if the file is missing, fails, or has a key or value that can't be used.
+    """
+    path = flags.FLAGS["config"].default if value is None else None
+    if value is None:
+        raise ConfigError(f"no config given{f' ({path})' if path else ''}; accepted: --config configs/NAME.py.")
+    try:
+        to_dict = value.to_dict
+    except FileNotFoundError as e:
+        raise ConfigError(f"config file {e.filename} does not exist.") from e
+    except Exception as e:  # config_flags puts off a file's own errors until its value is used
+        raise ConfigError(f"the config file fails: {type(e).__name__}: {e}") from e
+    return from_dict(to_dict())
+
+
+def _bad_key(argv: list[str], error: Exception) -> ConfigError:
+    known = all_keys()
+    for arg in argv:
+        key = arg.removeprefix("--config.").partition("=")[0]
+        if arg.startswith("--config.") and key not in known:
+            return unknown_key(key)
+    return ConfigError(
+        f"the config file lacks a key that the command line sets ({' '.join(str(error).split())}); "
+        "begin the file with fedbert_jax.config.default_config()."
+    )
+
+
+def _quieten() -> None:
+    """Leaves the terminal to the run: libraries speak up from errors on."""
+    import logging
+    import warnings
+
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_stderrthreshold("error")
+    for name in ("jax", "orbax", "transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="orbax")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,0 +1,1 @@
+"""Text to training data: corpus, tokenizer, clients, packed token blocks."""

@@ -1,0 +1,77 @@
+"""Masked language modelling on packed blocks, drawn inside the jit: which positions, and what stands there instead."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class MaskedBatch(NamedTuple):
+    """Blocks with M positions masked each. Of these, only `positions` may leave the client."""
+
+    tokens: jax.Array  # int32 [..., B, T], masked
+    positions: jax.Array  # int32 [..., B, M], ascending
+    labels: jax.Array  # int32 [..., B, M], the tokens that stood there
+    weights: jax.Array  # float32 [..., B, M], 0 where a block had fewer than M to mask
+
+
+class MaskSpec(NamedTuple):
+    """What masking needs to know about the vocabulary."""
+
+    num_masked: int  # M
+    vocab_size: int
+    mask_id: int
+    special_ids: tuple[int, ...]
+    continuation: np.ndarray | None  # bool [V], true where a token continues a word; None masks single tokens
+
+
+def num_masked(mask_prob: float, seq_len: int) -> int:
+    """Returns M: how many positions of a block are masked."""
+    return math.ceil(mask_prob * seq_len)
+
+
+def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec) -> MaskedBatch:
+    """Masks exactly M positions of each block (fewer only where a block has fewer that may be masked).
+
+    Of the chosen positions 80% become [MASK], 10% a random token, 10% stay (Devlin et al. 2019, 3.1). Special tokens
+    are never chosen. With whole words (`spec.continuation`), a word is masked entirely or not at all; the word that
+    would exceed M is left out, so a few positions may have weight 0.
+
+    Args:
+      key: a PRNG key, one for (seed, round, step, client).
+      tokens: integers [B, T].
+      spec: the vocabulary's facts.
+    """
+    tokens = tokens.astype(jnp.int32)
+    rows, length, m = tokens.shape[0], tokens.shape[1], spec.num_masked
+    # One call of the generator for all three draws: it is what costs most to compile.
+    bits = jax.random.bits(key, (rows, length + 2 * m), jnp.uint32)
+    uniform = (bits[:, : length + m] >> 8).astype(jnp.float32) * 2.0**-24  # in [0, 1)
+    scores, draw = uniform[:, :length], uniform[:, length:]
+    random_ids = (bits[:, length + m :] % jnp.uint32(spec.vocab_size)).astype(jnp.int32)
+    special = jnp.zeros((spec.vocab_size,), bool).at[jnp.array(spec.special_ids)].set(True)
+    maskable = ~special[tokens]  # [B, T]
+
+    if spec.continuation is not None:
+        # One draw a word: every token takes the score of the place its word begins at.
+        begins = ~jnp.asarray(spec.continuation)[tokens] | ~maskable
+        begins = begins.at[:, 0].set(True)
+        start = jax.lax.cummax(jnp.where(begins, jnp.arange(length)[None], 0), axis=1)  # [B, T]
+        scores = jnp.take_along_axis(scores, start, axis=1)
+    scores = jnp.where(maskable, scores, 2.0)  # past every draw, so chosen last
+    _, positions = jax.lax.top_k(-scores, m)
+    positions = jnp.sort(positions, axis=1)  # in reading order: the order of the draw is nobody's business
+    weights = jnp.take_along_axis(maskable, positions, axis=1)
+    if spec.continuation is not None:
+        rank = jnp.sum(scores[:, None, :] <= scores[:, :, None], axis=2)  # [B, T]: size of all words up to this one's
+        weights &= jnp.take_along_axis(rank, positions, axis=1) <= m
+
+    labels = jnp.take_along_axis(tokens, positions, axis=1)
+    replaced = jnp.where(draw < 0.8, spec.mask_id, jnp.where(draw < 0.9, random_ids, labels))
+    replaced = jnp.where(weights, replaced, labels)
+    masked = tokens.at[jnp.arange(rows)[:, None], positions].set(replaced)
+    return MaskedBatch(masked, positions, labels, weights.astype(jnp.float32))

@@ -1,0 +1,19 @@
+"""The errors a person can mend: printed as one sentence, never as a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in the configuration, the data or the files given; its text is one sentence for the person who made it."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration value that cannot be used; names the key, the value and what is accepted."""
+
+
+class DivergedError(UserError):
+    """Training produced a loss or a gradient that is not finite; the last good checkpoint is kept."""
+
+    exit_code = 3

@@ -1,0 +1,99 @@
+"""Evaluation: the MLM loss and accuracy on each client's held-out text, by the model that client would use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
+from fedbert_jax.federated.split import take_positions
+from fedbert_jax.federated.strategies import Pair
+from fedbert_jax.models.bert import Segments
+
+EVAL = 0x6576616C  # keeps evaluation's masks apart from training's
+
+
+class EvalSet(NamedTuple):
+    """Held-out blocks in batches of one client each; the masks are the same at every evaluation."""
+
+    tokens: jax.Array  # integers [S, B, T]
+    real: jax.Array  # float32 [S, B], 0 for a row that fills a batch up
+    batch_ids: jax.Array  # int32 [S], seeds a batch's masks
+    clients: jax.Array  # int32 [S], whose text it is
+
+
+class Scores(NamedTuple):
+    """Means over masked held-out tokens: all of them, and each evaluated client's."""
+
+    loss: float
+    accuracy: float
+    clients: dict[int, tuple[float, float]]  # client id -> (loss, accuracy)
+
+
+def make_eval_set(tokens: np.ndarray, offsets: np.ndarray, clients: np.ndarray, max_blocks: int, batch: int) -> EvalSet:
+    """Gathers the first `max_blocks` held-out blocks of each given client.
+
+    Args:
+      tokens: [num_blocks, T], all held-out blocks; client c's are offsets[c]:offsets[c+1].
+      offsets: int [N+1].
+      clients: int [E], the clients to evaluate; those without held-out blocks are passed over.
+      max_blocks: a client's share in the cost.
+      batch: rows a batch.
+    """
+    rows, real, owners = [], [], []
+    for c in clients:
+        blocks = np.asarray(tokens[offsets[c] : min(offsets[c + 1], offsets[c] + max_blocks)])
+        for start in range(0, len(blocks), batch):
+            part = blocks[start : start + batch]
+            full = np.resize(part, (batch, part.shape[1]))  # repeats rows to fill the batch up; they count 0
+            rows.append(full)
+            real.append((np.arange(batch) < len(part)).astype(np.float32))
+            owners.append(c)
+    if not rows:
+        empty = np.zeros((0, batch, tokens.shape[1]), tokens.dtype)
+        return EvalSet(empty, np.zeros((0, batch), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int32))  # type: ignore[arg-type]
+    ids = np.arange(len(rows), dtype=np.int32)
+    return EvalSet(np.stack(rows), np.stack(real), ids, np.array(owners, np.int32))  # type: ignore[arg-type]
+
+
+def eval_batch(seed: int, blocks: jax.Array, batch_id: jax.Array, spec: MaskSpec) -> MaskedBatch:
+    """Masks an evaluation batch [B, T]: the same way whenever, and whatever strategy, evaluates it."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVAL), batch_id)
+    return mask_blocks(key, blocks, spec)
+
+
+def make_evaluate(
+    segments: Segments, spec: MaskSpec, seed: int, model_of: Callable[[Any, jax.Array], Pair]
+) -> Callable[[Any, EvalSet], jax.Array]:
+    """Returns the function (state, eval set) -> float32 [S, 3]: summed loss, right answers and count a batch."""
+
+    def evaluate(state: Any, data: EvalSet) -> jax.Array:
+        def one(batch: EvalSet) -> jax.Array:
+            model = model_of(state, batch.clients)
+            masked = eval_batch(seed, batch.tokens, batch.batch_ids, spec)
+            z = segments.transform(model.server, segments.embed(model.client, masked.tokens))
+            logits = segments.predict(model.client, take_positions(z, masked.positions))
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), masked.labels[..., None], axis=-1)[..., 0]
+            weights = masked.weights * batch.real[:, None]
+            right = (jnp.argmax(logits, axis=-1) == masked.labels).astype(jnp.float32)
+            return jnp.stack([jnp.sum(nll * weights), jnp.sum(right * weights), jnp.sum(weights)])
+
+        return jax.lax.map(one, data)
+
+    return evaluate
+
+
+def scores(sums: np.ndarray, owners: np.ndarray) -> Scores | None:
+    """Turns the sums [S, 3] of batches owned by `owners` [S] into means; None when there is no held-out text."""
+    total = sums.astype(np.float64).sum(axis=0) if len(sums) else np.zeros(3)
+    if total[2] == 0:
+        return None
+    clients = {}
+    for c in np.unique(owners):
+        loss, right, count = sums[owners == c].astype(np.float64).sum(axis=0)
+        clients[int(c)] = (float(loss / count), float(right / count))
+    return Scores(float(total[0] / total[2]), float(total[1] / total[2]), clients)

@@ -1,0 +1,122 @@
+"""One step across the cut: the four messages between clients and server, and the gradients on both sides.
+
+    client: tokens -> embed -- h -->  | wire |  --> server: transform -- z --> | wire | --> client: predict -> loss
+    client: embed' <-- dh --- | wire | <------ server: transform' <-- dz --- | wire | <-- client: predict'
+
+A prime is a segment's backward pass. Nothing else in the package joins the segments for training across the cut.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedbert_jax.config import WireConfig
+from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.models.bert import Params, Segments, masked_lm_loss
+from fedbert_jax.models.layers import fold_in
+from fedbert_jax.wire import Messages, decode, encode
+
+EMBED, BODY = 0, 1  # tags that keep a client's dropout draws on either side of the cut apart
+
+
+class StepResult(NamedTuple):
+    """What one step yields before any optimizer sees it."""
+
+    loss: jax.Array  # float32 [C]: each client's own mean over its masked positions
+    client_grads: Params  # [C, ...]: of each client's own loss, not scaled by its weight
+    server_grads: Params  # of the weighted mean of the clients' losses
+    messages: Messages  # as encoded for the wire
+
+
+def split_step(
+    segments: Segments,
+    wire: WireConfig,
+    client_params: Params,
+    server_params: Params,
+    batch: MaskedBatch,
+    weights: jax.Array,
+    keys: jax.Array | None = None,
+    *,
+    shared_client: bool = False,
+) -> StepResult:
+    """Runs one forward and backward pass of C clients against one server body.
+
+    Args:
+      segments: the three functions.
+      wire: codec, and what the server returns.
+      client_params: [C, ...], each client's own; or without the client axis if `shared_client`, when all clients hold
+        the same (their gradients are their own either way).
+      server_params: the one body.
+      batch: leaves [C, B, ...].
+      weights: float32 [C], non-negative, summing to 1: each client's share in the body's gradient. A client of weight
+        0 (padding, or absent) changes nothing.
+      keys: PRNG keys [C] for dropout, or None.
+      shared_client: see `client_params`.
+    """
+    own = None if shared_client else 0
+    embed_keys = None if keys is None else fold_in(keys, EMBED)[:, None]  # type: ignore[index]
+
+    # Client: embed. Each keeps the residuals for its own backward pass.
+    def client_embed(params: Params, tokens: jax.Array, key: jax.Array | None):  # type: ignore[no-untyped-def]
+        return jax.vjp(lambda p: segments.embed(p, tokens, key), params)
+
+    h, embed_vjp = jax.vmap(client_embed, (own, 0, 0))(client_params, batch.tokens, embed_keys)
+    activations_up = encode(h, wire)  # ---- message 1, up
+    positions_up = batch.positions.astype(jnp.uint16) if wire.downlink == "masked" else None
+
+    # Server: transform all clients' rows as one batch. The axes are folded, not mapped: one large matmul.
+    def server_transform(params: Params, received: jax.Array) -> jax.Array:
+        clients, size = received.shape[:2]
+        rows = received.reshape(clients * size, *received.shape[2:])  # [C*B, T, D]
+        z = segments.transform(params, rows, fold_in(keys, BODY)).reshape(received.shape)
+        return z if positions_up is None else take_positions(z, positions_up)
+
+    z, transform_vjp = jax.vjp(server_transform, server_params, decode(activations_up, like=h))
+    hidden_states_down = encode(z, wire)  # ---- message 2, down
+
+    # Client: predict at the masked positions, and the head's backward pass.
+    def client_loss(params: Params, received: jax.Array, b: MaskedBatch) -> jax.Array:
+        at_masked = received if positions_up is not None else take_positions(received, b.positions)
+        return masked_lm_loss(segments.predict(params, at_masked), b.labels, b.weights)
+
+    head = jax.vmap(jax.value_and_grad(client_loss, (0, 1)), (own, 0, 0))
+    loss, (head_grads, dz) = head(client_params, decode(hidden_states_down, like=z), batch)
+    head_gradient_up = encode(dz, wire)  # ---- message 3, up
+
+    # Server: the body's gradient is the weighted mean over clients. Scaling dz does that in one backward pass, and
+    # scales what flows on to each client, too, which is undone: a client's gradient is of its own loss.
+    scale = weights.reshape(-1, 1, 1, 1)
+    received = decode(head_gradient_up, like=z)
+    server_grads, dh = transform_vjp((received * scale).astype(received.dtype))
+    dh = jnp.where(scale > 0, dh / jnp.where(scale > 0, scale, 1.0), 0.0)
+    input_gradient_down = encode(dh, wire)  # ---- message 4, down
+
+    # Client: the embedding's backward pass. The word table is tied, so its two gradients add up.
+    (embed_grads,) = jax.vmap(lambda vjp, g: vjp(g))(embed_vjp, decode(input_gradient_down, like=h))
+    client_grads = jax.tree.map(jnp.add, head_grads, embed_grads)
+
+    messages = Messages(activations_up, positions_up, hidden_states_down, head_gradient_up, input_gradient_down)
+    return StepResult(loss, client_grads, server_grads, messages)
+
+
+def joined_loss(
+    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: jax.Array | None = None
+) -> jax.Array:
+    """Returns the MLM loss of the uncut model on one client's batch [B, ...]: what `centralized` trains.
+
+    With the same key, dropout draws are those of `split_step`.
+    """
+    keys = None if key is None else key[None]
+    h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED))
+    z = segments.transform(server_params, h, fold_in(keys, BODY))
+    return masked_lm_loss(
+        segments.predict(client_params, take_positions(z, batch.positions)), batch.labels, batch.weights
+    )
+
+
+def take_positions(z: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns z [..., T, D] at positions [..., M]: [..., M, D]."""
+    return jnp.take_along_axis(z, positions[..., None].astype(jnp.int32), axis=-2)

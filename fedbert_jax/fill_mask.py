@@ -1,0 +1,53 @@
+"""Filling in [MASK] with a trained model: the quickest look at what it learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedbert_jax.models.bert import Params, Segments
+
+Prediction = tuple[str, float]
+
+
+def fill_mask(
+    segments: Segments, client_params: Params, server_params: Params, tokenizer: Any, texts: list[str], top: int = 5
+) -> list[list[Prediction]]:
+    """Predicts the first [MASK] of each text.
+
+    Args:
+      segments: the model's functions.
+      client_params: the client segment.
+      server_params: the body.
+      tokenizer: with a mask token.
+      texts: each with a `[MASK]`.
+      top: how many candidates.
+
+    Returns:
+      For each text, its `top` tokens with their probabilities, best first; empty where a text has no mask token.
+    """
+    if not texts:
+        return []
+    longest = segments.config.max_position_embeddings
+    texts = [t.replace("[MASK]", tokenizer.mask_token) for t in texts]
+    ids = [tokenizer(t, truncation=True, max_length=longest)["input_ids"] for t in texts]
+    length = max(map(len, ids))
+    tokens, mask = np.zeros((2, len(ids), length), np.int32)
+    for row, tokens_of in enumerate(ids):
+        tokens[row, : len(tokens_of)], mask[row, : len(tokens_of)] = tokens_of, 1
+    where = np.argmax(tokens == tokenizer.mask_token_id, axis=1)
+
+    @jax.jit
+    def predict(client: Params, server: Params) -> jax.Array:
+        z = segments.transform(server, segments.embed(client, tokens), attention_mask=mask)
+        return jax.nn.softmax(segments.predict(client, z[np.arange(len(ids)), where][:, None])[:, 0])
+
+    probs = np.asarray(predict(client_params, server_params))[:, : len(tokenizer)]
+    found = (tokens == tokenizer.mask_token_id).any(axis=1)
+    best = np.argsort(-probs, axis=1)[:, :top]
+    return [
+        [(tokenizer.convert_ids_to_tokens(int(i)), float(probs[row, i])) for i in best[row]] if found[row] else []
+        for row in range(len(ids))
+    ]

@@ -1,0 +1,1 @@
+"""BERT as three pure functions: embed on the client, transform on the server, predict on the client."""

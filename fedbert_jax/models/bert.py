@@ -1,0 +1,111 @@
+"""The three segments of a cut BERT, as pure functions of parameter pytrees.
+
+    embed(client_params, tokens)      [B, T]    -> h [B, T, D]
+    transform(server_params, h)       [B, T, D] -> z [B, T, D]
+    predict(client_params, z_masked)  [B, M, D] -> logits [B, M, V]
+
+`nnx.split` is called once, here; every runtime (simulated, centralised, export) uses these same functions, so a client
+is nothing but a leading axis on a pytree of arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from fedbert_jax.config import ModelConfig
+from fedbert_jax.models.layers import ClientSegment, Layer, fold_in
+
+Params = Any  # a nested dict of float arrays
+
+
+class Segments(NamedTuple):
+    """A model cut in a U. Keys are PRNG keys [G], one for each of G equal groups of rows, or None for no dropout."""
+
+    config: ModelConfig
+    init: Callable[[jax.Array], tuple[Params, Params]]  # key -> (client_params, server_params)
+    embed: Callable[..., jax.Array]  # (client_params, tokens [B, T], keys=None, token_types=None) -> [B, T, D]
+    transform: Callable[..., jax.Array]  # (server_params, h [B, T, D], keys=None, attention_mask=None) -> [B, T, D]
+    predict: Callable[[Params, jax.Array], jax.Array]  # (client_params, z [B, M, D]) -> float32 logits [B, M, V]
+
+
+def make_segments(config: ModelConfig, compute_dtype: DTypeLike = jnp.float32) -> Segments:
+    """Builds the segments of a model.
+
+    Args:
+      config: resolved (`config.resolve_model`): every size is set.
+      compute_dtype: of matmuls and activations; parameters, LayerNorm, softmax and loss are float32.
+    """
+    layers = config.num_layers
+    assert layers is not None
+
+    def new_client(key: jax.Array) -> ClientSegment:
+        return ClientSegment(config, dtype=compute_dtype, rngs=nnx.Rngs(key))
+
+    def new_layer(key: jax.Array) -> Layer:
+        return Layer(config, dtype=compute_dtype, rngs=nnx.Rngs(key))
+
+    shape_key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    client_def, _ = nnx.split(nnx.eval_shape(new_client, shape_key))
+    layer_def, _ = nnx.split(nnx.eval_shape(new_layer, shape_key))
+
+    def init(key: jax.Array) -> tuple[Params, Params]:
+        client_key, server_key = jax.random.split(key)
+        client = nnx.to_pure_dict(nnx.state(new_client(client_key)))
+        stack = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(new_layer(k))))
+        return client, {"layers": stack(jax.random.split(server_key, layers))}  # leaves [L, ...]
+
+    def embed(
+        client_params: Params, tokens: jax.Array, keys: jax.Array | None = None, token_types: jax.Array | None = None
+    ) -> jax.Array:
+        return nnx.merge(client_def, client_params).embed(tokens, token_types, keys)
+
+    def transform(
+        server_params: Params, h: jax.Array, keys: jax.Array | None = None, attention_mask: jax.Array | None = None
+    ) -> jax.Array:
+        batch, length, size = h.shape
+
+        def apply(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+            params, index = layer
+            return nnx.merge(layer_def, params)(x, (batch, length), attention_mask, fold_in(keys, index)), None
+
+        if config.remat == "full":
+            apply = jax.checkpoint(apply)
+        elif config.remat == "dots":
+            apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        x = h.astype(compute_dtype).reshape(batch * length, size)
+        stack = (server_params["layers"], jnp.arange(layers))
+        if config.unroll_layers:
+            for n in range(layers):
+                x, _ = apply(x, jax.tree.map(lambda leaf: leaf[n], stack))  # noqa: B023
+        else:
+            x, _ = jax.lax.scan(apply, x, stack)
+        return x.reshape(batch, length, size)
+
+    def predict(client_params: Params, z: jax.Array) -> jax.Array:
+        return nnx.merge(client_def, client_params).predict(z.astype(compute_dtype))
+
+    return Segments(config, init, embed, transform, predict)
+
+
+def masked_lm_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the mean cross-entropy in nats over positions of weight 1.
+
+    Args:
+      logits: float32 [B, M, V].
+      labels: int32 [B, M].
+      weights: float32 [B, M]; 0 marks a position that only pads the block to M.
+    """
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def count_parameters(params: Params) -> int:
+    """Returns how many numbers a parameter pytree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

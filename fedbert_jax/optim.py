@@ -1,0 +1,107 @@
+"""Optimizers: an optax transform by name, clipped by its own segment, on a schedule that counts global steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedbert_jax.config import AggregatorConfig, OptimizerConfig
+from fedbert_jax.errors import ConfigError
+from fedbert_jax.models.bert import Params
+
+OptState = Any
+
+
+class Optimizer(NamedTuple):
+    """An optimizer of one segment. The global step is an argument: a client that joins late has the others' rate."""
+
+    init: Callable[[Params], OptState]
+    update: Callable[..., tuple[Params, OptState, jax.Array]]  # (grads, state, params, step) -> (params, state, norm)
+    schedule: Callable[[Any], Any]
+
+
+def make_optimizer(config: OptimizerConfig, section: str, total_steps: int) -> Optimizer:
+    """Builds the optimizer of a segment.
+
+    Args:
+      config: name, arguments and schedule.
+      section: the config's section, for error messages.
+      total_steps: global steps of the whole run: where the schedule ends unless `decay_steps` says otherwise.
+
+    Returns:
+      An `Optimizer` whose `update` returns also the global norm of the gradient before clipping.
+    """
+    # Every accepted optax optimizer ends in `scale by -learning_rate`, so with a rate of 1 the schedule is a factor.
+    tx = _optax(config, section, learning_rate=1.0)
+    schedule = make_schedule(config, total_steps)
+
+    def update(
+        grads: Params, state: OptState, params: Params, step: jax.Array
+    ) -> tuple[Params, OptState, jax.Array]:
+        norm = optax.tree.norm(grads)
+        if config.clip_norm is not None:
+            scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, state = tx.update(grads, state, params)
+        rate = schedule(step)
+        params = jax.tree.map(lambda p, u: (p + rate * u).astype(p.dtype), params, updates)
+        return params, state, norm
+
+    return Optimizer(tx.init, update, schedule)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the global step: linear warm-up from 0, then the decay."""
+    peak, end, warmup = config.learning_rate, config.end_learning_rate, config.warmup_steps
+    steps = max((config.decay_steps or total_steps) - warmup, 1)
+    decay: Callable[[Any], Any]
+    if config.schedule == "constant":
+        decay = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, steps, alpha=end / peak if peak else 0.0)
+    else:
+        power = config.power if config.schedule == "polynomial" else 1.0
+        decay = optax.polynomial_schedule(peak, end, power, steps)
+    if not warmup:
+        return decay
+    # One more than the step: the first step must move.
+    return optax.join_schedules([lambda n: peak * (n + 1) / warmup, decay], [warmup])
+
+
+def make_aggregator(config: AggregatorConfig) -> optax.GradientTransformation | None:
+    """Returns the outer optimizer, or None for plain FedAvg, whose new parameters are the average itself."""
+    plain = config.name == "sgd" and config.learning_rate == 1.0 and not config.momentum
+    tx = _optax(config, "aggregator", learning_rate=config.learning_rate)
+    return None if plain else tx
+
+
+def decays(params: Params) -> Any:
+    """Returns a tree of bools: weight decay acts on matrices, not on biases and LayerNorm scales."""
+
+    def leaf(path: tuple[Any, ...], _: jax.Array) -> bool:
+        return str(getattr(path[-1], "key", path[-1])) not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _optax(
+    config: OptimizerConfig | AggregatorConfig, section: str, learning_rate: float
+) -> optax.GradientTransformation:
+    factory = getattr(optax, config.name)
+    accepted = inspect.signature(factory).parameters
+    names = ("b1", "b2", "eps", "weight_decay", "momentum", "nesterov")
+    given = {n: v for n, v in dataclasses.asdict(config).items() if n in names and v is not None}
+    for name, value in given.items():
+        if name not in accepted:
+            takes = ", ".join(n for n in names if n in accepted)
+            key = f"{section}.{name}={value!r}"
+            raise ConfigError(f"config key {key}: accepted with {section}.name={config.name!r}: {takes}.")
+    if "mask" in accepted:
+        given["mask"] = decays
+    return factory(learning_rate, **given)

@@ -1,0 +1,1 @@
+"""Who calls the round: one process that simulates every client."""

@@ -1,0 +1,187 @@
+"""One process simulates every client: it compiles a strategy's round and feeds it, on whatever devices there are."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedbert_jax.config import Config
+from fedbert_jax.data import sampling
+from fedbert_jax.data.blocks import TokenBlocks
+from fedbert_jax.data.masking import MaskSpec
+from fedbert_jax.federated.evaluation import EvalSet, Scores, make_eval_set, make_evaluate, scores
+from fedbert_jax.federated.strategies import STRATEGIES, Pair, RoundInputs, RoundMetrics, Setting, State
+from fedbert_jax.models.bert import make_segments
+from fedbert_jax.optim import make_aggregator, make_optimizer
+from fedbert_jax.sharding import tree_shardings
+from fedbert_jax.wire import Traffic
+
+ON_DEVICE_LIMIT = 2**30  # bytes of token blocks that `data.store=auto` puts on the device
+
+
+def compute_dtype(config: Config) -> Any:
+    """Returns the arithmetic's type: `auto` is bfloat16 on accelerators, float32 on CPU."""
+    name = config.precision.compute_dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+class Simulation:
+    """A run's compiled programs and open buffers.
+
+    Args:
+      config: with `model` resolved to the vocabulary.
+      train: training blocks, client by client.
+      heldout: held-out blocks of the same clients.
+      mask: the vocabulary's facts for masking.
+      mesh: the devices.
+    """
+
+    def __init__(self, config: Config, train: TokenBlocks, heldout: TokenBlocks, mask: MaskSpec, mesh: Mesh):
+        f = config.federated
+        self.config, self.train, self.mesh = config, train, mesh
+        self.num_clients = train.num_clients
+        self.cohort = min(f.clients_per_round or self.num_clients, self.num_clients)
+        pooled = f.strategy == "centralized"
+        steps = f.local_steps * (self.cohort if f.strategy == "sequential" else 1)
+        self.setting = Setting(
+            config=config,
+            segments=make_segments(config.model, compute_dtype(config)),
+            mask=mask,
+            client_tx=make_optimizer(config.client_optimizer, "client_optimizer", f.rounds * steps),
+            server_tx=make_optimizer(config.server_optimizer, "server_optimizer", f.rounds * steps),
+            outer=make_aggregator(config.aggregator),
+            num_clients=self.num_clients,
+            cohort=self.cohort,
+        )
+        self.strategy = STRATEGIES[f.strategy](self.setting)
+        # Clients are spread over `data`: a cohort it doesn't divide is padded with clients of weight 0.
+        data = mesh.shape["data"]
+        own_state = f.body == "private" or f.client_optimizer_state == "keep"  # [N, ...], which must stay N
+        self.padding = -self.cohort % data if f.strategy in ("parallel", "fedavg") and not own_state else 0
+        self.blocks_per_client = f.batch_size * (self.cohort if pooled else 1)
+        self.offsets = np.array([0, train.offsets[-1]]) if pooled else train.offsets
+        self.tokens_per_round = self.cohort * f.local_steps * f.batch_size * config.data.seq_len
+
+        with jax.set_mesh(mesh):
+            self.state_shape = jax.eval_shape(self._fresh_state)
+            self.state_sharding = tree_shardings(self.state_shape, mesh)
+            # Parameters are born sharded; a round's state takes the place of the last one's.
+            self._init = jax.jit(self._fresh_state, out_shardings=self.state_sharding)
+            self._round = jax.jit(
+                self.strategy.round, donate_argnums=0, out_shardings=(self.state_sharding, NamedSharding(mesh, P()))
+            )
+            self._evaluate = jax.jit(make_evaluate(self.setting.segments, mask, config.seed, self.strategy.model_of))
+            self._model_of = jax.jit(self.strategy.model_of)
+        self._everywhere = NamedSharding(mesh, P())
+        self._eval_set = self._make_eval_set(heldout)
+        store = config.data.store
+        self._on_device = store == "device" or (store == "auto" and train.tokens.nbytes <= ON_DEVICE_LIMIT)
+        self._store: jax.Array | None = None  # put on the device when the first round asks for it
+        self._gather = jax.jit(lambda blocks, index: blocks[index])
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fedbert-feed")
+        self._next: tuple[int, Future[RoundInputs]] | None = None
+
+    def _fresh_state(self) -> State:
+        return self.strategy.init(Pair(*self.setting.segments.init(jax.random.key(self.config.seed))))
+
+    def init_state(self) -> State:
+        """Returns the state before round 0, a function of the seed."""
+        with jax.set_mesh(self.mesh):
+            return self._init()
+
+    def state_of(self, client_params: Any, server_params: Any) -> State:
+        """Returns the state before round 0 of a run that starts from given parameters (a checkpoint's)."""
+        with jax.set_mesh(self.mesh):
+            init = jax.jit(self.strategy.init, out_shardings=self.state_sharding)
+            return init(Pair(client_params, server_params))
+
+    def run_round(self, state: State, round: int) -> tuple[State, RoundMetrics]:
+        """Dispatches a round and returns at once; `state` is used up. The next round's data is fetched meanwhile."""
+        inputs = self._fetched(round)
+        with jax.set_mesh(self.mesh):
+            result = self._round(state, inputs)
+        if round + 1 < self.config.federated.rounds:
+            self._next = (round + 1, self._pool.submit(self.round_inputs, round + 1))
+        return result
+
+    def _fetched(self, round: int) -> RoundInputs:
+        waiting, self._next = self._next, None
+        if waiting is not None and waiting[0] == round:
+            return waiting[1].result()
+        return self.round_inputs(round)
+
+    def round_inputs(self, round: int) -> RoundInputs:
+        """Draws a round's cohort and blocks: a function of (seed, round)."""
+        f, seed = self.config.federated, self.config.seed
+        if f.strategy == "centralized":
+            clients, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
+        else:
+            clients = sampling.draw_cohort(seed, round, self.num_clients, self.cohort)
+            if f.strategy == "sequential" and f.order == "shuffled":
+                clients = clients[sampling.turn_order(seed, round, self.cohort)]
+            weights = sampling.client_weights(self.train.sizes, clients, f.weighting)
+        if self.padding:
+            clients = np.concatenate([clients, np.repeat(clients[:1], self.padding)])
+            weights = np.concatenate([weights, np.zeros(self.padding, np.float32)])
+        per_step = self.blocks_per_client
+        index = np.empty((f.local_steps, len(clients), per_step), np.int64)
+        for n, c in enumerate(clients):
+            start, stop = self.offsets[c], self.offsets[c + 1]
+            first = round * f.local_steps * per_step
+            places = sampling.block_indices(seed, int(c), int(stop - start), first, f.local_steps * per_step)
+            index[:, n] = start + places.reshape(f.local_steps, per_step)
+        with jax.set_mesh(self.mesh):
+            if self._on_device:
+                if self._store is None:
+                    self._store = jax.device_put(np.asarray(self.train.tokens), self._everywhere)
+                tokens = self._gather(self._store, jax.device_put(index.astype(np.int32), self._everywhere))
+            else:
+                tokens = jax.device_put(self.train.tokens[index], self._everywhere)
+            small = (clients.astype(np.int32), weights, np.int32(round))
+            return RoundInputs(tokens, *jax.device_put(small, self._everywhere))
+
+    def _make_eval_set(self, heldout: TokenBlocks) -> EvalSet:
+        e = self.config.eval
+        chosen = np.flatnonzero(heldout.sizes > 0)
+        if len(chosen) > e.max_clients:
+            rng = np.random.default_rng([self.config.seed, 0x65766C])
+            chosen = np.sort(rng.choice(chosen, e.max_clients, replace=False))
+        data = make_eval_set(heldout.tokens, heldout.offsets, chosen, e.max_blocks, e.batch_size)
+        return jax.device_put(data, self._everywhere)
+
+    def evaluate(self, state: State) -> Scores | None:
+        """Scores the state on held-out text; None if there is none. Waits for the result."""
+        if not len(self._eval_set.clients):
+            return None
+        with jax.set_mesh(self.mesh):
+            sums = self._evaluate(state, self._eval_set)
+        return scores(np.asarray(sums), np.asarray(self._eval_set.clients))
+
+    def model_of(self, state: State, client: int = 0) -> Pair:
+        """Returns the model that a client would use (for most strategies, everyone's)."""
+        with jax.set_mesh(self.mesh):
+            return self._model_of(state, jnp.int32(client))
+
+    def traffic(self) -> Traffic:
+        """Returns the bytes that a round would move between clients and server."""
+        sizes = self.strategy.traffic.items()
+        return Traffic(
+            uplink=sum(n for name, n in sizes if name.endswith("_up")),
+            downlink=sum(n for name, n in sizes if name.endswith("_down")),
+        )
+
+    def compiled(self) -> int:
+        """Returns how many versions of the round have been compiled: 1, unless something changed shape."""
+        return self._round._cache_size()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Ends the feeding thread."""
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,298 @@
+"""The round loop: data, model, rounds, evaluations, checkpoints, export, report. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedbert_jax import run as run_lib
+from fedbert_jax.checkpoint import Checkpoints
+from fedbert_jax.config import Config
+from fedbert_jax.data.dataset import baselines, client_table
+from fedbert_jax.errors import DivergedError
+from fedbert_jax.federated.strategies import RoundMetrics, State
+from fedbert_jax.fill_mask import fill_mask
+from fedbert_jax.interrupts import Interrupts
+from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
+from fedbert_jax.models.bert import count_parameters
+from fedbert_jax.report import write_report
+from fedbert_jax.run import Run
+from fedbert_jax.workdir import check_same, open_workdir
+
+
+def train(config: Config, root: Path, console: Console | None = None) -> int:
+    """Trains a run to its last round, from wherever its workdir stands.
+
+    Args:
+      config: validated.
+      root: the workdir.
+      console: where to speak; the terminal by default.
+
+    Returns:
+      The exit code: 0, or 128 + the signal that interrupted it.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    console = console or Console(highlight=False)
+    workdir, _lock = open_workdir(root)
+    old = workdir.read_config() if workdir.exists() else None
+    if old is not None:
+        check_same(old, run_lib.resolve(config, old.model.vocab_size or 0))
+    run = run_lib.build(
+        config, workdir, progress=lambda text: console.print(text, style="dim"),
+        warn=lambda text: console.print(f"warning: {text}", style="yellow"),
+    )  # fmt: skip
+    workdir.write_config(run.config)
+    loop = Loop(run, console)
+    loop.introduce()
+    state = loop.begin()
+    with Interrupts() as interrupts:
+        state = loop.rounds(state, interrupts)
+        if interrupts.received:
+            console.print(f"stopped after round {loop.round}; the same command goes on from there")
+            return interrupts.exit_code
+    loop.finish(state)
+    return 0
+
+
+class Dispatched(NamedTuple):
+    """A round under way."""
+
+    round: int  # from 1
+    started: float
+    finished: Future[tuple[dict[str, float], float]]  # its metrics, and when they were there
+
+
+def _finished(metrics: RoundMetrics) -> tuple[dict[str, float], float]:
+    """Waits for a round's metrics; runs in a thread of its own, so that the time is the round's and not the reader's."""
+    values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
+    return values, time.perf_counter()
+
+
+class Loop:
+    """One run's loop, with its open files: the metrics log and the checkpoints."""
+
+    def __init__(self, run: Run, console: Console):
+        self.run, self.console, self.sim = run, console, run.simulation
+        self.round = 0  # rounds finished, whose lines are in the log
+        self.scores: dict[str, float | None] = dict.fromkeys(("best_eval_loss", "eval_loss", "eval_accuracy"))
+        self.checkpoints = Checkpoints(run.workdir.checkpoints, run.config.checkpoint.keep)
+        self.baselines = baselines(run.dataset)
+        self.per_round = self.sim.traffic()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="fedbert-metrics")
+        self._finished = 0.0  # when the last round whose numbers were read had ended
+
+    # --- before the first round ---
+
+    def introduce(self) -> None:
+        """Prints who takes part and what has to be beaten, and writes the run's facts."""
+        run, f, sim = self.run, self.run.config.federated, self.sim
+        client, server = (count_parameters(part) for part in jax.eval_shape(sim.setting.segments.init, jax.random.key(0)))
+        self.console.print(client_table(run.dataset))
+        body = f" ({f.body} body)" if f.strategy == "parallel" else ""
+        m = run.config.model
+        self.console.print(
+            f"{f.strategy}{body}: {sim.cohort} of {sim.num_clients} clients a round, {f.local_steps} steps of "
+            f"{f.batch_size} x {run.config.data.seq_len} tokens each; BERT {m.num_layers} x {m.hidden_size}, "
+            f"{client:,} parameters at each client, {server:,} at the server"
+        )
+        self.console.print(
+            f"to beat on held-out text: always the commonest token {self.baselines.commonest_accuracy:.1%}, "
+            f"unigram loss {self.baselines.unigram_loss:.3f}"
+        )
+        versions = {name: __import__(name).__version__ for name in ("jax", "flax", "optax", "numpy")}
+        names = run.dataset.summary
+        self.facts: dict[str, Any] = run.workdir.read_facts() | {
+            "clients": [
+                {
+                    "name": c.name, "documents": c.documents, "train_blocks": c.train_blocks,
+                    "heldout_blocks": c.heldout_blocks, "tokens": c.tokens, "share": c.share,
+                    "js_divergence": c.js_divergence,
+                }
+                for c in names
+            ],
+            "baselines": {
+                "commonest_accuracy": self.baselines.commonest_accuracy, "unigram_loss": self.baselines.unigram_loss,
+            },
+            "parameters": {"client": client, "server": server},
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions,
+            "bytes_per_round": sim.strategy.traffic, "num_clients": sim.num_clients, "clients_per_round": sim.cohort,
+        }  # fmt: skip
+        run.workdir.write_facts(self.facts)
+
+    def begin(self) -> State:
+        """Restores the newest checkpoint, or makes the state before round 0 and evaluates it."""
+        workdir, done = self.run.workdir, self.checkpoints.rounds()
+        if done:
+            state, meta = run_lib.restore(self.run, self.checkpoints, done[-1])
+            self.round, self.scores = done[-1], {k: meta[k] for k in self.scores}
+            truncate(workdir.metrics, self.round)
+            self.console.print(f"resuming after round {self.round} of {self.run.config.federated.rounds}")
+            self.log = MetricsLog(workdir.metrics)
+            return state
+        workdir.metrics.unlink(missing_ok=True)
+        self.log = MetricsLog(workdir.metrics)
+        state, missing = run_lib.initial_state(self.run)
+        if missing:
+            self.console.print(f"warning: the checkpoint lacks, so it starts fresh: {', '.join(missing)}", style="yellow")
+        record = {"round": 0, "step": 0, "tokens": 0} | self._evaluate(state)
+        self.log.append(record)
+        self._say(record)
+        return state
+
+    # --- the rounds ---
+
+    def rounds(self, state: State, interrupts: Interrupts) -> State:
+        """Runs the rounds that are left; a signal stops it after the round under way, with a checkpoint."""
+        c, last = self.run.config, self.run.config.federated.rounds
+        with self._progress() as progress:
+            task = progress.add_task("rounds", total=last, completed=self.round, loss="", rate="")
+
+            def show(record: dict[str, Any]) -> None:
+                loss, rate = f"loss {record['train_loss']:.3f}", f"{record['tokens_per_second']:,.0f} tokens/s"
+                progress.update(task, completed=record["round"], loss=loss, rate=rate)
+
+            waiting: Dispatched | None = None
+            for n in range(self.round, last):
+                if interrupts.received:
+                    break
+                started = time.perf_counter()
+                state, metrics = self.sim.run_round(state, n)
+                dispatched = Dispatched(n + 1, started, self._reader.submit(_finished, metrics))
+                if waiting is not None:  # round n is under way while the numbers of n - 1 are read
+                    show(self._record(waiting))
+                waiting = dispatched
+                evaluates = (n + 1) % c.eval.every_rounds == 0 or n + 1 == last
+                saves = (n + 1) % c.checkpoint.every_rounds == 0 or n + 1 == last
+                if evaluates or saves:
+                    show(self._record(waiting, state if evaluates else None))
+                    waiting = None
+                if saves:
+                    self.checkpoints.save(self.round, state, self._meta())
+            if waiting is not None:
+                show(self._record(waiting))
+            if interrupts.received and self.round:
+                self.checkpoints.save(self.round, state, self._meta())
+            self.checkpoints.wait()
+        return state
+
+    def _record(self, dispatched: Dispatched, state: State | None = None) -> dict[str, Any]:
+        """Reads a round's metrics and writes its line, with an evaluation of `state` if that is given."""
+        round = dispatched.round
+        values, finished = dispatched.finished.result()
+        seconds = finished - max(dispatched.started, self._finished)  # it may have queued behind the round before it
+        self._finished = finished
+        if not all(math.isfinite(v) for v in values.values()):
+            self.checkpoints.wait()
+            kept = self.checkpoints.rounds()
+            where = f"the checkpoint of round {kept[-1]} is kept" if kept else "there was no checkpoint yet"
+            raise DivergedError(
+                f"round {round}: the loss or a gradient is not finite (loss {values['loss']}, gradient norms "
+                f"{values['client_norm']}, {values['server_norm']}); {where}; lower the learning rates, lengthen "
+                "warmup_steps or set clip_norm, and begin in another workdir."
+            )
+        tokens = self.sim.tokens_per_round
+        record = {
+            "round": round,
+            "step": round * self.sim.strategy.steps_per_round,
+            "tokens": round * tokens,
+            "train_loss": values["loss"],
+            "learning_rate": float(np.asarray(self.sim.setting.client_tx.schedule(
+                np.int32(round * self.sim.strategy.steps_per_round - 1)))),
+            "grad_norm_client": values["client_norm"],
+            "grad_norm_server": values["server_norm"],
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "uplink_bytes": round * self.per_round.uplink,
+            "downlink_bytes": round * self.per_round.downlink,
+        }  # fmt: skip
+        if state is not None:
+            record |= self._evaluate(state)
+            self._say(record)
+        self.log.append(record)
+        self.round = round
+        return record
+
+    def _evaluate(self, state: State) -> dict[str, Any]:
+        """Returns the eval fields of a metrics line; none if no client has held-out text."""
+        found = self.sim.evaluate(state)
+        if found is None:
+            return {}
+        best = self.scores["best_eval_loss"]
+        best = found.loss if best is None else min(best, found.loss)
+        self.scores = {"best_eval_loss": best, "eval_loss": found.loss, "eval_accuracy": found.accuracy}
+        names = self.run.dataset.client_names
+        each = {names[c]: {"loss": loss, "accuracy": right} for c, (loss, right) in found.clients.items()}
+        return {"eval_loss": found.loss, "eval_accuracy": found.accuracy, "eval_clients": each}
+
+    def _say(self, record: dict[str, Any]) -> None:
+        """Prints an evaluation: a line that stays when the progress bar has gone, and in a log file."""
+        width = len(str(self.run.config.federated.rounds))
+        parts = [f"round {record['round']:>{width}}", f"{record['tokens'] / 1e6:7.2f}M tokens"]
+        if "train_loss" in record:
+            parts.append(f"train loss {record['train_loss']:.3f}")
+        if "eval_loss" in record:
+            parts.append(f"held-out loss {record['eval_loss']:.3f}  accuracy {record['eval_accuracy']:.1%}")
+        if "seconds" in record:
+            parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"wire {(record['uplink_bytes'] + record['downlink_bytes']) / 1e6:,.0f} MB")
+        self.console.print("  ".join(parts), soft_wrap=True)
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state, and the model card says."""
+        return self.scores | {
+            "round": self.round,
+            "seed": self.run.config.seed,
+            "tokens": self.round * self.sim.tokens_per_round,
+            "num_clients": self.sim.num_clients,
+            "clients_per_round": self.sim.cohort,
+        }
+
+    # --- after the last round ---
+
+    def finish(self, state: State) -> None:
+        """Exports the model, fills in the examples, writes the report, and says where everything is."""
+        run, workdir, config = self.run, self.run.workdir, self.run.config
+        self.log.close()
+        self.checkpoints.close()
+        name = run_lib.export(run, state, workdir.hf, self._meta())
+        model = self.sim.model_of(state)
+        segments = self.sim.setting.segments
+        filled = fill_mask(segments, model.client, model.server, run.tokenizer, list(config.fill_mask))
+        self.facts |= {
+            "finished": True,
+            "fill_mask": [{"text": t, "predictions": p} for t, p in zip(config.fill_mask, filled, strict=True)],
+            "seconds_total": sum(r.get("seconds", 0.0) for r in read_metrics(workdir.metrics)),
+        }
+        workdir.write_facts(self.facts)
+        report = write_report(workdir.root)
+        self.sim.close()
+        self._reader.shutdown()
+        self.console.print()
+        for text, predictions in zip(config.fill_mask, filled, strict=True):
+            self.console.print(f"  {text}", style="bold", markup=False)
+            self.console.print("    " + "  ".join(f"{t} {p:.0%}" for t, p in predictions), markup=False)
+        self.console.print(f"\nmodel        {workdir.hf}" + (f" (of client {name})" if name else ""))
+        self.console.print(f"report       {report}")
+        self.console.print(f"checkpoints  {workdir.checkpoints}")
+        accuracy, chance = self.scores["eval_accuracy"], self.baselines.commonest_accuracy
+        if accuracy is not None:
+            self.console.print(
+                f"held-out accuracy {accuracy:.1%}, {accuracy / chance:.1f} times the commonest token's {chance:.1%}"
+            )
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, transient=True,
+        )  # fmt: skip

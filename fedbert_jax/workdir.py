@@ -1,0 +1,131 @@
+"""A run's directory: what lies where in it, one run at a time, and whether a config may go on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fedbert_jax import config as config_lib
+from fedbert_jax.config import Config
+from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.metrics import to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Paths in a workdir."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a round."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def facts(self) -> Path:
+        """What the report says of the run beside its metrics."""
+        return self.root / "run.json"
+
+    @property
+    def data(self) -> Path:
+        """The prepared token blocks and the tokenizer."""
+        return self.root / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax's."""
+        return self.root / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        """The exported model."""
+        return self.root / "hf"
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.is_file()
+
+    def read_config(self) -> Config:
+        """Reads the config the run was begun with.
+
+        Raises:
+          UserError: if there is none, or it can't be read.
+        """
+        if not self.exists():
+            raise UserError(f"{self.root} is no workdir of a run: it has no config.json.")
+        try:
+            return config_lib.from_dict(json.loads(self.config.read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise UserError(f"{self.config} is not valid JSON ({e}).") from e
+
+    def write_config(self, config: Config) -> None:
+        """Writes the resolved config."""
+        write_atomically(self.config, to_json(config_lib.to_dict(config), indent=2) + "\n")
+
+    def read_facts(self) -> dict[str, Any]:
+        """Reads run.json; empty if there is none."""
+        return json.loads(self.facts.read_text()) if self.facts.is_file() else {}
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Writes run.json."""
+        write_atomically(self.facts, to_json(facts, indent=2) + "\n")
+
+
+def open_workdir(root: Path) -> tuple[Workdir, Any]:
+    """Makes the directory if need be and locks it for this process (a killed process's lock is gone with it).
+
+    Returns:
+      The workdir, and the lock: an open file to keep.
+
+    Raises:
+      UserError: if it can't be written, or another run holds it.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("w")
+    except OSError as e:
+        raise UserError(f"workdir {root} can't be written ({e.strerror}); give another --workdir.") from e
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"workdir {root} is in use by another run; wait for it or give another --workdir.") from e
+    return Workdir(root), lock
+
+
+def check_same(old: Config, new: Config) -> None:
+    """Refuses to go on with an old workdir under a config that would have made other rounds.
+
+    Raises:
+      ConfigError: naming the keys that differ.
+    """
+    before, after = (config_lib.flatten(config_lib.to_dict(c)) for c in (old, new))
+    differ = [k for k in before if before[k] != after.get(k) and k != "resume"]
+    harmful = [k for k in differ if k not in config_lib.HARMLESS]
+    show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731
+    if harmful:
+        raise ConfigError(f"this workdir belongs to a run with another config: {show(harmful)}; give another --workdir.")
+    if differ and new.resume != "force":
+        raise ConfigError(
+            f"this workdir belongs to a run with another config: {show(differ)}; "
+            f"--config.resume=force goes on with the new values."
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)

@@ -1,0 +1,38 @@
+"""Fixtures the tests share; the tiny model itself is in tiny.py."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tests compile much and compute little: let LLVM not optimise, which halves the compile time.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import jax
+import pytest
+from tiny import mask_spec, random_blocks, tiny_config
+
+from fedbert_jax.config import Config
+from fedbert_jax.data.masking import MaskedBatch, mask_blocks
+from fedbert_jax.models.bert import Segments, make_segments
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def segments(config: Config) -> Segments:
+    return make_segments(config.model)
+
+
+@pytest.fixture(scope="session")
+def batch(config: Config) -> MaskedBatch:
+    """Three clients' masked blocks [3, 2, ...]."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    return jax.vmap(lambda k, t: mask_blocks(k, t, mask_spec(config)))(keys, random_blocks(0, 3, 2))

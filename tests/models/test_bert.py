@@ -1,0 +1,152 @@
+"""The three segments against torch's `BertForMaskedLM` with the same weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_trees_close, tiny_config
+
+from fedbert_jax import huggingface
+from fedbert_jax.config import PRESETS, ModelConfig, resolve_model
+from fedbert_jax.models.bert import count_parameters, make_segments, masked_lm_loss
+from fedbert_jax.models.layers import dropout
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+def torch_model(config: ModelConfig, seed: int = 0):
+    class Tokenizer:
+        pad_token_id = 0
+
+    settings = {k: v for k, v in huggingface.hf_config(config, Tokenizer).items() if k not in ("architectures", "dtype")}
+    torch.manual_seed(seed)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**settings)).eval()
+    with torch.no_grad():  # biases and LayerNorms are born 0 and 1: a wrong one would not show
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def tensors_of(model):
+    return {k: v.detach().numpy() for k, v in model.state_dict().items() if "decoder" not in k}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    config = tiny_config().model
+    model = torch_model(config)
+    segments = make_segments(config)
+    client, server = jax.jit(segments.init)(jax.random.key(0))
+    client, server, missing = huggingface.from_tensors(tensors_of(model), client, server)
+    assert missing == []
+    return config, model, segments, client, server
+
+
+def test_hidden_states_and_logits_equal_torchs_with_padding_and_two_segments(pair):
+    config, model, segments, client, server = pair
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, config.vocab_size, (3, 14))
+    types = (np.arange(14)[None] >= np.array([[5], [7], [3]])).astype(np.int64)
+    mask = (np.arange(14)[None] < np.array([[14], [9], [4]])).astype(np.int64)
+
+    @jax.jit
+    def run(client, server):
+        h = segments.embed(client, tokens, None, types)
+        z = segments.transform(server, h, None, mask)
+        return h, z, segments.predict(client, z)
+
+    h, z, logits = run(client, server)
+    with torch.no_grad():
+        out = model(
+            torch.tensor(tokens), attention_mask=torch.tensor(mask), token_type_ids=torch.tensor(types),
+            output_hidden_states=True,
+        )  # fmt: skip
+    real = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(h)[real], out.hidden_states[0].numpy()[real], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(z)[real], out.hidden_states[-1].numpy()[real], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(logits)[real], out.logits.numpy()[real], atol=2e-5)
+
+
+def test_gradients_equal_torchs(pair):
+    """Loss and every gradient of the joined segments, against torch's autograd."""
+    config, model, segments, client, server = pair
+    rng = np.random.default_rng(1)
+    tokens, positions = rng.integers(5, config.vocab_size, (2, 12)), np.array([[1, 4, 7], [2, 3, 11]])
+    labels = np.take_along_axis(tokens, positions, 1)
+
+    def loss(client, server):
+        z = segments.transform(server, segments.embed(client, tokens))
+        at = jnp.take_along_axis(z, positions[..., None], axis=1)
+        return masked_lm_loss(segments.predict(client, at), labels, jnp.ones((2, 3)))
+
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(client, server)
+    everywhere = np.full(tokens.shape, -100)
+    np.put_along_axis(everywhere, positions, labels, 1)
+    model.zero_grad()
+    out = model(torch.tensor(tokens), labels=torch.tensor(everywhere))
+    out.loss.backward()
+    np.testing.assert_allclose(value, out.loss.item(), rtol=1e-6)
+    names = dict(model.named_parameters())
+    ours = huggingface.to_tensors(*grads, config.num_layers)
+    for name, grad in ours.items():
+        np.testing.assert_allclose(grad, names[name].grad.numpy(), rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("change", [dict(unroll_layers=True), dict(remat="full"), dict(remat="dots")])
+def test_scanning_unrolling_and_remat_are_one_function(segments, change):
+    client, server = jax.jit(segments.init)(jax.random.key(0))
+    other = make_segments(tiny_config(model=change).model)
+    h = jax.random.normal(jax.random.key(1), (2, 12, 16))
+
+    def loss(fn):
+        return jax.jit(jax.value_and_grad(lambda s: jnp.sum(jnp.sin(fn.transform(s, h)))))(server)
+
+    assert_trees_close(loss(other), loss(segments), rtol=1e-5, atol=2e-5)
+
+
+def test_explicit_attention_equals_the_fused(segments):
+    """A vanishing attention dropout takes the explicit path and must give the fused path's numbers."""
+    explicit = make_segments(tiny_config(model=dict(attention_dropout=1e-7)).model)
+    _, server = jax.jit(segments.init)(jax.random.key(0))
+    h = jax.random.normal(jax.random.key(1), (2, 12, 16))
+    mask = jnp.asarray(np.arange(12)[None] < np.array([[12], [7]]))
+    keys = jax.random.split(jax.random.key(0), 2)
+    one = jax.jit(segments.transform)(server, h, None, mask)
+    other = jax.jit(explicit.transform)(server, h, keys, mask)
+    np.testing.assert_allclose(one[0], other[0], atol=1e-5)
+    np.testing.assert_allclose(one[1, :7], other[1, :7], atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_its_groups_apart():
+    x = jnp.ones((4, 5000))
+    keys = jax.random.split(jax.random.key(0), 2)
+    y = dropout(x, 0.25, keys)
+    assert abs(float(y.mean()) - 1) < 0.02
+    np.testing.assert_allclose(np.unique(y), [0, 4 / 3], rtol=1e-6)
+    assert jnp.array_equal(dropout(x[2:], 0.25, keys[1:]), y[2:])
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_logits():
+    segments = make_segments(tiny_config().model, jnp.bfloat16)
+    client, server = jax.jit(segments.init)(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves((client, server))} == {jnp.dtype("float32")}
+    h = segments.embed(client, jnp.zeros((1, 12), jnp.int32))
+    assert h.dtype == jnp.bfloat16
+    assert segments.predict(client, h).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_preset_sizes_are_the_published_ones(preset):
+    """Parameter counts with the 30,522-token vocabulary, as `transformers` counts them for the same sizes."""
+    config = resolve_model(ModelConfig(preset=preset), 30522)
+    shapes = jax.eval_shape(make_segments(config).init, jax.eval_shape(lambda: jax.random.key(0)))
+    with torch.device("meta"):
+        settings = dict(
+            hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_heads,
+        )  # fmt: skip
+        theirs = transformers.BertForMaskedLM(transformers.BertConfig(**settings)).num_parameters()
+    assert count_parameters(shapes) == theirs

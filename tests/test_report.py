@@ -1,0 +1,199 @@
+"""The report says what the run did, of any run: short, torn, silent, huge, hostile."""
+
+from __future__ import annotations
+
+import base64
+import html
+import html.parser
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbert_jax import report
+from fedbert_jax.config import from_dict, to_dict
+from fedbert_jax.errors import UserError
+from fedbert_jax.metrics import MetricsLog, to_json
+
+PNGS = ("loss", "accuracy", "clients", "partition", "bytes")
+HOSTILE = ["numpy", "<script>alert('x')</script>", "_under$\\frac{$", "日本 & co", "a\nb"]
+
+
+def make_workdir(
+    path: Path,
+    names: list[str],
+    rounds: int = 20,
+    every: int = 5,
+    sends: bool = True,
+    facts: dict[str, Any] | None = None,
+    **federated: Any,
+) -> Path:
+    """Writes what a run of `rounds` rounds would; `every=0` is a run that never evaluates."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = {"federated": {"num_clients": len(names), "rounds": max(rounds, 1), **federated}}
+    (path / "config.json").write_text(to_json(to_dict(from_dict(config))))
+
+    def evaluation(n: int) -> dict[str, Any]:
+        loss = 5 + 3.3 * 0.9**n
+        clients = {name: {"loss": loss + 0.1 * i, "accuracy": 0.1} for i, name in enumerate(names[:64])}
+        return {"eval_loss": loss, "eval_accuracy": 0.1, "eval_clients": clients}
+
+    with MetricsLog(path / "metrics.jsonl") as log:
+        if every:
+            log.append({"round": 0, "step": 0, "tokens": 0} | evaluation(0))
+        for n in range(1, rounds + 1):
+            sent = {"uplink_bytes": 3000 * n * sends, "downlink_bytes": 2000 * n * sends}
+            record = {"round": n, "step": 4 * n, "tokens": 4096 * n, "train_loss": 8 - 0.1 * n, "seconds": 0.5} | sent
+            log.append(record | (evaluation(n) if every and n % every == 0 else {}))
+    clients = [
+        {"name": name, "documents": 9 + i, "tokens": 1000 * (i + 1), "share": 0.1, "js_divergence": 0.2}
+        for i, name in enumerate(names)
+    ]
+    known = {
+        "clients": clients,
+        "baselines": {"commonest_accuracy": 0.062, "unigram_loss": 5.89},
+        "parameters": {"client": 554_000, "server": 396_544},
+        "bytes_per_round": {"activations_up": 3000, "states_down": 2000} if sends else {},
+        "num_clients": len(names),
+        "fill_mask": [{"text": "the [MASK] <b>", "predictions": [["sum", 0.31]]}],
+    }
+    (path / "run.json").write_text(to_json(known if facts is None else facts))
+    return path
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    return struct.unpack(">II", data[16:24])
+
+
+class Elements(html.parser.HTMLParser):
+    """Collects what a page is made of, and where it would load from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+
+def check(page: Path) -> str:
+    """Asserts what holds of every report, and returns its HTML."""
+    text = page.read_text(encoding="utf-8")
+    assert page.name == "index.html" and report.THREAT_MODEL in text
+    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert embedded == [(page.parent / f"{name}.png").read_bytes() for name in PNGS]
+    for data in embedded:
+        width, height = png_size(data)
+        assert width >= 1000 and height >= 150
+    elements = Elements()
+    elements.feed(text)
+    assert elements.seen.isdisjoint({"script", "link", "iframe", "object", "a"}) and "img" in elements.seen
+    assert len(elements.sources) == len(PNGS) and all(source.startswith("data:") for source in elements.sources)
+    assert not re.search(r"https?:|url\(|@import", text)
+    return text
+
+
+def test_a_report_holds_every_client_escaped_and_nothing_from_outside(tmp_path: Path) -> None:
+    text = check(report.write_report(make_workdir(tmp_path / "a <run>", HOSTILE)))
+    for name in HOSTILE:
+        assert f"<th>{html.escape(name)}</th>" in text
+    assert "<title>a &lt;run&gt;</title>" in text and "[MASK] &lt;b&gt;" in text
+    assert "guessing by frequency (5.890)" in text
+    assert "20 of 20" in text and "81.9 k" in text and "1.22 B" in text  # rounds, tokens, bytes a token
+
+
+def test_plots_follow_the_numbers(tmp_path: Path) -> None:
+    run = report.load_run(make_workdir(tmp_path, ["a", "b", "c"]))
+    (axes,) = report.loss_figure(run).axes
+    training, held_out, baseline = axes.get_lines()
+    assert held_out.get_xdata()[-1] == pytest.approx(81.92) and "thousands" in axes.get_xlabel()
+    assert held_out.get_ydata()[0] == pytest.approx(8.3) and training.get_ydata()[-1] == pytest.approx(6.0)
+    assert set(baseline.get_ydata()) == {5.89}
+    assert report.accuracy_figure(run).axes[0].get_lines()[1].get_ydata()[0] == pytest.approx(6.2)
+    names = [line.get_label() for line in report.clients_figure(run).axes[0].get_lines()]
+    assert names == ["c", "b", "a"]  # as the lines end, the highest first
+    up, down = report.bytes_figure(run).axes[0].get_lines()
+    assert (up.get_ydata()[-1], down.get_ydata()[-1]) == (60.0, 40.0)
+
+
+@pytest.mark.parametrize("count", [12, 13])
+def test_many_clients_become_a_band(tmp_path: Path, count: int) -> None:
+    run = report.load_run(make_workdir(tmp_path, [f"c{i}" for i in range(count)]))
+    (axes,) = report.clients_figure(run).axes
+    lines, bands = len(axes.get_lines()), len(axes.collections)
+    assert (lines, bands) == ((12, 0) if count == 12 else (3, 2))
+    assert any("c12" in str(line.get_label()) for line in axes.get_lines()) == (count == 13)
+
+
+def test_thousands_of_clients_are_histograms_and_a_table_of_bounded_length(tmp_path: Path) -> None:
+    names = [f"site_{i:04d}" for i in range(3000)]
+    text = check(report.write_report(make_workdir(tmp_path, names)))
+    assert text.count("<th>site_") == report.MAX_ROWS and "<th>site_2999</th>" in text
+    assert len(text) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"every": 0}, "Nothing has been evaluated yet."),
+        ({"rounds": 1, "every": 1}, "not yet better than guessing by frequency"),
+        ({"rounds": 0}, "not yet better than guessing by frequency"),
+        ({"facts": {}}, "Held-out loss"),
+        ({"facts": {"finished": False}}, "Not finished: 20 of 20 rounds."),
+        ({"sends": False, "strategy": "centralized"}, "centralized."),
+        ({"sends": False, "strategy": "local"}, "local."),
+    ],
+)  # fmt: skip
+def test_a_run_with_little_to_tell_has_a_report(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+    text = check(report.write_report(make_workdir(tmp_path, ["a", "b"], **options)))
+    assert sentence in text
+
+
+def test_without_run_json_and_with_a_torn_line(tmp_path: Path) -> None:
+    make_workdir(tmp_path, ["a", "b"])
+    (tmp_path / "run.json").unlink()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 21, "tok')
+    assert "20 of 20" in check(report.write_report(tmp_path))
+
+
+def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
+    make_workdir(tmp_path, ["a", "b"])
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        nan = float("nan")
+        bad = {"eval_loss": nan, "eval_accuracy": nan, "eval_clients": {"a": {"loss": nan}}, "train_loss": nan}
+        log.append({"round": 21, "tokens": 99_999} | bad)
+    text = check(report.write_report(tmp_path))
+    assert "not finite: training diverged" in text and "not finite at the end, 5.401 at best" in text
+
+
+def test_the_command_prints_where_the_report_is_and_refuses_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_workdir(tmp_path / "run", ["a"])
+    assert report.main(["--workdir", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report" / "index.html")
+    assert report.main(["--workdir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "config.json" in err
+    with pytest.raises(UserError):
+        report.write_report(tmp_path / "nowhere")
+
+
+def test_importing_the_report_imports_neither_matplotlib_nor_jax() -> None:
+    code = "import sys, fedbert_jax.report; print(sorted({'matplotlib', 'jax'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_configuration_is_on_the_page(tmp_path: Path) -> None:
+    text = check(report.write_report(make_workdir(tmp_path, ["a"], local_steps=17)))
+    assert f"<tr><th>federated.local_steps</th><td>{json.dumps(17)}</td></tr>" in text

@@ -1,0 +1,80 @@
+"""The tiny model the tests share: its config, its strategies, its random text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedbert_jax import config as config_lib
+from fedbert_jax.data.masking import MaskSpec, num_masked
+from fedbert_jax.federated.strategies import STRATEGIES, Pair, Setting, State, Strategy
+from fedbert_jax.models.bert import make_segments
+from fedbert_jax.optim import make_aggregator, make_optimizer
+
+VOCAB, LENGTH = 61, 12
+
+
+def tiny_config(**changes: Any) -> config_lib.Config:
+    """A config of the tiny test model; `changes` are nested sections, `federated=dict(rounds=2)`."""
+    values: dict[str, Any] = dict(
+        model=dict(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_position_embeddings=16,
+                   unroll_layers=False),
+        data=dict(seq_len=LENGTH),
+        federated=dict(num_clients=3, local_steps=2, batch_size=2, rounds=4),
+        # The key's bias has no gradient but rounding (softmax ignores it). Adam would blow that up to a full step, and
+        # two equal programs apart: a large eps keeps zero at zero.
+        client_optimizer=dict(warmup_steps=2, learning_rate=0.01, eps=1e-3),
+        server_optimizer=dict(warmup_steps=2, learning_rate=0.01, eps=1e-3),
+        mlm=dict(mask_prob=0.25),
+    )
+    for section, keys in changes.items():
+        values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
+    config = config_lib.from_dict(values)
+    return dataclasses.replace(config, model=config_lib.resolve_model(config.model, VOCAB))
+
+
+def mask_spec(config: config_lib.Config) -> MaskSpec:
+    return MaskSpec(num_masked(config.mlm.mask_prob, config.data.seq_len), VOCAB, 4, (0, 1, 2, 3, 4), None)
+
+
+def make_setting(config: config_lib.Config, total_steps: int = 100) -> Setting:
+    f = config.federated
+    assert f.num_clients is not None
+    return Setting(
+        config=config,
+        segments=make_segments(config.model),
+        mask=mask_spec(config),
+        client_tx=make_optimizer(config.client_optimizer, "client_optimizer", total_steps),
+        server_tx=make_optimizer(config.server_optimizer, "server_optimizer", total_steps),
+        outer=make_aggregator(config.aggregator),
+        num_clients=f.num_clients,
+        cohort=f.clients_per_round or f.num_clients,
+    )
+
+
+def make_strategy(config: config_lib.Config) -> tuple[Setting, Strategy, State]:
+    """The strategy of a config and its first state."""
+    setting = make_setting(config)
+    strategy = STRATEGIES[config.federated.strategy](setting)
+    return setting, strategy, strategy.init(Pair(*setting.segments.init(jax.random.key(config.seed))))
+
+
+def random_blocks(seed: int, *shape: int) -> jax.Array:
+    """Token blocks [*shape, T] that begin with [CLS] and hold a [SEP]."""
+    tokens = np.random.default_rng(seed).integers(5, VOCAB, (*shape, LENGTH))
+    tokens[..., 0], tokens[..., 5] = 2, 3
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def assert_trees_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Compares two pytrees leaf by leaf; names the leaf that differs."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path)
+        )
