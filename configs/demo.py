@@ -22,9 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.preset = "tiny"
 
     config.federated.strategy = "parallel"
-    config.federated.local_steps = 4
-    config.federated.batch_size = 8
-    config.federated.rounds = 240
+    config.federated.local_steps = 8
+    config.federated.batch_size = 4
+    config.federated.rounds = 140
 
     for optimizer in (config.client_optimizer, config.server_optimizer):
         optimizer.name = "adamw"

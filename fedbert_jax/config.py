@@ -91,9 +91,9 @@ class FederatedConfig:
     body: Literal["pooled", "merged", "private"] = "pooled"  # parallel: what the server does with its part
     num_clients: int | None = None  # None: as many as the natural partition has
     clients_per_round: int | None = None  # None: all of them
-    local_steps: int = 4
-    rounds: int = 200
-    batch_size: int = 8  # sequences per client per step
+    local_steps: int = 8
+    rounds: int = 140
+    batch_size: int = 4  # sequences per client per step
     weighting: Literal["examples", "uniform"] = "examples"
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
     client_optimizer_state: Literal["average", "reset", "keep"] = "average"  # at the start of a round

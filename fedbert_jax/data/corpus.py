@@ -86,12 +86,12 @@ def _join(rows: Iterable[tuple[str, str]], data: DataConfig, starts: Callable[[s
     current = ""
     for text, group in rows:
         if parts and (group != current or starts(text)):
-            yield Document("\n".join(parts), current)
+            yield Document("\n".join(parts).strip(), current)
             parts = []
         parts.append(text)
         current = group
     if parts:
-        yield Document("\n".join(parts), current)
+        yield Document("\n".join(parts).strip(), current)
 
 
 def _pattern(key: str, value: str) -> re.Pattern[str]:
@@ -103,13 +103,13 @@ def _pattern(key: str, value: str) -> re.Pattern[str]:
 
 def _read_text(what: str, data: DataConfig) -> Iterator[Document]:
     client = _pattern("data.client_pattern", data.client_pattern) if data.client_pattern else None
-    if client is not None and client.groups < 1:
+    if client and not client.groups:
         raise UserError(f"data.client_pattern={data.client_pattern!r} has no (group) to take the client's name from.")
     for path in _find_files(what):
         group = path.absolute().parent.name
-        if client is not None:
+        if client:
             match = client.search(path.name)
-            if match is None or match[1] is None:
+            if not match or match[1] is None:
                 raise UserError(f"data.client_pattern={data.client_pattern!r} does not match the file name of {path}.")
             group = match[1]
         if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
@@ -215,6 +215,8 @@ def _read_docs(what: str, data: DataConfig) -> Iterator[Document]:
     try:
         with gzip.open(cache, "rt", encoding="utf-8") as file:
             documents = [Document(text, group) for group, text in map(json.loads, file)]
+        if not documents:
+            raise EOFError  # an empty file is a valid gzip file
     except (OSError, EOFError, zlib.error, ValueError, TypeError):  # absent, or damaged and made again
         texts = iter(_extract_all([path for paths in files.values() for path in paths]))
         documents = [Document(t, name) for name, paths in files.items() for _ in paths for t in next(texts)]
@@ -273,8 +275,7 @@ def _extract_in_child(files: Sequence[Path]) -> list[list[str]]:
 def _extract(files: Iterable[str | Path]) -> list[list[str]]:
     """Returns the docstrings of at least DOCS_MIN_WORDS words in each file; one that does not parse has none."""
     result = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+    with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
         for path in files:
             tree: ast.AST = ast.Module([], [])
             with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):

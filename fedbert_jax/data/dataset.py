@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from fedbert_jax.errors import ConfigError, UserError
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of the prepared directory
+FORMAT = 1  # of the prepared directory; raise it when the same config makes other blocks
 TABLE_ROWS, TABLE_LARGEST, TABLE_SMALLEST = 40, 10, 5
 
 log = logging.getLogger(__name__)
@@ -103,9 +103,7 @@ def prepare(
     shutil.rmtree(unfinished, ignore_errors=True)
     if not (directory / "meta.json").exists():
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(
-                f"{directory} holds something that is not prepared data; move it, or give another --workdir."
-            )
+            raise UserError(f"{directory} holds something else than prepared data; give another --workdir.")
         unfinished.mkdir(parents=True)
         try:
             _make(config, unfinished, warn, progress)
@@ -120,20 +118,19 @@ def _origin(config: Config) -> dict[str, Any]:
     """What decides the data; a directory made from anything else is not this run's."""
     data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir")}
     init_from = config.model.init_from if not config.data.tokenizer else ""
-    return {"seed": config.seed, "num_clients": config.federated.num_clients, "init_from": init_from, **data}
+    data |= {"num_clients": config.federated.num_clients, "init_from": init_from}
+    return {"format": FORMAT, "seed": config.seed} | data
 
 
 def _load(config: Config, directory: Path) -> tuple[Dataset, PreTrainedTokenizerFast]:
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        version, origin = meta["format"], meta["origin"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{directory}/meta.json is damaged; remove {directory} to prepare the data again.") from error
-    if version != FORMAT:
-        raise UserError(f"{directory} is prepared data of format {version}, not {FORMAT}; give another --workdir.")
-    for key, value in _origin(config).items():
-        if origin.get(key) != value:
-            was = origin.get(key)
+    ours = _origin(config)
+    for key, was in meta["origin"].items():
+        value = ours.get(key, was)
+        if was != value:
             raise UserError(f"{directory} was prepared with {key}={was!r}, not {value!r}; give another --workdir.")
     summary = tuple(ClientSummary(**client) for client in meta["clients"])
     _check_cohort(config, len(summary))
@@ -183,14 +180,13 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
     clients = []
     for (share, train, heldout), divergence in zip(kept, divergences, strict=True):
         mine = np.concatenate([share.train, share.heldout])
-        client = ClientSummary(
+        summary = ClientSummary(
             name=share.name, documents=len(mine), words=int(words[mine].sum()), train_blocks=train,
             heldout_blocks=heldout, tokens=train * data.seq_len, share=train / len(blocks.tokens),
             js_divergence=float(divergence),
         )  # fmt: skip
-        clients.append(dataclasses.asdict(client))
-    meta = {"format": FORMAT, "origin": _origin(config), "special_ids": special, "clients": clients}
-    meta["unigram"] = unigram.tolist()
+        clients.append(dataclasses.asdict(summary))
+    meta = {"origin": _origin(config), "special_ids": special, "unigram": unigram.tolist(), "clients": clients}
     (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -228,8 +224,7 @@ def _write_blocks(
         for share in shares:
             before = train.num_blocks, heldout.num_blocks
             for writer, part in ((train, share.train), (heldout, share.heldout)):
-                mine: Iterator[np.ndarray] = itertools.islice(ids, len(part))
-                for blocks in pack(mine, seq_len, cls_id, sep_id):
+                for blocks in pack(itertools.islice(ids, len(part)), seq_len, cls_id, sep_id):
                     if writer is train or train.num_blocks > before[0]:
                         writer.append(blocks)
             sizes.append((train.num_blocks - before[0], heldout.num_blocks - before[1]))
@@ -240,10 +235,10 @@ def _report_small(names: Sequence[str], config: Config, warn: Callable[[str], No
     if not names:
         return
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    what = f"less training text than one block of data.seq_len={config.data.seq_len} tokens: {listed}"
+    what = f"without text for one training block of data.seq_len={config.data.seq_len} tokens: {listed}"
     if config.data.small_clients == "error":
-        raise UserError(f"data.small_clients='error': {len(names):,} clients have {what}.")
-    warn(f"{len(names):,} clients are dropped, since they have {what}.")
+        raise UserError(f"data.small_clients='error' refuses clients ({len(names):,} here) {what}.")
+    warn(f"dropped {len(names):,} of the clients, those {what}.")
 
 
 def _check_cohort(config: Config, num_clients: int) -> None:
@@ -255,8 +250,8 @@ def _check_cohort(config: Config, num_clients: int) -> None:
         )
     if per_round is not None and per_round > num_clients:
         raise ConfigError(
-            f"config key federated.clients_per_round={per_round}: accepted: at most {num_clients}, the clients with a "
-            "training block."
+            f"config key federated.clients_per_round={per_round}: accepted: at most {num_clients}, "
+            "which is how many clients have a training block."
         )
 
 
@@ -283,8 +278,7 @@ def baselines(dataset: Dataset) -> Baselines:
 
 def client_table(dataset: Dataset) -> Table:
     """Lists the clients, largest first, and all together; of more than 40, the largest ten and the smallest five."""
-    table = Table(title=f"{len(dataset.summary):,} clients")
-    table.add_column("client")
+    table = Table("client", title=f"{len(dataset.summary):,} clients")
     for column in ("documents", "blocks", "held-out", "tokens", "share", "JS (bits)"):
         table.add_column(column, justify="right")
     clients = sorted(dataset.summary, key=lambda c: (-c.train_blocks, c.name))

@@ -1,0 +1,308 @@
+"""Preparation is whole or absent, the same in every process, and keeps held-out text out of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedbert_jax import config as config_lib
+from fedbert_jax.config import Config
+from fedbert_jax.data import dataset as dataset_lib
+from fedbert_jax.data.dataset import ClientSummary, Dataset, baselines, client_table, prepare
+from fedbert_jax.errors import UserError
+
+LENGTH = 16
+FILES = ["heldout.npy", "meta.json", "tokenizer", "train.npy"]
+
+
+def make_corpus(root: Path, clients: dict[str, int], seed: int = 0) -> Path:
+    """Writes so many documents for each client; each document holds a word of its own."""
+    rng = random.Random(seed)
+    common = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 5))) for _ in range(60)]
+    for name, count in clients.items():
+        words = rng.sample(common, 30)
+        texts = []
+        for i in range(count):
+            half = [" ".join(rng.choice(words) for _ in range(rng.randint(3, 12))) for _ in range(2)]
+            texts.append(f"{half[0]} {name}{i}q {half[1]}")
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "notes.txt").write_text("\n\n".join(texts))
+    return root
+
+
+def make_config(corpus: Path, **changes: Any) -> Config:
+    data = dict(source=f"text:{corpus}", tokenizer="train:256", seq_len=LENGTH, eval_fraction=0.2)
+    changes["data"] = data | changes.get("data", {})
+    return config_lib.from_dict(changes)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), {"west": 60, "east": 40, "north": 20})
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Any, Path]:
+    directory = tmp_path_factory.mktemp("run") / "data"
+    return *prepare(make_config(corpus), directory), directory
+
+
+def same(a: Path, b: Path) -> bool:
+    return all((a / n).read_bytes() == (b / n).read_bytes() for n in ("train.npy", "heldout.npy", "meta.json"))
+
+
+# --- what comes out ---
+
+
+def test_a_dataset_holds_every_client(prepared: tuple[Dataset, Any, Path]) -> None:
+    data, tokenizer, directory = prepared
+    assert sorted(os.listdir(directory)) == FILES
+    assert data.client_names == ("east", "north", "west")
+    assert data.vocab_size == len(tokenizer) == len(data.unigram) == 256
+    assert data.special_ids == (0, 1, 2, 3, 4)
+    for blocks in (data.train, data.heldout):
+        assert blocks.num_clients == 3 and blocks.offsets.dtype == np.int64
+        assert blocks.tokens.dtype == np.uint16 and blocks.tokens.shape == (blocks.offsets[-1], LENGTH)
+        assert (blocks.tokens[:, 0] == tokenizer.cls_token_id).all()
+        assert (blocks.sizes > 0).all()
+    assert np.array_equal(data.unigram, np.bincount(data.train.tokens.ravel(), minlength=256))
+    for c, client in enumerate(data.summary):
+        assert (client.train_blocks, client.heldout_blocks) == (data.train.sizes[c], data.heldout.sizes[c])
+        assert client.tokens == client.train_blocks * LENGTH
+        assert 0 < client.js_divergence < 1
+    assert [c.documents for c in data.summary] == [40, 20, 60]
+    assert sum(c.share for c in data.summary) == pytest.approx(1)
+
+
+def test_blocks_spell_the_clients_own_documents(prepared: tuple[Dataset, Any, Path], corpus: Path) -> None:
+    data, tokenizer, _ = prepared
+    for c, name in enumerate(data.client_names):
+        texts = (corpus / name / "notes.txt").read_text().split("\n\n")
+        for blocks in (data.train, data.heldout):
+            stream = blocks.client(c)[:, 1:].ravel().tolist()
+            pieces = " ".join(tokenizer.convert_ids_to_tokens(stream)).split(" [SEP]")
+            known = {" ".join(tokenizer.tokenize(text)) for text in texts}
+            assert {piece.strip() for piece in pieces[:-1]} <= known
+            assert len(pieces) > 2
+
+
+def test_no_document_is_both_held_out_and_trained_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    encode = dataset_lib.encode
+    monkeypatch.setattr(dataset_lib, "encode", lambda t, texts: encode(t, seen.append(list(texts)) or seen[-1]))
+    learned: list[str] = []
+    train = dataset_lib.train_tokenizer
+    monkeypatch.setattr(dataset_lib, "train_tokenizer", lambda t, *a: train(learned.extend(t) or learned, *a))  # type: ignore[func-returns-value]
+    shared = tmp_path / "c" / "both"
+    shared.mkdir(parents=True)
+    text = (corpus / "east" / "notes.txt").read_text()
+    (shared / "a.txt").write_text(text + "\n\n" + text.upper().replace(" ", "  "))
+    prepare(make_config(tmp_path / "c"), tmp_path / "data")
+    (texts,) = seen
+    assert len(texts) == len({" ".join(t.lower().split()) for t in texts}) == 40
+    assert set(learned) < set(texts) and 0 < len(texts) - len(learned) < 20  # the vocabulary saw no held-out text
+
+
+def test_a_vocabulary_past_16_bits_is_stored_in_32(corpus: Path, tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", *(f"##{c}" for c in "abcdefgh")]
+    words += [f"filler{i}" for i in range(2**16)]
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    data, _ = prepare(make_config(corpus, data={"tokenizer": str(tmp_path / "bert")}), tmp_path / "data")
+    assert data.vocab_size == len(words) > 2**16
+    assert data.train.tokens.dtype == data.heldout.tokens.dtype == np.int32
+    by_model = make_config(corpus, data={"tokenizer": ""}, model={"init_from": str(tmp_path / "bert")})
+    assert prepare(by_model, tmp_path / "by_model")[0].vocab_size == len(words)
+
+
+# --- the same data ever after ---
+
+
+def test_a_second_process_prepares_the_same(prepared: tuple[Dataset, Any, Path], corpus: Path, tmp_path: Path) -> None:
+    _, _, directory = prepared
+    config = json.dumps(config_lib.to_dict(make_config(corpus)))
+    code = f"""
+import json, pathlib
+from fedbert_jax import config
+from fedbert_jax.data.dataset import prepare
+prepare(config.from_dict(json.loads({config!r})), pathlib.Path({str(tmp_path / "data")!r}))
+"""
+    root = str(Path(dataset_lib.__file__).parents[2])
+    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    assert same(directory, tmp_path / "data")
+    assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
+
+
+def test_prepared_data_is_taken_as_it_is(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", {"a": 20, "b": 20})
+    config = make_config(corpus)
+    first, tokenizer = prepare(config, tmp_path / "data")
+    kept = {n: np.array(getattr(first, n).tokens) for n in ("train", "heldout")}
+    make_corpus(corpus, {"a": 30}, seed=5)
+    (corpus / "b" / "notes.txt").unlink()
+    stages: list[str] = []
+    again, reloaded = prepare(config, tmp_path / "data", progress=stages.append)
+    assert stages == []
+    for name, tokens in kept.items():
+        assert np.array_equal(getattr(again, name).tokens, tokens)
+        assert np.array_equal(getattr(again, name).offsets, getattr(first, name).offsets)
+        assert isinstance(getattr(again, name).tokens, np.memmap) and not getattr(again, name).tokens.flags.writeable
+    assert again.summary == first.summary and np.array_equal(again.unigram, first.unigram)
+    assert reloaded.get_vocab() == tokenizer.get_vocab()
+    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, store="memmap", cache_dir="elsewhere"))
+    prepare(cached, tmp_path / "data")  # where data is kept does not change it
+    with pytest.raises(UserError, match="prepared with seq_len=16, not 32"):
+        prepare(make_config(corpus, data={"seq_len": 32}), tmp_path / "data")
+    with pytest.raises(UserError, match="prepared with seed=0, not 1"):
+        prepare(make_config(corpus, seed=1), tmp_path / "data")
+
+
+def test_what_an_interrupted_preparation_left_is_cleared(
+    prepared: tuple[Dataset, Any, Path], corpus: Path, tmp_path: Path
+) -> None:
+    config = json.dumps(config_lib.to_dict(make_config(corpus)))
+    code = f"""
+import json, os, pathlib
+from fedbert_jax import config
+from fedbert_jax.data import dataset
+dataset.js_divergence = lambda *a: os.kill(os.getpid(), 9)  # the blocks are written, meta.json is not
+dataset.prepare(config.from_dict(json.loads({config!r})), pathlib.Path("data"))
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(dataset_lib.__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path).returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name != "data" and (left / "train.npy").stat().st_size > 1000
+    prepare(make_config(corpus), tmp_path / "data")
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    assert same(tmp_path / "data", prepared[2])
+
+
+def test_an_error_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    def interrupt(stage: str) -> None:
+        if stage.startswith("packing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make_config(corpus), tmp_path / "data", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_something_else_is_not_touched(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else"):
+        prepare(make_config(corpus), tmp_path / "data")
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "data" / "thesis.txt").rename(tmp_path / "data" / "meta.json")
+    with pytest.raises(UserError, match="damaged"):
+        prepare(make_config(corpus), tmp_path / "data")
+
+
+# --- clients too small, and too few ---
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    return make_corpus(tmp_path / "uneven", {"big": 40, "other": 40, **{f"tiny{i}": 1 for i in range(7)}})
+
+
+def long_blocks(corpus: Path, **changes: Any) -> Config:
+    changes["data"] = {"seq_len": 64} | changes.get("data", {})
+    return make_config(corpus, **changes)
+
+
+def test_small_clients_are_dropped_with_one_warning(uneven: Path, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    data, _ = prepare(long_blocks(uneven), tmp_path / "data", warn=warnings.append)
+    assert data.client_names == ("big", "other")
+    assert data.train.offsets[-1] == len(data.train.tokens) and data.heldout.offsets[-1] == len(data.heldout.tokens)
+    (warning,) = warnings
+    assert "tiny0, tiny1, tiny2, tiny3, tiny4 and 2 more" in warning and "7" in warning
+
+
+def test_a_dropped_client_leaves_nothing_held_out(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", {"big": 40})
+    for i in range(12):  # a short document and a long one: whichever is held out, the other is all there is to train on
+        (corpus / f"two{i:02d}").mkdir()
+        (corpus / f"two{i:02d}" / "a.txt").write_text(f"abc {i}\n\n" + f"hgf{i} " * 200)
+    data, _ = prepare(make_config(corpus), tmp_path / "data", warn=lambda _: None)
+    assert 1 < len(data.client_names) < 13
+    assert len(data.train.tokens) == data.train.offsets[-1] and len(data.heldout.tokens) == data.heldout.offsets[-1]
+
+
+def test_small_clients_are_refused_when_asked(uneven: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.small_clients='error'.*tiny0.* and 2 more"):
+        prepare(long_blocks(uneven, data={"small_clients": "error"}), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_cohort_larger_than_what_is_left_is_refused(uneven: Path, tmp_path: Path) -> None:
+    config = long_blocks(uneven, federated={"clients_per_round": 3})
+    with pytest.raises(UserError, match=r"federated\.clients_per_round=3: accepted: at most 2"):
+        prepare(config, tmp_path / "data", warn=lambda _: None)
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_client_left_is_refused(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", {"a": 1, "b": 1})
+    with pytest.raises(UserError, match="leaves no client"):
+        prepare(long_blocks(corpus), tmp_path / "data", warn=lambda _: None)
+
+
+def test_a_client_with_one_document_has_no_held_out_text(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", {"a": 40, "b": 30})
+    config = make_config(corpus, data={"documents": "file"})
+    data, _ = prepare(config, tmp_path / "data")
+    assert (data.train.sizes > 0).all() and data.heldout.sizes.tolist() == [0, 0]
+    assert np.isnan(baselines(data).unigram_loss) and np.isnan(baselines(data).commonest_accuracy)
+
+
+# --- tables and baselines ---
+
+
+def test_baselines_by_hand(prepared: tuple[Dataset, Any, Path]) -> None:
+    data = prepared[0]
+    train = [t for t in data.train.tokens.ravel().tolist() if t not in data.special_ids]
+    held = [t for t in data.heldout.tokens.ravel().tolist() if t not in data.special_ids]
+    commonest = max(set(train), key=lambda t: (train.count(t), -t))
+    found = baselines(data)
+    assert found.commonest_accuracy == pytest.approx(held.count(commonest) / len(held))
+    size = data.vocab_size - len(data.special_ids)
+    loss = -np.mean([np.log((train.count(t) + 1) / (len(train) + size)) for t in held])
+    assert found.unigram_loss == pytest.approx(loss)
+    assert found.unigram_loss < np.log(size)
+
+
+def printed(data: Dataset) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(client_table(data))
+    return out.getvalue()
+
+
+def test_the_table_lists_few_clients_whole(prepared: tuple[Dataset, Any, Path]) -> None:
+    text = printed(prepared[0])
+    assert all(name in text for name in ("east", "north", "west", "all"))
+    assert f"{sum(c.tokens for c in prepared[0].summary):,}" in text
+
+
+def test_the_table_abridges_many_clients(prepared: tuple[Dataset, Any, Path]) -> None:
+    many = tuple(ClientSummary(f"[c{i:02d}]", 2, 9, i + 1, 1, 16 * (i + 1), 0.01, 0.25) for i in range(50))
+    text = printed(dataclasses.replace(prepared[0], summary=many))
+    shown = {f"[c{i:02d}]" for i in (*range(5), *range(40, 50))}
+    assert {name for name in (c.name for c in many) if name in text} == shown
+    assert "35 more" in text and "0.250" in text and f"{sum(range(1, 51)):,}" in text

@@ -1,0 +1,153 @@
+"""A run killed at any moment and started again ends as one that never stopped (invariant 6)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import command, environment, run, write_corpus
+from safetensors.numpy import load_file
+
+TIMES = {"seconds", "tokens_per_second"}
+
+# The command, in a process that kills itself with SIGKILL while orbax is writing the checkpoint of round 6.
+IN_A_SAVE = """
+import os, signal, sys, threading
+import orbax.checkpoint as ocp
+save = ocp.CheckpointManager.save
+def killed(self, step, *args, **kwargs):
+    result = save(self, step, *args, **kwargs)
+    if step == 6:
+        found = [n for n in os.listdir(self.directory) if n.startswith("6")]
+        print("in flight:", found, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+ocp.CheckpointManager.save = killed
+from fedbert_jax import cli, main
+sys.argv = ["main"] + sys.argv[1:]
+cli.run(main.main)
+"""
+
+
+def lines(workdir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+
+
+def finished_rounds(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
+
+
+def kill_after(args: list[str], workdir: Path, rounds: int, number: int = signal.SIGKILL) -> subprocess.Popen:
+    """Starts the command and sends the signal when so many rounds are written."""
+    process = subprocess.Popen(args, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 240
+    while finished_rounds(workdir) < rounds and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.wait(60)
+    return process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    config = write_corpus(folder)
+    done = run(*command(config, folder / "undisturbed"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return config, folder / "undisturbed"
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    assert lines(workdir) == lines(reference)
+    ours, theirs = (load_file(d / "hf" / "model.safetensors") for d in (workdir, reference))
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+    assert (workdir / "hf" / "model.safetensors").read_bytes() == (reference / "hf" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_four_times_and_resumed(undisturbed, tmp_path):
+    config, reference = undisturbed
+    workdir = tmp_path / "killed"
+    args = command(config, workdir)
+    kill_after(args, workdir, 1)  # before there is any checkpoint
+    kill_after(args, workdir, 5)  # between checkpoints
+    in_save = subprocess.run(
+        [sys.executable, "-c", IN_A_SAVE, *args[3:]], env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert in_save.returncode == -signal.SIGKILL, in_save.stdout + in_save.stderr
+    assert "orbax-checkpoint-tmp" in in_save.stdout  # the save was under way, not done
+    rng = np.random.default_rng()  # any moment: another one each time the tests run
+    kill_after(args, workdir, int(rng.integers(6, 12)))
+    done = run(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_everything(undisturbed, tmp_path):
+    """Exit code 130, a checkpoint of the last finished round, no traceback; resuming ends the same."""
+    config, reference = undisturbed
+    workdir = tmp_path / "interrupted"
+    process = kill_after(command(config, workdir), workdir, 4, signal.SIGINT)
+    said = process.stdout.read()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "the same command goes on from there" in said
+    done = run(*command(config, workdir))
+    assert f"resuming after round {finished_in(said)}" in done.stdout
+    assert_same_run(workdir, reference)
+
+
+def finished_in(said: str) -> int:
+    return int(said.split("stopped after round ")[1].split(";")[0])
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+    config, reference = undisturbed
+    before = (reference / "metrics.jsonl").read_bytes()
+    done = run(*command(config, reference))
+    assert done.returncode == 0, done.stderr
+    assert (reference / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_on_an_old_workdir_is_refused(undisturbed):
+    config, reference = undisturbed
+    done = run(*command(config, reference, "federated.local_steps=3", "seed=5"))
+    assert done.returncode == 2
+    assert "federated.local_steps (was 2, now 3)" in done.stderr and "seed (was 0, now 5)" in done.stderr
+    done = run(*command(config, reference, "checkpoint.keep=7"))
+    assert done.returncode == 2 and "--config.resume=force" in done.stderr
+    done = run(*command(config, reference, "federated.local_steps=3", "resume=force"))
+    assert done.returncode == 2 and "another --workdir" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(undisturbed, tmp_path):
+    import shutil
+
+    config, reference = undisturbed
+    workdir = tmp_path / "damaged"
+    shutil.copytree(reference, workdir)
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    files = [f for f in newest.rglob("*") if f.is_file() and f.stat().st_size > 500]
+    for file in files:
+        data = bytearray(file.read_bytes())
+        for place in range(0, len(data), 7):
+            data[place] ^= 0xFF
+        file.write_bytes(data)
+    done = run(*command(config, workdir))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert str(newest) in done.stderr and "delete that directory to go on from round 9" in done.stderr
+    assert "Traceback" not in done.stderr
+    shutil.rmtree(newest)
+    done = run(*command(config, workdir))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(workdir, reference)
