@@ -57,6 +57,8 @@ def parse_flags(argv: list[str], usage: str) -> list[str]:
             if arg.startswith("--config.") and key in text and key in all_keys():
                 raise ConfigError(f"config key {key}={value!r}: {text.split(': ', 1)[-1]}.") from e
         raise ConfigError(f"{text}; see --help.") from e
+    except Exception as e:  # the config file's own code runs here
+        raise ConfigError(f"the config file fails: {type(e).__name__}: {e}") from e
 
 
 def load_config(value: Any) -> Config:
@@ -65,9 +67,8 @@ def load_config(value: Any) -> Config:
     Raises:
       ConfigError: if the file is missing, fails, or has a key or value that can't be used.
     """
-    path = flags.FLAGS["config"].default if value is None else None
     if value is None:
-        raise ConfigError(f"no config given{f' ({path})' if path else ''}; accepted: --config configs/NAME.py.")
+        raise ConfigError("no config given; accepted: --config configs/NAME.py.")
     try:
         to_dict = value.to_dict
     except FileNotFoundError as e:

@@ -285,9 +285,9 @@ def unknown_key(key: str) -> ConfigError:
     near = difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.5)
     group = key.rpartition(".")[0]
     siblings = [k for k in all_keys() if k.rpartition(".")[0] == group]
-    accepted = ", ".join(siblings) if siblings else "one of the sections " + ", ".join(
-        sorted({k.split(".")[0] for k in all_keys()})
-    )
+    if not group or not siblings:
+        siblings = sorted({k.split(".")[0] for k in all_keys()})
+    accepted = ", ".join(siblings)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return ConfigError(f"config key {key} does not exist{hint}; accepted: {accepted}.")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedbert_jax.config import AggregatorConfig, OptimizerConfig
+from fedbert_jax.config import AggregatorConfig, Config, OptimizerConfig
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.models.bert import Params
 
@@ -79,6 +79,13 @@ def make_aggregator(config: AggregatorConfig) -> optax.GradientTransformation | 
     plain = config.name == "sgd" and config.learning_rate == 1.0 and not config.momentum
     tx = _optax(config, "aggregator", learning_rate=config.learning_rate)
     return None if plain else tx
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` for an optimizer argument that its optimizer doesn't take."""
+    make_optimizer(config.client_optimizer, "client_optimizer", 1)
+    make_optimizer(config.server_optimizer, "server_optimizer", 1)
+    make_aggregator(config.aggregator)
 
 
 def decays(params: Params) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedbert_jax import optim
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
@@ -43,6 +44,7 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
       UserError: for what the user can mend.
     """
     console = console or Console(highlight=False)
+    optim.check(config)
     workdir, _lock = open_workdir(root)
     old = workdir.read_config() if workdir.exists() else None
     if old is not None:

@@ -90,7 +90,7 @@ def prepare(
     Args:
       config: of the run.
       directory: where the data is or goes.
-      warn: is told once, in a sentence, of clients dropped because they fill no block.
+      warn: is told in a sentence of clients dropped because they fill no block, and of having no held-out text.
       progress: is told of each stage as it begins.
 
     Returns:
@@ -170,11 +170,12 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
     kept = [(share, train, heldout) for share, (train, heldout) in zip(shares, sizes, strict=True) if train]
     _report_small([share.name for share, (train, _) in zip(shares, sizes, strict=True) if not train], config, warn)
     _check_cohort(config, len(kept))
+    if not any(heldout for *_, heldout in kept):
+        warn("no client holds out as much as one block, so nothing will be evaluated; raise data.eval_fraction.")
 
     blocks = _open(directory / "train.npy", [train for _, train, _ in kept])
     unigram = _count(blocks.tokens, vocab_size(tokenizer))
-    usual = np.ones(len(unigram), dtype=bool)
-    usual[list(special)] = False  # [CLS] is as often in every client's blocks
+    usual = ~np.isin(np.arange(len(unigram)), special)  # [CLS] is as often in every client's blocks
     each = (_count(blocks.client(c), len(unigram)) * usual for c in range(blocks.num_clients))
     divergences = js_divergence(each, unigram * usual)
     clients = []
@@ -265,8 +266,7 @@ def _count(blocks: np.ndarray, size: int) -> np.ndarray:
 
 def baselines(dataset: Dataset) -> Baselines:
     """Scores guessing by training frequency on the held-out tokens; special tokens are neither guessed nor scored."""
-    usual = np.ones(dataset.vocab_size, dtype=bool)
-    usual[list(dataset.special_ids)] = False
+    usual = ~np.isin(np.arange(dataset.vocab_size), dataset.special_ids)
     counts = _count(dataset.heldout.tokens, dataset.vocab_size)[usual]
     train = dataset.unigram[usual]
     total = int(counts.sum())

@@ -46,7 +46,7 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec) -> MaskedBatc
       tokens: integers [B, T].
       spec: the vocabulary's facts.
     """
-    tokens = tokens.astype(jnp.int32)
+    tokens = jnp.asarray(tokens, jnp.int32)
     rows, length, m = tokens.shape[0], tokens.shape[1], spec.num_masked
     # One call of the generator for all three draws: it is what costs most to compile.
     bits = jax.random.bits(key, (rows, length + 2 * m), jnp.uint32)

@@ -36,6 +36,30 @@ def fold_in(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016), of x [...].
+
+    On CPU its gradient is kept out of its neighbours' fusions: there the compiler would compute the erf again for the
+    matmul and for the bias's sum, which made the feed-forward's backward pass a third slower.
+    """
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    cdf = 0.5 * (1.0 + jax.lax.erf(x * 2.0**-0.5))
+    pdf = jnp.exp(-0.5 * x * x) * (2.0 * jnp.pi) ** -0.5
+    dx = g * (cdf + x * pdf)
+    return (jax.lax.optimization_barrier(dx) if jax.default_backend() == "cpu" else dx,)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation in float32, whatever comes in; returns the type that came in."""
 
@@ -64,8 +88,8 @@ class SelfAttention(nnx.Module):
         self, x: jax.Array, shape: tuple[int, int], mask: jax.Array | None, keys: jax.Array | None
     ) -> jax.Array:
         batch, length = shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, -1)  # [B, T, 3, H, D/H]
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        qkv = self.qkv(x)  # [B*T, 3, D]
+        q, k, v = (qkv[:, n].reshape(batch, length, self.num_heads, -1) for n in range(3))  # [B, T, H, D/H]
         mask = None if mask is None else mask[:, None, None, :].astype(bool)  # [B, 1, 1, T]
         if keys is None or self.dropout_rate == 0.0:
             y = jax.nn.dot_product_attention(q, k, v, mask=mask)
@@ -98,7 +122,7 @@ class Layer(nnx.Module):
         # Flat rows: XLA on CPU multiplies [B*T, D] by 12-18% faster than [B, T, D].
         drop = lambda y, n: dropout(y.reshape(*shape, -1), self.dropout_rate, fold_in(keys, n)).reshape(y.shape)  # noqa: E731
         x = self.attention_norm(x + drop(self.attention(x, shape, mask, fold_in(keys, 0)), 1))
-        y = self.down(jax.nn.gelu(self.up(x), approximate=False))
+        y = self.down(gelu(self.up(x)))
         return self.output_norm(x + drop(y, 2))
 
 
@@ -133,7 +157,7 @@ class MlmHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,)))
 
     def __call__(self, z: jax.Array, table: jax.Array) -> jax.Array:
-        x = self.norm(jax.nn.gelu(self.dense(z), approximate=False))
+        x = self.norm(gelu(self.dense(z)))
         contract = (((1,), (1,)), ((), ()))
         logits = jax.lax.dot_general(x, table.astype(x.dtype), contract, preferred_element_type=jnp.float32)
         return logits + self.bias[None, :]

@@ -267,7 +267,9 @@ def test_no_client_left_is_refused(tmp_path: Path) -> None:
 def test_a_client_with_one_document_has_no_held_out_text(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", {"a": 40, "b": 30})
     config = make_config(corpus, data={"documents": "file"})
-    data, _ = prepare(config, tmp_path / "data")
+    warnings: list[str] = []
+    data, _ = prepare(config, tmp_path / "data", warn=warnings.append)
+    assert len(warnings) == 1 and "data.eval_fraction" in warnings[0]
     assert (data.train.sizes > 0).all() and data.heldout.sizes.tolist() == [0, 0]
     assert np.isnan(baselines(data).unigram_loss) and np.isnan(baselines(data).commonest_accuracy)
 

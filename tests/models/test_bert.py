@@ -97,7 +97,7 @@ def test_gradients_equal_torchs(pair):
 
 @pytest.mark.parametrize("change", [dict(unroll_layers=True), dict(remat="full"), dict(remat="dots")])
 def test_scanning_unrolling_and_remat_are_one_function(segments, change):
-    client, server = jax.jit(segments.init)(jax.random.key(0))
+    _, server = jax.jit(segments.init)(jax.random.key(0))
     other = make_segments(tiny_config(model=change).model)
     h = jax.random.normal(jax.random.key(1), (2, 12, 16))
 

@@ -1,0 +1,90 @@
+"""fedbert_jax's side of the step benchmark: a strategy's real round, compiled as the simulation compiles it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.pairs import Side, guess_loss
+from benchmarks.sizes import CLS, LEARNING_RATE, MASK, MASK_PROB, PAD, SEP, UNK, WEIGHT_DECAY, Size, random_blocks
+from fedbert_jax import config as config_lib
+from fedbert_jax.data.masking import MaskSpec, num_masked
+from fedbert_jax.federated.split import joined_loss
+from fedbert_jax.federated.strategies import STRATEGIES, Pair, RoundInputs, Setting
+from fedbert_jax.models.bert import make_segments
+from fedbert_jax.optim import make_aggregator, make_optimizer
+
+
+def round_side(size: Size, strategy: str, local_steps: int) -> Side:
+    """Compiles a strategy's round of `local_steps` steps: masking, both optimizers and averaging, with donated state.
+
+    `centralized` trains the same C * B sequences a step as one batch.
+    """
+    setting = make_setting(size, strategy, local_steps)
+    chosen = STRATEGIES[strategy](setting)
+    tokens = random_blocks(size, local_steps)
+    if strategy == "centralized":
+        tokens = tokens.reshape(local_steps, 1, size.rows, size.length)
+    clients = tokens.shape[1]
+    inputs = RoundInputs(
+        jnp.asarray(tokens), jnp.arange(clients, dtype=jnp.int32), jnp.full(clients, 1 / clients, jnp.float32), jnp.int32(0)
+    )
+    state = jax.jit(lambda: chosen.init(Pair(*setting.segments.init(jax.random.key(0)))))()
+    initial = float(_initial_loss(setting, state.model, inputs))
+
+    start = time.perf_counter()
+    compiled = jax.jit(chosen.round, donate_argnums=0).lower(state, inputs).compile()
+    compile_seconds = time.perf_counter() - start
+    rounds = 0
+
+    def run() -> float:
+        nonlocal state, rounds
+        state, metrics = compiled(state, inputs._replace(round=jnp.int32(rounds)))
+        rounds += 1
+        jax.block_until_ready((state, metrics))
+        return float(metrics.loss)
+
+    tokens_per_round = size.tokens * local_steps
+    return Side(
+        f"JAX {strategy}, {local_steps} local step{'s' * (local_steps > 1)}", tokens_per_round, run,
+        guess_loss(size.vocab), initial, compile_seconds,
+    )  # fmt: skip
+
+
+def make_setting(size: Size, strategy: str, local_steps: int) -> Setting:
+    """Builds what a strategy is made from, with AdamW at a constant rate and no clipping in both segments."""
+    adamw = dict(
+        name="adamw", learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, clip_norm=None,
+        weight_decay=WEIGHT_DECAY,
+    )  # fmt: skip
+    config = config_lib.from_dict(dict(
+        model=dict(hidden_size=size.hidden, num_layers=size.layers, num_heads=size.heads),
+        data=dict(seq_len=size.length),
+        federated=dict(strategy=strategy, num_clients=size.clients, local_steps=local_steps, batch_size=size.batch),
+        client_optimizer=adamw,
+        server_optimizer=adamw,
+        mlm=dict(mask_prob=MASK_PROB),
+    ))  # fmt: skip
+    config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, size.vocab))
+    special = (PAD, UNK, CLS, SEP, MASK)
+    return Setting(
+        config=config,
+        segments=make_segments(config.model),  # float32
+        mask=MaskSpec(num_masked(MASK_PROB, size.length), size.vocab, MASK, special, None),
+        client_tx=make_optimizer(config.client_optimizer, "client_optimizer", 1),
+        server_tx=make_optimizer(config.server_optimizer, "server_optimizer", 1),
+        outer=make_aggregator(config.aggregator),
+        num_clients=size.clients,
+        cohort=size.clients,
+    )
+
+
+def _initial_loss(setting: Setting, model: Pair, inputs: RoundInputs) -> jax.Array:
+    def loss(model: Pair, blocks: jax.Array) -> jax.Array:
+        batch, _ = setting.draw(blocks, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        return joined_loss(setting.segments, model.client, model.server, batch)
+
+    return jax.jit(loss)(model, inputs.tokens[0].reshape(-1, inputs.tokens.shape[-1]))

@@ -1,0 +1,216 @@
+"""The command line: a user's mistake is one sentence and exit code 2, before anything expensive starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from corpus import command, run, write_corpus
+from rich.console import Console
+
+from fedbert_jax import config as config_lib
+from fedbert_jax.config import default_config, from_dict
+from fedbert_jax.errors import ConfigError, DivergedError, UserError
+from fedbert_jax.train import train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), clients=2, documents=12)
+
+
+def load(config_file: Path, **changes):
+    """The test config as a `Config`, with dotted keys changed."""
+    scope: dict = {"__file__": str(config_file)}
+    exec(compile(config_file.read_text(), str(config_file), "exec"), scope)
+    values = scope["get_config"]()
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        node = values
+        for part in section.split("__") if section else []:
+            node = node[part]
+        node[name] = value
+    return from_dict(values)
+
+
+# --- through the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("federated.roundz=3", ["federated.roundz", "did you mean federated.rounds"]),
+        ("bogus=1", ["config key bogus does not exist", "federated"]),
+        ("federated.rounds=many", ["federated.rounds", "'many'"]),
+        ("federated.strategy=paralel", ["federated.strategy='paralel'", "'parallel'"]),
+        ("data.seq_len=64", ["data.seq_len=64", "max_position_embeddings=32"]),
+    ],
+)
+def test_a_bad_override_is_one_sentence(config_file, tmp_path, override, words):
+    done = run(*command(config_file, tmp_path / "w", override))
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_missing_config_file(tmp_path):
+    done = run(*command(tmp_path / "none.py", tmp_path / "w"))
+    assert done.returncode == 2
+    assert "none.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_config_file_that_fails(tmp_path):
+    (tmp_path / "bad.py").write_text("def get_config():\n    return 1 / 0\n")
+    done = run(*command(tmp_path / "bad.py", tmp_path / "w"))
+    assert done.returncode == 2
+    assert "ZeroDivisionError" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_config_and_no_workdir(config_file):
+    done = run(sys.executable, "-m", "fedbert_jax.main")
+    assert done.returncode == 2 and "--config configs/NAME.py" in done.stderr
+    done = run(sys.executable, "-m", "fedbert_jax.main", "--config", config_file)
+    assert done.returncode == 2 and "--workdir DIR" in done.stderr
+
+
+def test_a_mistake_in_the_data_leaves_the_command_with_2(config_file, tmp_path):
+    done = run(*command(config_file, tmp_path / "w", "data.source=text:/nowhere/*.txt"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "/nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- the config, once, at the edge -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(federated=dict(roundz=1)), r"federated\.roundz does not exist"),
+        (dict(nonsense=dict(a=1)), "nonsense does not exist"),
+        (dict(federated=3), "federated=3 is a section"),
+        (dict(federated=dict(rounds="3")), r"federated\.rounds='3' is str; accepted: int"),
+        (dict(federated=dict(rounds=True)), "is bool; accepted: int"),
+        (dict(federated=dict(rounds=2.5)), "is float; accepted: int"),
+        (dict(federated=dict(rounds=0)), r"federated\.rounds=0: accepted: an integer of at least 1"),
+        (dict(federated=dict(num_clients=4, clients_per_round=5)), r"clients_per_round=5.*at most.*num_clients=4"),
+        (dict(federated=dict(strategy="fedavg", body="private")), r"federated\.body='private'"),
+        (dict(federated=dict(num_clients=4, clients_per_round=2, client_optimizer_state="keep")), "all clients"),
+        (dict(federated=dict(strategy="local", num_clients=4, clients_per_round=2)), "all clients"),
+        (dict(federated=dict(strategy="fedavg", client_optimizer_state="keep")), "'average' or 'reset'"),
+        (dict(data=dict(partition=dict(kind="iid"))), r"federated\.num_clients=None"),
+        (dict(data=dict(partition=dict(alpha=0.0))), r"data\.partition\.alpha"),
+        (dict(data=dict(seq_len=1024)), r"data\.seq_len=1024.*max_position_embeddings=512"),
+        (dict(data=dict(source="web:x")), r"data\.source='web:x'.*docs:"),
+        (dict(data=dict(source="text:")), "followed by what to read"),
+        (dict(data=dict(tokenizer="train:few")), "train:SIZE"),
+        (dict(data=dict(eval_fraction=1.0)), r"data\.eval_fraction=1\.0"),
+        (dict(mlm=dict(mask_prob=0.0)), r"mlm\.mask_prob"),
+        (dict(model=dict(preset="huge")), "'tiny', 'mini', 'small'"),
+        (dict(model=dict(hidden_size=100, num_heads=3)), r"multiple of model\.num_heads=3"),
+        (dict(client_optimizer=dict(name="adamx")), "'adamw', 'adam'"),
+        (dict(server_optimizer=dict(warmup_steps=10, decay_steps=5)), r"more than server_optimizer\.warmup_steps=10"),
+        (dict(wire=dict(codec="float8")), "'float32', 'bfloat16'"),
+        (dict(fill_mask=[1]), "a tuple of str"),
+    ],
+)
+def test_what_a_config_refuses(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        from_dict(changes)
+
+
+def test_an_optimizers_arguments_are_its_own(config_file, tmp_path):
+    config = load(config_file, client_optimizer__momentum=0.9)
+    with pytest.raises(ConfigError, match=r"client_optimizer\.momentum=0\.9.*adamw.*b1, b2, eps"):
+        train(config, tmp_path, QUIET)
+
+
+def test_defaults_are_a_valid_config_and_survive_the_round_trip():
+    config = from_dict(default_config())
+    assert config == config_lib.Config()
+    assert from_dict(config_lib.to_dict(config)) == config
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_configs_of_the_repository_are_valid(path):
+    scope: dict = {}
+    exec(compile(path.read_text(), str(path), "exec"), scope)
+    assert len(scope["__doc__"]) > 100  # says what it does, costs and reaches
+    from_dict(scope["get_config"]())
+
+
+# --- the data and the workdir ----------------------------------------------------------------------------------------
+
+
+def test_an_empty_corpus(config_file, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("\n \n")
+    with pytest.raises(UserError, match="no text"):
+        train(load(config_file, data__source=f"text:{tmp_path / 'text'}"), tmp_path / "w", QUIET)
+
+
+def test_a_text_that_is_not_utf8(config_file, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt.*UTF-8"):
+        train(load(config_file, data__source=f"text:{tmp_path / 'text'}"), tmp_path / "w", QUIET)
+
+
+def small_client(tmp_path: Path) -> str:
+    """Text with a client that fills no block."""
+    folder = write_corpus(tmp_path, clients=2, documents=12).parent / "text"
+    (folder / "small").mkdir()
+    (folder / "small" / "one.txt").write_text("a few words")
+    return f"text:{folder}"
+
+
+def test_a_client_with_too_little_text_is_refused_or_dropped(config_file, tmp_path):
+    source = small_client(tmp_path)
+    with pytest.raises(UserError, match="small"):
+        train(load(config_file, data__source=source, data__small_clients="error"), tmp_path / "w", QUIET)
+    from fedbert_jax.data.dataset import prepare
+
+    said: list[str] = []
+    config = load(config_file, data__source=source)
+    dataset, _ = prepare(config, tmp_path / "data", warn=said.append, progress=lambda _: None)
+    assert "small" not in dataset.client_names and dataset.train.num_clients == 2
+    assert len(said) == 1 and "small" in said[0]
+
+
+def test_more_clients_a_round_than_there_are(config_file, tmp_path):
+    with pytest.raises(UserError, match="clients_per_round"):
+        train(load(config_file, federated__clients_per_round=9), tmp_path / "w", QUIET)
+
+
+def test_a_workdir_that_cannot_be_written(config_file, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(UserError, match="can't be written"):
+        train(load(config_file), tmp_path / "file" / "w", QUIET)
+    if os.geteuid() != 0:
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        with pytest.raises(UserError, match="can't be written"):
+            train(load(config_file), locked / "w", QUIET)
+
+
+def test_a_workdir_in_use(config_file, tmp_path):
+    from fedbert_jax.workdir import open_workdir
+
+    _, lock = open_workdir(tmp_path / "w")
+    with pytest.raises(UserError, match="in use by another run"):
+        train(load(config_file), tmp_path / "w", QUIET)
+    lock.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(config_file, tmp_path):
+    huge = dict(learning_rate=1e30, warmup_steps=8, clip_norm=None, name="sgd", schedule="constant")
+    changes = {f"{side}__{k}": v for side in ("client_optimizer", "server_optimizer") for k, v in huge.items()}
+    config = load(config_file, checkpoint__every_rounds=1, federated__local_steps=1, **changes)
+    with pytest.raises(DivergedError, match="not finite"):
+        train(config, tmp_path / "w", QUIET)
+    assert '"train_loss": NaN' not in (tmp_path / "w" / "metrics.jsonl").read_text()
