@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, scale, to_json
-from fedbert_jax.report import INK, PALETTE, curve, new_figure, panel, plot_name, to_png, token_axis
+from fedbert_jax.plots import INK, PALETTE, curve, new_figure, panel, plot_name, to_png, token_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

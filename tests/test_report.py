@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedbert_jax import report
+from fedbert_jax import plots, report
 from fedbert_jax.config import from_dict, to_dict
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import MetricsLog, to_json
@@ -112,22 +112,22 @@ def test_a_report_holds_every_client_escaped_and_nothing_from_outside(tmp_path: 
 
 def test_plots_follow_the_numbers(tmp_path: Path) -> None:
     run = report.load_run(make_workdir(tmp_path, ["a", "b", "c"]))
-    (axes,) = report.loss_figure(run).axes
+    (axes,) = plots.loss_figure(run).axes
     training, held_out, baseline = axes.get_lines()
     assert held_out.get_xdata()[-1] == pytest.approx(81.92) and "thousands" in axes.get_xlabel()
     assert held_out.get_ydata()[0] == pytest.approx(8.3) and training.get_ydata()[-1] == pytest.approx(6.0)
     assert set(baseline.get_ydata()) == {5.89}
-    assert report.accuracy_figure(run).axes[0].get_lines()[1].get_ydata()[0] == pytest.approx(6.2)
-    names = [line.get_label() for line in report.clients_figure(run).axes[0].get_lines()]
+    assert plots.accuracy_figure(run).axes[0].get_lines()[1].get_ydata()[0] == pytest.approx(6.2)
+    names = [line.get_label() for line in plots.clients_figure(run).axes[0].get_lines()]
     assert names == ["c", "b", "a"]  # as the lines end, the highest first
-    up, down = report.bytes_figure(run).axes[0].get_lines()
+    up, down = plots.bytes_figure(run).axes[0].get_lines()
     assert (up.get_ydata()[-1], down.get_ydata()[-1]) == (60.0, 40.0)
 
 
 @pytest.mark.parametrize("count", [12, 13])
 def test_many_clients_become_a_band(tmp_path: Path, count: int) -> None:
     run = report.load_run(make_workdir(tmp_path, [f"c{i}" for i in range(count)]))
-    (axes,) = report.clients_figure(run).axes
+    (axes,) = plots.clients_figure(run).axes
     lines, bands = len(axes.get_lines()), len(axes.collections)
     assert (lines, bands) == ((12, 0) if count == 12 else (3, 2))
     assert any("c12" in str(line.get_label()) for line in axes.get_lines()) == (count == 13)
