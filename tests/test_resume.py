@@ -137,16 +137,16 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(undisturbed, tmp_path
     workdir = tmp_path / "damaged"
     shutil.copytree(reference, workdir)
     newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    files = [f for f in newest.rglob("*") if f.is_file() and f.stat().st_size > 500]
-    for file in files:
-        data = bytearray(file.read_bytes())
-        for place in range(0, len(data), 7):
-            data[place] ^= 0xFF
-        file.write_bytes(data)
-    done = run(*command(config, workdir))
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert str(newest) in done.stderr and "delete that directory to go on from round 9" in done.stderr
-    assert "Traceback" not in done.stderr
+    largest = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    whole = largest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (bytes(flipped), whole[: len(whole) // 2]):  # a flipped bit, and a file cut short
+        largest.write_bytes(damaged)
+        done = run(*command(config, workdir))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert str(newest) in done.stderr and "delete that directory to go on from round 9" in done.stderr
+        assert "Traceback" not in done.stderr
     shutil.rmtree(newest)
     done = run(*command(config, workdir))
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,7 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: flo
 
 
 def make_simulation(config: config_lib.Config, clients: int = 3, blocks: int = 7) -> Any:
-    """A `Simulation` on random blocks: client n has `blocks` + n of them, and 3 held out."""
+    """A `Simulation` on random blocks: client n has `blocks` + n % 10 of them, and 3 held out."""
     from fedbert_jax.data.blocks import TokenBlocks
     from fedbert_jax.runtime.simulation import Simulation
     from fedbert_jax.sharding import make_mesh
@@ -90,5 +90,5 @@ def make_simulation(config: config_lib.Config, clients: int = 3, blocks: int = 7
         tokens = np.asarray(random_blocks(seed, sum(sizes)), np.uint16)
         return TokenBlocks(tokens, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
-    train = store([blocks + n for n in range(clients)], seed=1)
+    train = store([blocks + n % 10 for n in range(clients)], seed=1)
     return Simulation(config, train, store([3] * clients, seed=2), mask_spec(config), make_mesh(config.mesh))

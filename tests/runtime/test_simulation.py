@@ -1,0 +1,110 @@
+"""The simulation: what feeds a round, how often it compiles, and what does not grow with the clients that exist."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+from tiny import VOCAB, make_simulation, random_blocks, tiny_config
+
+from fedbert_jax.federated.evaluation import make_eval_set, scores
+
+
+def rounds(simulation, count=3):
+    state = simulation.init_state()
+    losses = []
+    for n in range(count):
+        state, metrics = simulation.run_round(state, n)
+        losses.append(float(metrics.loss))
+    simulation.close()
+    return state, losses
+
+
+def test_text_from_memory_and_from_disk_trains_the_same():
+    ends = [rounds(make_simulation(tiny_config(data=dict(store=store)))) for store in ("device", "memmap")]
+    assert ends[0][1] == ends[1][1]
+    for a, b in zip(jax.tree.leaves(ends[0][0]), jax.tree.leaves(ends[1][0]), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
+    simulation = make_simulation(tiny_config(federated=dict(num_clients=5, clients_per_round=2)), clients=5)
+    wanted = jax.device_get(simulation.round_inputs(2))
+    rounds(simulation)
+    again = jax.device_get(simulation.round_inputs(2))
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, again, strict=True))
+
+
+def test_one_program_a_run_over_changing_cohorts_and_evaluations(caplog):
+    config = tiny_config(federated=dict(num_clients=5, clients_per_round=2, rounds=6))
+    simulation = make_simulation(config, clients=5)
+    state = simulation.init_state()
+    state, _ = simulation.run_round(state, 0)
+    simulation.evaluate(state)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for n in range(1, 6):
+            state, _ = simulation.run_round(state, n)
+            simulation.evaluate(state)
+    compiled = [r.message for r in caplog.records if "Compiling" in r.message]
+    simulation.close()
+    assert compiled == []
+    assert simulation.compiled() == 1
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "sequential", "centralized", "local", "fedavg"])
+def test_every_strategy_learns(strategy):
+    """Loss on text with something to learn falls well below where it starts."""
+    opt = dict(learning_rate=0.02, warmup_steps=5, clip_norm=None, eps=1e-6)
+    config = tiny_config(
+        federated=dict(strategy=strategy, rounds=25, local_steps=4, batch_size=4),
+        client_optimizer=opt, server_optimizer=opt,
+    )  # fmt: skip
+    simulation = make_simulation(config)
+    # Two words only: a model that learns anything learns that.
+    tokens = np.asarray(simulation.train.tokens)
+    tokens[tokens >= 5] = 5 + tokens[tokens >= 5] % 2
+    _, losses = rounds(simulation, 25)
+    assert losses[0] > 2.0
+    assert losses[-1] < 1.0
+
+
+def test_only_the_cohort_costs():
+    """Ten thousand clients, eight a round: the state and the round's arrays are as for ten."""
+    sizes = []
+    for clients in (10, 10_000):
+        config = tiny_config(federated=dict(num_clients=clients, clients_per_round=8), eval=dict(max_clients=4))
+        simulation = make_simulation(config, clients=clients, blocks=1)
+        inputs = simulation.round_inputs(0)
+        shapes = [x.shape for x in jax.tree.leaves((simulation.state_shape, inputs))]
+        sizes.append(shapes)
+        assert len(np.unique(simulation._eval_set.clients)) <= 4
+        simulation.close()
+    assert sizes[0] == sizes[1]
+
+
+def test_eval_sums_count_every_held_out_block_once():
+    offsets = np.array([0, 5, 5, 12])
+    tokens = np.asarray(random_blocks(0, 12))
+    data = make_eval_set(tokens, offsets, np.arange(3), max_blocks=6, batch=4)
+    assert data.tokens.shape == (4, 4, 12)
+    assert list(data.clients) == [0, 0, 2, 2]
+    assert data.real.sum() == 5 + 6
+    kept = data.tokens[data.real.astype(bool)]
+    assert np.array_equal(kept, np.concatenate([tokens[:5], tokens[5:11]]))
+    found = scores(np.array([[8.0, 1, 4], [4, 1, 4], [2, 4, 8], [0, 0, 0]]), data.clients)
+    assert found.loss == 14 / 16 and found.accuracy == 6 / 16
+    assert found.clients == {0: (12 / 8, 2 / 8), 2: (2 / 8, 4 / 8)}
+    assert scores(np.zeros((0, 3)), np.zeros(0, int)) is None
+
+
+def test_a_cohort_that_devices_do_not_divide_is_padded_with_weight_0():
+    simulation = make_simulation(tiny_config(federated=dict(num_clients=5)), clients=5)
+    simulation.padding = 3
+    inputs = simulation.round_inputs(0)
+    assert inputs.tokens.shape[1] == 8
+    assert list(np.asarray(inputs.weights[5:])) == [0, 0, 0]
+    assert np.isclose(inputs.weights.sum(), 1)
+    assert int(inputs.tokens.max()) < VOCAB
+    simulation.close()
