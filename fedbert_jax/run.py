@@ -17,7 +17,7 @@ from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.data.masking import MaskSpec, num_masked
 from fedbert_jax.data.tokenizer import continuation_mask, special_ids
 from fedbert_jax.errors import ConfigError, UserError
-from fedbert_jax.federated.strategies import State
+from fedbert_jax.federated.setting import State
 from fedbert_jax.runtime.simulation import Simulation
 from fedbert_jax.sharding import make_mesh
 from fedbert_jax.workdir import Workdir

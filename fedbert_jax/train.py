@@ -19,7 +19,7 @@ from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.data.dataset import baselines, client_table
 from fedbert_jax.errors import DivergedError
-from fedbert_jax.federated.strategies import RoundMetrics, State
+from fedbert_jax.federated.setting import RoundMetrics, State
 from fedbert_jax.fill_mask import fill_mask
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, read_metrics, truncate

@@ -11,7 +11,8 @@ import numpy as np
 
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, num_masked
-from fedbert_jax.federated.strategies import STRATEGIES, Pair, Setting, State, Strategy
+from fedbert_jax.federated.setting import Pair, Setting, State, Strategy
+from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 

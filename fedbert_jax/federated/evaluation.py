@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
+from fedbert_jax.federated.setting import Pair
 from fedbert_jax.federated.split import take_positions
-from fedbert_jax.federated.strategies import Pair
 from fedbert_jax.models.bert import Segments
 
 EVAL = 0x6576616C  # keeps evaluation's masks apart from training's

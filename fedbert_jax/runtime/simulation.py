@@ -16,7 +16,8 @@ from fedbert_jax.data import sampling
 from fedbert_jax.data.blocks import TokenBlocks
 from fedbert_jax.data.masking import MaskSpec
 from fedbert_jax.federated.evaluation import EvalSet, Scores, make_eval_set, make_evaluate, scores
-from fedbert_jax.federated.strategies import STRATEGIES, Pair, RoundInputs, RoundMetrics, Setting, State
+from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
+from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 from fedbert_jax.sharding import tree_shardings

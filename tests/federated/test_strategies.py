@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny import assert_trees_close, make_strategy, random_blocks, tiny_config
 
+from fedbert_jax.federated.setting import RoundInputs, split_grads
 from fedbert_jax.federated.split import joined_loss, split_step
-from fedbert_jax.federated.strategies import RoundInputs, _split_grads
 
 SGD = dict(name="sgd", learning_rate=0.5, warmup_steps=0, schedule="constant", clip_norm=None, eps=None)
 THREE = jnp.array([0.5, 0.2, 0.3])
@@ -124,7 +124,7 @@ def test_an_absent_client_changes_nothing(strategy, body):
 
 def by_hand(setting, model, opt, tokens, client, round, first):
     """One client's K steps, one at a time."""
-    grads = jax.jit(_split_grads(setting))
+    grads = jax.jit(split_grads(setting))
     update = jax.jit(setting.update)
     for k in range(tokens.shape[0]):
         batch, key = setting.draw(tokens[k], jnp.int32(round), jnp.int32(k), jnp.int32(client))

@@ -14,7 +14,8 @@ from tiny import make_setting, tiny_config
 
 from fedbert_jax.config import MeshConfig
 from fedbert_jax.errors import ConfigError
-from fedbert_jax.federated.strategies import STRATEGIES, Pair
+from fedbert_jax.federated.setting import Pair
+from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.sharding import make_mesh, tree_shardings
 
 HERE = Path(__file__).parent

@@ -1,0 +1,200 @@
+"""What strategies are made of: a run's setting, the state that changes, one client's turn, and the bytes it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedbert_jax.config import Config
+from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
+from fedbert_jax.federated.aggregate import weighted_average
+from fedbert_jax.federated.split import joined_loss, split_step
+from fedbert_jax.models.bert import Params, Segments
+from fedbert_jax.optim import Optimizer
+from fedbert_jax.sharding import constrain, constrain_clients
+from fedbert_jax.wire import message_bytes, num_bytes
+
+
+class Pair(NamedTuple):
+    """Something of the client segment and the same of the server body: parameters, gradients, optimizer states."""
+
+    client: Any
+    server: Any
+
+
+class State(NamedTuple):
+    """All that changes from round to round. A part that each client has of its own has a leading axis [N]."""
+
+    model: Pair
+    opt: Pair
+    outer: Any  # the aggregator's
+
+
+class RoundInputs(NamedTuple):
+    """One round's data, C clients. `centralized` gets C * B sequences of the pooled text as one client."""
+
+    tokens: jax.Array  # integers [K, C, B, T]
+    client_ids: jax.Array  # int32 [C]
+    weights: jax.Array  # float32 [C], summing to 1; 0 for a client that pads the cohort
+    round: jax.Array  # int32, from 0
+
+
+class RoundMetrics(NamedTuple):
+    """Means over a round's steps (and clients, by weight)."""
+
+    loss: jax.Array
+    client_norm: jax.Array  # of the gradient, before clipping
+    server_norm: jax.Array
+
+
+class Strategy(NamedTuple):
+    """What `Setting -> Strategy` returns."""
+
+    init: Callable[[Pair], State]  # from a fresh model
+    round: Callable[[State, RoundInputs], tuple[State, RoundMetrics]]
+    model_of: Callable[[State, jax.Array], Pair]  # (state, client id) -> the model that client would use
+    steps_per_round: int  # global steps: how far the schedules move in a round
+    traffic: dict[str, int]  # bytes a round, by message; names end in _up or _down
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every strategy is made from."""
+
+    config: Config
+    segments: Segments
+    mask: MaskSpec
+    client_tx: Optimizer
+    server_tx: Optimizer
+    outer: optax.GradientTransformation | None
+    num_clients: int  # N
+    cohort: int  # C
+
+    def draw(
+        self, blocks: jax.Array, round: jax.Array, step: jax.Array, client: jax.Array
+    ) -> tuple[MaskedBatch, jax.Array | None]:
+        """Masks blocks [B, T] and gives the dropout key: both functions of (seed, round, step, client) alone."""
+        key = jax.random.key(self.config.seed)
+        for part in (round, step, client):
+            key = jax.random.fold_in(key, part)
+        mask_key, dropout_key = jax.random.split(key)
+        model = self.config.model
+        drops = model.hidden_dropout > 0 or model.attention_dropout > 0
+        return mask_blocks(mask_key, blocks, self.mask), dropout_key if drops else None
+
+    def init_opt(self, model: Pair) -> Pair:
+        return Pair(self.client_tx.init(model.client), self.server_tx.init(model.server))
+
+    def update(
+        self, model: Pair, opt: Pair, grads: Pair, step: jax.Array
+    ) -> tuple[Pair, Pair, tuple[jax.Array, jax.Array]]:
+        """Steps both segments' optimizers."""
+        client, client_opt, client_norm = self.client_tx.update(grads.client, opt.client, model.client, step)
+        server, server_opt, server_norm = self.server_tx.update(grads.server, opt.server, model.server, step)
+        return Pair(client, server), Pair(client_opt, server_opt), (client_norm, server_norm)
+
+
+GradFn = Callable[[Pair, MaskedBatch, jax.Array | None], tuple[jax.Array, Pair]]
+
+
+def joined_grads(s: Setting) -> GradFn:
+    """Gradients of the uncut model."""
+
+    def grads(model: Pair, batch: MaskedBatch, key: jax.Array | None) -> tuple[jax.Array, Pair]:
+        loss = lambda m: joined_loss(s.segments, m.client, m.server, batch, key)  # noqa: E731
+        return jax.value_and_grad(loss)(model)
+
+    return grads
+
+
+def split_grads(s: Setting) -> GradFn:
+    """Gradients across the cut, one client."""
+
+    def grads(model: Pair, batch: MaskedBatch, key: jax.Array | None) -> tuple[jax.Array, Pair]:
+        one = jax.tree.map(lambda x: x[None], batch)
+        keys = None if key is None else key[None]
+        out = split_step(
+            s.segments, s.config.wire, model.client, model.server, one, jnp.ones(1), keys, shared_client=True
+        )
+        return out.loss[0], Pair(jax.tree.map(lambda x: x[0], out.client_grads), out.server_grads)
+
+    return grads
+
+
+def turn(
+    s: Setting, grad_fn: GradFn, model: Pair, opt: Pair, tokens: jax.Array, client: jax.Array, round: jax.Array,
+    first_step: jax.Array,
+) -> tuple[Pair, Pair, RoundMetrics]:  # fmt: skip
+    """Trains one model for K steps on one client's blocks [K, B, T]; metrics are [K]."""
+
+    def step(carry: tuple[Pair, Pair], x: tuple[jax.Array, jax.Array]) -> tuple[tuple[Pair, Pair], RoundMetrics]:
+        model, opt = carry
+        k, blocks = x
+        batch, key = s.draw(blocks, round, k, client)
+        loss, grads = grad_fn(model, batch, key)
+        model, opt, norms = s.update(model, opt, grads, first_step + k)
+        return (model, opt), RoundMetrics(loss, *norms)
+
+    (model, opt), metrics = jax.lax.scan(step, (model, opt), (jnp.arange(tokens.shape[0]), tokens))
+    return model, opt, metrics
+
+
+def all_turns(
+    s: Setting, grad_fn: GradFn, model: Pair, opt: Pair, inputs: RoundInputs
+) -> tuple[Pair, Pair, RoundMetrics]:
+    """Every client of the cohort trains a model of its own [C, ...] side by side; metrics are the round's."""
+    first = inputs.round * inputs.tokens.shape[0]
+    model, opt, tokens = constrain_clients(model), constrain_clients(opt), jnp.swapaxes(inputs.tokens, 0, 1)
+
+    def one_turn(model: Pair, opt: Pair, tokens: jax.Array, client: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
+        return turn(s, grad_fn, model, opt, tokens, client, inputs.round, first)
+
+    model, opt, metrics = jax.vmap(one_turn)(model, opt, constrain(tokens, "data"), inputs.client_ids)
+    return model, opt, jax.tree.map(lambda m: jnp.mean(inputs.weights @ m), metrics)
+
+
+def opt_at_rest(mode: str, opt: Any, weights: jax.Array) -> Any:
+    """What stays of the clients' optimizer states [C, ...] between rounds."""
+    if mode == "reset":
+        return ()
+    return opt if mode == "keep" else weighted_average(opt, weights)
+
+
+def pick(stacked: Any, index: jax.Array) -> Any:
+    """Returns client `index`'s part of a pytree of arrays [N, ...]."""
+    return jax.tree.map(lambda x: x[index], stacked)
+
+
+def step_traffic(s: Setting) -> dict[str, int]:
+    """Bytes of the cohort's split steps in a round, from the shapes and types that `split_step` hands to the wire."""
+    f, length = s.config.federated, s.config.data.seq_len
+    blocks = jax.ShapeDtypeStruct((f.batch_size, length), jnp.int32)
+
+    def messages(key: jax.Array, blocks: jax.Array) -> Any:
+        client, server = s.segments.init(key)
+        batch = jax.tree.map(lambda x: x[None], mask_blocks(key, blocks, s.mask))
+        return split_step(
+            s.segments, s.config.wire, client, server, batch, jnp.ones(1), None, shared_client=True
+        ).messages
+
+    shapes = jax.eval_shape(messages, jax.eval_shape(lambda: jax.random.key(0)), blocks)
+    return {name: n * f.local_steps * s.cohort for name, n in message_bytes(shapes).items()}
+
+
+def segment_traffic(s: Setting, trips: int, side: str) -> dict[str, int]:
+    """Bytes of fetching a segment and handing it back, with its optimizer state where that travels, `trips` times."""
+
+    def shapes(key: jax.Array) -> tuple[Params, Any]:
+        model = Pair(*s.segments.init(key))
+        return getattr(model, side), getattr(s.init_opt(model), side)
+
+    params, opt = jax.eval_shape(shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    sizes = {f"{side}_segment": num_bytes(params) * trips}
+    if s.config.federated.client_optimizer_state == "average":
+        sizes[f"{side}_optimizer"] = num_bytes(opt) * trips
+    return {f"{name}_{way}": n for name, n in sizes.items() for way in ("up", "down")}
