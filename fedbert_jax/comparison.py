@@ -31,6 +31,7 @@ DATA = (
     "data.source", "data.tokenizer", "data.lowercase", "data.seq_len", "data.eval_fraction", "data.deduplicate",
     "mlm.mask_prob", "mlm.whole_word", "eval.max_clients", "eval.max_blocks",
 )  # fmt: skip
+OPTIMIZERS = ("client_optimizer", "server_optimizer")
 MAX_SETTINGS = 4  # keys spelled out beside a label; compare.json has them all
 
 
@@ -109,7 +110,12 @@ def _remarks(runs: Sequence[Run], settings: dict[str, Any], configs: Sequence[di
         others = [config[key] for config in configs]
         usual = all(others.count(value) > others.count(other) for other in others if other != value)
         if not usual and key not in ("federated.strategy", "federated.body"):  # those have columns of their own
-            odd.append(f"{key.rpartition('.')[2]}={str(value)[:24]}")
+            section, _, name = key.rpartition(".")
+            twins = [settings[f"{s}.{name}"] for s in OPTIMIZERS if f"{s}.{name}" in settings]
+            both = section in OPTIMIZERS and twins == [value, value]  # one remark serves both segments' optimizers
+            remark = f"{name if both or section not in OPTIMIZERS else key}={str(value)[:24]}"
+            if remark not in odd:
+                odd.append(remark)
     more = [f"{len(odd) - MAX_SETTINGS} more"] if len(odd) > MAX_SETTINGS else []
     seeds = len({run.config["seed"] for run in runs})
     several = [f"{seeds} seeds" if seeds == len(runs) else f"{len(runs)} runs, seeds repeat"] if len(runs) > 1 else []
