@@ -37,7 +37,7 @@ class ModelConfig:
     """BERT's shape. A preset gives the sizes; any size set here overrides it."""
 
     preset: Literal["tiny", "mini", "small", "medium", "base", "large"] = "tiny"
-    init_from: str = ""  # a Hugging Face directory or hub name to start from; "" is from scratch
+    init_from: str = ""  # a Hugging Face directory or hub name to start from, with data.tokenizer=""; "" is from scratch
     vocab_size: int | None = None  # the tokenizer's, unless set (larger is allowed: padding of the table)
     hidden_size: int | None = None
     num_layers: int | None = None
@@ -96,7 +96,8 @@ class FederatedConfig:
     batch_size: int = 4  # sequences per client per step
     weighting: Literal["examples", "uniform"] = "examples"
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
-    client_optimizer_state: Literal["average", "reset", "keep"] = "average"  # at the start of a round
+    # At the start of a round (of bodies, too, where clients have their own). In `sequential`, average means handed on.
+    client_optimizer_state: Literal["average", "reset", "keep"] = "average"
 
 
 @dataclass(frozen=True)
@@ -390,6 +391,11 @@ def validate(config: Config) -> None:
         "a Hugging Face directory or hub name, or train:SIZE",
     )  # fmt: skip
 
+    need(
+        m.init_from == "" or not d.tokenizer.startswith("train:"), "data.tokenizer", d.tokenizer,
+        "'' with model.init_from (the checkpoint's own), or a Hugging Face directory or hub name",
+    )  # fmt: skip
+
     sizes = resolve_model(m, vocab_size=1)
     need(
         sizes.hidden_size % sizes.num_heads == 0, "model.hidden_size", sizes.hidden_size,  # type: ignore[operator]
@@ -420,6 +426,17 @@ def validate(config: Config) -> None:
         "federated.client_optimizer_state", f.client_optimizer_state,
         f"'average' or 'reset' with federated.strategy={f.strategy!r}",
     )  # fmt: skip
+    need(
+        f.client_optimizer_state == "average" or f.strategy not in ("local", "centralized"),
+        "federated.client_optimizer_state", f.client_optimizer_state,
+        f"'average' with federated.strategy={f.strategy!r}, which averages nothing",
+    )  # fmt: skip
+    need(
+        config.aggregator == AggregatorConfig() or f.strategy in ("parallel", "fedavg"), "aggregator",
+        dataclasses.asdict(config.aggregator),
+        f"its defaults with federated.strategy={f.strategy!r}, which averages nothing",
+    )  # fmt: skip
+    need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
     for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):
         need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")
         need(opt.warmup_steps >= 0, f"{section}.warmup_steps", opt.warmup_steps, "an integer of at least 0")

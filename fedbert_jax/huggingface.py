@@ -195,8 +195,9 @@ def model_card(config: Any, facts: dict[str, Any]) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags: [bert, federated-learning, split-learning]\n"
         f"---\n\n# A BERT pre-trained by federated split learning\n\nTrained by fedbert_jax {__version__}, which implements "
         "FedBERT (Tian et al., ACM TIST 2022).\n\n| | |\n| --- | --- |\n" + table + "\n\n"
-        "The cut kept raw text and labels at the clients during training. It does not by itself stop a server from "
-        "inverting activations, and the model may repeat what it was trained on.\n"
+        "A cut (strategies `parallel` and `sequential`) keeps raw text and labels at the clients during training. It does "
+        "not by itself stop a server from inverting activations, whoever also holds the client segment can read tokens "
+        "and labels off what crosses, and the model may repeat what it was trained on.\n"
     )
 
 

@@ -42,6 +42,9 @@ def build(
     mesh = make_mesh(config.mesh)
     dataset, tokenizer = prepare(config, workdir.data, progress=progress, warn=warn)
     config = resolve(config, dataset.vocab_size)
+    if dataset.train.num_clients == 1 and config.federated.strategy != "centralized":
+        keys = "data.client_field, data.client_pattern and data.partition"
+        warn(f"there is one client only, so nothing is federated; {keys} say who holds which text.")
     mask = MaskSpec(
         num_masked=num_masked(config.mlm.mask_prob, config.data.seq_len),
         vocab_size=dataset.vocab_size,

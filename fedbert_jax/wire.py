@@ -15,8 +15,9 @@ class Messages(NamedTuple):
     """Everything that crosses in one step of C clients, as encoded. Tokens and labels have no field here.
 
     The two `up` rows go from each client to the server, the two `down` rows back. `positions_up` names the masked
-    positions, which are random draws, so that the server returns hidden states there alone (`wire.downlink=masked`);
-    with `all` it is None and the other three have T in place of M, as published.
+    positions, so that the server returns hidden states there alone (`wire.downlink=masked`). They are random draws among
+    those that hold no special token, so they tell a little of where documents end, and with `mlm.whole_word` of where
+    long words are. With `all` it is None, and z and dL/dz have T in place of M, as published.
     """
 
     activations_up: jax.Array  # h [C, B, T, D]

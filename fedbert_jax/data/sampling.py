@@ -39,7 +39,7 @@ def block_indices(seed: int, client: int, num_blocks: int, first: int, count: in
     """Returns places `first` to `first + count` of a client's endless shuffled stream of its blocks.
 
     The stream is one random permutation of 0..num_blocks-1 after another (epochs), so each block comes once an epoch.
-    A place in it is the global step times the batch size: clients that sit a round out skip those places.
+    A place in it is (round * K + step) times the batch size: clients that sit a round out skip those places.
 
     Returns:
       int64 [count], in 0..num_blocks-1.

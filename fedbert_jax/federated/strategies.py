@@ -1,7 +1,8 @@
 """The strategies: what happens in a round, one function each.
 
-A strategy is a function `Setting -> Strategy`; adding one means writing it and entering it in `STRATEGIES`. All take the
-same `RoundInputs` and keep the same `State`, so the loop, the checkpoints and the evaluation don't know which one runs.
+A strategy is a function `Setting -> Strategy`; adding one means writing it, entering it in `STRATEGIES` and naming it in
+`config.Strategy`. All take the same `RoundInputs` and keep the same `State`: the loop, the checkpoints and the evaluation
+don't know which one runs.
 """
 
 from __future__ import annotations

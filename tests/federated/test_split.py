@@ -138,12 +138,22 @@ def test_tokens_and_labels_are_in_no_message(segments, batch, clients, codec, do
             assert np.abs(np.asarray(message, np.float32)).max() < 4.0
 
 
-def test_positions_tell_nothing_of_the_text(config):
-    """The same key masks the same positions, whatever the words are."""
+def test_positions_do_not_depend_on_the_words(config):
+    """The same key masks the same positions in other words, as long as special tokens stand in the same places."""
     one = mask_blocks(jax.random.key(3), random_blocks(1, 4), mask_spec(config))
     other = mask_blocks(jax.random.key(3), random_blocks(2, 4), mask_spec(config))
     assert not jnp.array_equal(one.labels, other.labels)
     assert jnp.array_equal(one.positions, other.positions)
+
+
+def test_whoever_holds_the_client_segment_reads_the_tokens(segments, clients, batch):
+    """What the cut does not do: embed acts on each token alone, so a table lookup inverts the first message."""
+    client = of_client(clients[0], 0)
+    tokens = batch.tokens[0]
+    h = segments.embed(client, tokens)  # [B, T, D], what the server receives
+    table = segments.embed(client, jnp.broadcast_to(jnp.arange(61)[:, None], (61, LENGTH)))  # [V, T, D]
+    distance = jnp.sum((h[:, None] - table[None]) ** 2, axis=-1)  # [B, V, T]
+    assert jnp.array_equal(jnp.argmin(distance, axis=1), tokens)
 
 
 def test_messages_do_not_depend_on_labels_before_the_head(segments, batch, clients):
