@@ -100,7 +100,7 @@ def checksums(state: Any) -> dict[str, int]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
     whole = [(jax.tree_util.keystr(path), x) for path, x in leaves if getattr(x, "is_fully_addressable", True)]
-    return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)) for name, x in whole}
+    return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data) for name, x in whole}
 
 
 def _first_line(error: Exception) -> str:
