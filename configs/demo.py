@@ -1,8 +1,8 @@
 """Eight organisations pre-train one BERT on the docstrings of eight installed packages.
 
 Every package is a client: different words, different style, very different sizes. FedBERT's parallel strategy, one
-body on the server, 2 x 128. Three to four minutes on two CPU cores; reaches about three times the accuracy of always
-guessing the commonest token. The other configs/{sequential,centralized,local,fedavg}.py train on the same data with
+body on the server, 2 x 128. Three to four minutes on two CPU cores; reaches 16% to 18% of masked held-out tokens, where always
+guessing the commonest token reaches 6%. The other configs/{sequential,centralized,local,fedavg}.py train on the same data with
 the same number of tokens.
 """
 
@@ -34,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer.clip_norm = 1.0
 
     config.fill_mask = (
-        "The shape of the output [MASK].",
+        "Parameters ----[MASK]----- x : array_like",
+        "(`bool`, *optional*, defaults to [MASK]False`)",
         "Returns a [MASK] with the same shape as the input.",
-        "If None, the [MASK] value is used.",
     )
     return config
