@@ -44,7 +44,7 @@ def make_optimizer(config: OptimizerConfig, section: str, total_steps: int) -> O
     def update(
         grads: Params, state: OptState, params: Params, step: jax.Array
     ) -> tuple[Params, OptState, jax.Array]:
-        norm = optax.tree.norm(grads)
+        norm = global_norm(grads)
         if config.clip_norm is not None:
             scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
@@ -54,6 +54,15 @@ def make_optimizer(config: OptimizerConfig, section: str, total_steps: int) -> O
         return params, state, norm
 
     return Optimizer(tx.init, update, schedule)
+
+
+def global_norm(grads: Params) -> jax.Array:
+    """Returns the Euclidean norm of all entries, a float32 scalar.
+
+    The barrier keeps the squares in the sum's own pass. Without it the compiler shares them with Adam's second moment, so
+    writes and reads them once more: for C word tables, half of what Adam costs.
+    """
+    return optax.tree.norm(jax.lax.optimization_barrier(grads))
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], Any]:

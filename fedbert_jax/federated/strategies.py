@@ -65,17 +65,14 @@ def parallel(s: Setting) -> Strategy:
             clients, client_opt, norms = jax.vmap(s.client_tx.update, axes)(out.client_grads, client_opt, clients, now)
             server, server_opt, server_norm = s.server_tx.update(out.server_grads, server_opt, server, now)
             metrics = RoundMetrics(out.loss @ inputs.weights, norms @ inputs.weights, server_norm)
-            return (clients, server, client_opt, server_opt), metrics
+            return (constrain_clients(clients), server, constrain_clients(client_opt), server_opt), metrics
 
-        if local_steps == 1:  # every client still holds the global segment: no copies of it are made
-            carry = (state.model.client, state.model.server, opt0, state.opt.server)
-            carry, metrics = step(carry, (jnp.int32(0), inputs.tokens[0]), True)
-        else:
-            clients = constrain_clients(replicate(state.model.client, cohort))
-            client_opt = constrain_clients(opt0 if mode == "keep" else replicate(opt0, cohort))
-            carry = (clients, state.model.server, client_opt, state.opt.server)
-            xs = (jnp.arange(local_steps), inputs.tokens)
-            carry, metrics = jax.lax.scan(lambda c, x: step(c, x, False), carry, xs)
+        # In the first step all clients hold the global segment, so no copies are made of it: they come to be by updating.
+        carry = (state.model.client, state.model.server, opt0, state.opt.server)
+        carry, first = step(carry, (jnp.int32(0), inputs.tokens[0]), True)
+        xs = (jnp.arange(1, local_steps), inputs.tokens[1:])
+        carry, rest = jax.lax.scan(lambda c, x: step(c, x, False), carry, xs)
+        metrics = jax.tree.map(lambda a, b: jnp.append(b, a), first, rest)
         clients, server, client_opt, server_opt = carry
 
         average = weighted_average(clients, inputs.weights)
