@@ -19,7 +19,7 @@ from ml_collections import config_dict
 
 from fedbert_jax.errors import ConfigError
 
-Strategy = Literal["parallel", "sequential", "centralized", "local", "fedavg"]
+StrategyName = Literal["parallel", "sequential", "centralized", "local", "fedavg"]
 
 PRESETS: dict[str, dict[str, int]] = {
     # Turc et al. 2019 (the miniatures) and Devlin et al. 2019 (base, large).
@@ -87,7 +87,7 @@ class DataConfig:
 class FederatedConfig:
     """The strategy, and the shape of a round."""
 
-    strategy: Strategy = "parallel"
+    strategy: StrategyName = "parallel"
     body: Literal["pooled", "merged", "private"] = "pooled"  # parallel: what the server does with its part
     num_clients: int | None = None  # None: as many as the natural partition has
     clients_per_round: int | None = None  # None: all of them
@@ -435,6 +435,14 @@ def validate(config: Config) -> None:
         config.aggregator == AggregatorConfig() or f.strategy in ("parallel", "fedavg"), "aggregator",
         dataclasses.asdict(config.aggregator),
         f"its defaults with federated.strategy={f.strategy!r}, which averages nothing",
+    )  # fmt: skip
+    need(
+        config.wire == WireConfig() or f.strategy in ("parallel", "sequential"), "wire", dataclasses.asdict(config.wire),
+        f"its defaults with federated.strategy={f.strategy!r}, which has no cut",
+    )  # fmt: skip
+    need(
+        f.weighting == "examples" or f.strategy in ("parallel", "fedavg"), "federated.weighting", f.weighting,
+        f"'examples' with federated.strategy={f.strategy!r}, which averages nothing",
     )  # fmt: skip
     need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
     for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):

@@ -100,6 +100,8 @@ def test_a_mistake_in_the_data_leaves_the_command_with_2(config_file, tmp_path):
         (dict(federated=dict(rounds=0)), r"federated\.rounds=0: accepted: an integer of at least 1"),
         (dict(federated=dict(num_clients=4, clients_per_round=5)), r"clients_per_round=5.*at most.*num_clients=4"),
         (dict(federated=dict(strategy="fedavg", body="private")), r"federated\.body='private'"),
+        (dict(federated=dict(strategy="fedavg"), wire=dict(codec="bfloat16")), "which has no cut"),
+        (dict(federated=dict(strategy="sequential", weighting="uniform")), "which averages nothing"),
         (dict(federated=dict(num_clients=4, clients_per_round=2, client_optimizer_state="keep")), "all clients"),
         (dict(federated=dict(strategy="local", num_clients=4, clients_per_round=2)), "all clients"),
         (dict(federated=dict(strategy="fedavg", client_optimizer_state="keep")), "'average' or 'reset'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import glob
 import gzip
@@ -105,8 +106,10 @@ def _read_text(what: str, data: DataConfig) -> Iterator[Document]:
     client = _pattern("data.client_pattern", data.client_pattern) if data.client_pattern else None
     if client and not client.groups:
         raise UserError(f"data.client_pattern={data.client_pattern!r} has no (group) to take the client's name from.")
-    for path in _find_files(what):
-        group = path.absolute().parent.name
+    files = _find_files(what)
+    folders = _folder_names({path.absolute().parent for path in files})
+    for path in files:
+        group = folders[path.absolute().parent]
         if client:
             match = client.search(path.name)
             if not match or match[1] is None:
@@ -131,6 +134,13 @@ def _find_files(what: str) -> list[Path]:
     if not found:
         raise UserError(f"data.source='text:{what}' matches no file (in a folder: {', '.join(FOLDER_SUFFIXES)}).")
     return sorted(found)
+
+
+def _folder_names(folders: set[Path]) -> dict[Path, str]:
+    """Names each folder: its own name, or, where two share one, its path below all folders' common parent."""
+    counts = collections.Counter(folder.name for folder in folders)
+    common = os.path.commonpath(folders)
+    return {f: f.name if counts[f.name] == 1 else os.path.relpath(f, common) for f in folders}
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The strategies: what happens in a round, one function each.
 
 A strategy is a function `Setting -> Strategy`; adding one means writing it, entering it in `STRATEGIES` and naming it in
-`config.Strategy`. All take the same `RoundInputs` and keep the same `State`: the loop, the checkpoints and the evaluation
-don't know which one runs.
+`config.StrategyName`. All take the same `RoundInputs` and keep the same `State`: the loop, the checkpoints and the
+evaluation don't know which one runs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ def parallel(s: Setting) -> Strategy:
         return State(model, Pair(at_rest, opt.server), s.outer.init(model.client) if s.outer else ())
 
     def round(state: State, inputs: RoundInputs) -> tuple[State, RoundMetrics]:
-        cohort = inputs.client_ids.shape[0]
         opt0 = s.client_tx.init(state.model.client) if mode == "reset" else state.opt.client
 
         def step(carry: Any, x: Any, shared: bool) -> Any:

@@ -59,6 +59,13 @@ def test_document_start_begins_documents(tmp_path: Path) -> None:
     assert "data.document_start='('" in refused(f"text:{path}", document_start="(")
 
 
+def test_folders_of_one_name_are_different_clients(tmp_path: Path) -> None:
+    for folder in ("north/2024", "south/2024", "south/2025"):
+        write(tmp_path / folder / "a.txt", folder)
+    clients = {client for _, client in read(f"text:{tmp_path}")}
+    assert clients == {"north/2024", "south/2024", "2025"}
+
+
 def test_client_pattern_names_the_client(tmp_path: Path) -> None:
     write(tmp_path / "ward-3-notes.txt", "three")
     write(tmp_path / "ward-1-notes.txt", "one")
