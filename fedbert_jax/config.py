@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -185,10 +185,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """task=finetune: how long, and how often again. What is reported is the last epoch's, never the best one's."""
+
+    epochs: float = 3.0
+    seeds: int = 1  # runs of the task, with seeds seed, seed + 1, ...: fresh classifiers, orders and dropout
+    seeds_at_once: int = 0  # how many are trained in one program; 0 is all of them on accelerators and one on CPU
+    warmup: float = 0.1  # share of the steps in which the rates rise; takes the place of *_optimizer.warmup_steps
+    predict: bool = False  # write the test files' predictions as GLUE's site takes them
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, entirely."""
 
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "finetune"] = "pretrain"
     seed: int = 0
     resume: Literal["auto", "force"] = "auto"  # force: accept harmless changes to an old workdir's config
     fill_mask: tuple[str, ...] = ()  # sentences with [MASK], filled in when training ends
@@ -204,6 +215,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
 # A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
@@ -375,9 +387,11 @@ def validate(config: Config) -> None:
         need(0.0 <= flat[key] < 1.0, key, flat[key], "a number from 0 to below 1")
 
     kind, _, rest = d.source.partition(":")
+    tuning = config.task == "finetune"
+    kinds = ("glue",) if tuning else ("docs", "text", "hf")
+    shown = "'glue:TASK' or 'glue:TASK@DIR'" if tuning else "'docs:[PACKAGE,...]', 'text:GLOB' or 'hf:NAME[/CONFIG]'"
     need(
-        kind in ("docs", "text", "hf") and ":" in d.source, "data.source", d.source,
-        "'docs:[PACKAGE,...]', 'text:GLOB' or 'hf:NAME[/CONFIG]'",
+        kind in kinds and ":" in d.source, "data.source", d.source, f"{shown} with task={config.task!r}"
     )  # fmt: skip
     need(kind == "docs" or rest != "", "data.source", d.source, f"'{kind}:' followed by what to read")
     if d.tokenizer.startswith("train:"):
@@ -402,6 +416,8 @@ def validate(config: Config) -> None:
         f"a multiple of model.num_heads={sizes.num_heads}",
     )  # fmt: skip
 
+    if tuning:
+        _validate_finetune(config, need)
     need(
         d.partition.kind == "natural" or f.num_clients is not None, "federated.num_clients", f.num_clients,
         f"an integer, which data.partition.kind={d.partition.kind!r} needs",
@@ -453,3 +469,22 @@ def validate(config: Config) -> None:
             f"more than {section}.warmup_steps={opt.warmup_steps}",
         )  # fmt: skip
         need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
+
+
+def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], None]) -> None:
+    f, t = config.federated, config.finetune
+    need(f.strategy != "local" and f.body != "private", "federated.strategy", f.strategy,
+         "'centralized', 'parallel' (pooled or merged), 'sequential' or 'fedavg' with task='finetune'")  # fmt: skip
+    need(
+        f.strategy == "centralized" or (config.data.partition.kind != "natural" and f.num_clients is not None),
+        "federated.num_clients", f.num_clients,
+        "an integer, with data.partition.kind 'iid' or 'dirichlet' (over the labels): GLUE has no clients of its own",
+    )  # fmt: skip
+    need(f.clients_per_round in (None, f.num_clients), "federated.clients_per_round", f.clients_per_round,
+         "all clients with task='finetune'")  # fmt: skip
+    need(not config.data.tokenizer.startswith("train:"), "data.tokenizer", config.data.tokenizer,
+         "'' with model.init_from (the checkpoint's own), or a Hugging Face directory or hub name")  # fmt: skip
+    need(t.epochs > 0, "finetune.epochs", t.epochs, "a number above 0")
+    need(t.seeds >= 1, "finetune.seeds", t.seeds, "an integer of at least 1")
+    need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
+    need(0.0 <= t.warmup < 1.0, "finetune.warmup", t.warmup, "a number from 0 to below 1")

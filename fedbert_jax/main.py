@@ -26,10 +26,13 @@ def main() -> None:
     config = cli.load_config(_CONFIG.value)
     if not _WORKDIR.value:
         raise ConfigError("no workdir given; accepted: --workdir DIR.")
-    from fedbert_jax.train import train  # JAX and its devices start here, after the config was found good
+    # JAX and its devices start here, after the config was found good.
+    if config.task == "finetune":
+        from fedbert_jax.finetune import finetune as command
+    else:
+        from fedbert_jax.train import train as command
 
-    code = train(config, Path(_WORKDIR.value))
-    sys.exit(code)
+    sys.exit(command(config, Path(_WORKDIR.value)))
 
 
 if __name__ == "__main__":

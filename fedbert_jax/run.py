@@ -60,11 +60,12 @@ def resolve(config: Config, vocab_size: int) -> Config:
     """Fills in the model's sizes: those set, then those of the checkpoint it starts from, then the preset's.
 
     Raises:
-      ConfigError: if the vocabulary doesn't fit the embedding, or a size set differs from the checkpoint's.
+      UserError: if the vocabulary doesn't fit the embedding, a size set differs from the checkpoint's, or the checkpoint
+        is no BERT.
     """
     model = config.model
     if model.init_from:
-        _, hf = huggingface.load_tensors(_local(model.init_from))
+        hf = huggingface.read_config(local(model.init_from))
         for name, size in huggingface.sizes_of(hf, model.init_from).items():
             given = getattr(model, name)
             default = getattr(config_lib.ModelConfig(), name)
@@ -75,7 +76,9 @@ def resolve(config: Config, vocab_size: int) -> Config:
     assert model.vocab_size is not None
     if model.vocab_size < vocab_size:
         raise ConfigError(
-            f"config key model.vocab_size={model.vocab_size}: accepted: at least {vocab_size}, the tokenizer's vocabulary."
+            f"config key model.vocab_size={model.vocab_size}"
+            + (f" (of model.init_from={model.init_from!r})" if model.init_from else "")
+            + f": accepted: at least {vocab_size}, the tokenizer's vocabulary."
         )
     config = dataclasses.replace(config, model=model)
     config_lib.validate(config)
@@ -83,15 +86,15 @@ def resolve(config: Config, vocab_size: int) -> Config:
 
 
 def initial_state(run: Run) -> tuple[State, list[str]]:
-    """Returns the state before round 0, and the names of what the starting checkpoint lacked (initialised instead)."""
+    """Returns the state before round 0, and the parts that the starting checkpoint lacked (initialised instead)."""
     init_from = run.config.model.init_from
     if not init_from:
         return run.simulation.init_state(), []
     segments = run.simulation.setting.segments
     client, server = jax.jit(segments.init)(jax.random.key(run.config.seed))
-    tensors, _ = huggingface.load_tensors(_local(init_from))
+    tensors, _ = huggingface.load_tensors(local(init_from))
     client, server, missing = huggingface.from_tensors(tensors, client, server)
-    return run.simulation.state_of(client, server), missing
+    return run.simulation.state_of(client, server), huggingface.describe_missing(missing)
 
 
 def restore(run: Run, checkpoints: Checkpoints, round: int) -> tuple[State, dict[str, Any]]:
@@ -128,14 +131,27 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     return name
 
 
-def _local(name: str) -> Path:
+def local(name: str) -> Path:
     """Returns the directory of a checkpoint: a local one, or the hub's, downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"config key model.init_from={name!r} is a file; accepted: its directory, with a config.json.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        found = Path(snapshot_download(
+            name, allow_patterns=["*.json", "*.txt", "model*.safetensors"], ignore_patterns="*/*"
+        ))  # fmt: skip
     except Exception as e:
         first = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise UserError(f"config key model.init_from={name!r}: no such directory, and the hub says: {first}") from e
+    if not any(found.glob("*.safetensors")):
+        target = name.rpartition("/")[2]
+        command = huggingface.conversion(name, target, huggingface.read_config(found), tokenizer=True)
+        raise UserError(
+            f"config key model.init_from={name!r} has no safetensors on the hub, and pickled weights are never read; "
+            f"convert them, with torch, and start from {target!r}: {command}"
+        )
+    return found

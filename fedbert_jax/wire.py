@@ -25,6 +25,7 @@ class Messages(NamedTuple):
     hidden_states_down: jax.Array  # z [C, B, M, D]
     head_gradient_up: jax.Array  # dL/dz [C, B, M, D]
     input_gradient_down: jax.Array  # dL/dh [C, B, T, D]
+    lengths_up: jax.Array | None = None  # uint16 [C, B], where sequences are padded: what attention must leave out
 
 
 class Traffic(NamedTuple):

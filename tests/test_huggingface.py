@@ -60,10 +60,17 @@ def test_another_size_is_refused_with_both(segments):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(model_type="roberta"), "'roberta' checkpoint; accepted: 'bert'"),
+        (dict(model_type="roberta"), r"somewhere is a RoBERTa checkpoint \(model_type 'roberta'\); accepted: BERT"),
+        (dict(model_type="electra"), "is an ELECTRA checkpoint"),
+        (dict(model_type="my-own"), "is a my-own checkpoint"),
+        (dict(model_type=None), "no model_type"),
+        (dict(is_decoder=True), "is_decoder=True; accepted: false"),
+        (dict(add_cross_attention=True), "add_cross_attention=True; accepted: false"),
+        (dict(hidden_act="gelu_new"), "hidden_act='gelu_new'; accepted: 'gelu'"),
         (dict(hidden_act="relu"), "hidden_act='relu'; accepted: 'gelu'"),
         (dict(position_embedding_type="relative_key"), "relative_key"),
         (dict(hidden_size=None), "lacks hidden_size"),
+        (dict(hidden_size="768"), "hidden_size='768'; accepted: an integer"),
     ],
 )
 def test_another_architecture_is_refused(change, words):

@@ -11,12 +11,18 @@ import numpy as np
 
 
 class MaskedBatch(NamedTuple):
-    """Blocks with M positions masked each. Of these, only `positions` may leave the client."""
+    """Sequences with M positions to predict at. Of these, only `positions` and `lengths` may leave the client.
+
+    Pre-training predicts the tokens that were masked; fine-tuning has M = 1, the [CLS] at position 0, and its label is
+    the sequence's (float32 for a regression).
+    """
 
     tokens: jax.Array  # int32 [..., B, T], masked
     positions: jax.Array  # int32 [..., B, M], ascending
     labels: jax.Array  # int32 [..., B, M], the tokens that stood there
-    weights: jax.Array  # float32 [..., B, M], 0 where a block had fewer than M to mask
+    weights: jax.Array  # float32 [..., B, M], 0 where a block had fewer than M to mask, or a row only fills the batch
+    token_types: jax.Array | None = None  # int32 [..., B, T]; None is all 0
+    lengths: jax.Array | None = None  # int32 [..., B], tokens before the padding; None where nothing is padded
 
 
 class MaskSpec(NamedTuple):

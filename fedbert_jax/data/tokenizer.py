@@ -63,6 +63,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     path = os.path.expanduser(name_or_path)
+    if _has_vocabulary_only(path):
+        return _from_vocabulary(os.path.join(path, "vocab.txt"))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # loaders raise what their formats raise
@@ -78,6 +80,30 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         )
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
+
+
+def _has_vocabulary_only(path: str) -> bool:
+    """Tells whether a directory holds vocab.txt and nothing on how to use it; transformers 5 loads none such by itself."""
+    settings = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    there = set(os.listdir(path)) if os.path.isdir(path) else set()
+    return "vocab.txt" in there and there.isdisjoint(settings)
+
+
+def _from_vocabulary(file: str) -> PreTrainedTokenizerFast:
+    """Returns BERT's WordPiece over the lines of vocab.txt: it folds case, unless a word there has a capital letter."""
+    from transformers import BertTokenizer
+
+    try:
+        with open(file, encoding="utf-8") as lines:
+            tokens = [line.rstrip("\r\n") for line in lines]
+    except ValueError as error:
+        raise UserError(f"{file} is not UTF-8; accepted: one token a line.") from error
+    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}; if it is no BERT's, add its tokenizer.json to the directory.")
+    cased = any(token != token.lower() for token in tokens if not (token.startswith("[") and token.endswith("]")))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return BertTokenizer(vocab=vocabulary, do_lower_case=not cased, model_max_length=MAX_LENGTH)
 
 
 def train_tokenizer(texts: Iterable[str], size: int, lowercase: bool) -> PreTrainedTokenizerFast:

@@ -38,7 +38,7 @@ class State(NamedTuple):
 class RoundInputs(NamedTuple):
     """One round's data, C clients. `centralized` gets C * B sequences of the pooled text as one client."""
 
-    tokens: jax.Array  # integers [K, C, B, T]
+    tokens: Any  # integers [K, C, B, T], blocks to be masked; or a `MaskedBatch` [K, C, B, ...] that is ready
     client_ids: jax.Array  # int32 [C]
     weights: jax.Array  # float32 [C], summing to 1; 0 for a client that pads the cohort
     round: jax.Array  # int32, from 0
@@ -68,24 +68,26 @@ class Setting:
 
     config: Config
     segments: Segments
-    mask: MaskSpec
+    mask: MaskSpec | None  # None: the batches come ready
     client_tx: Optimizer
     server_tx: Optimizer
     outer: optax.GradientTransformation | None
     num_clients: int  # N
     cohort: int  # C
+    seed: jax.Array | None = None  # of the draws, where it isn't the config's: several seeds are trained side by side
 
     def draw(
-        self, blocks: jax.Array, round: jax.Array, step: jax.Array, client: jax.Array
+        self, blocks: Any, round: jax.Array, step: jax.Array, client: jax.Array
     ) -> tuple[MaskedBatch, jax.Array | None]:
         """Masks blocks [B, T] and gives the dropout key: both functions of (seed, round, step, client) alone."""
-        key = jax.random.key(self.config.seed)
+        key = jax.random.key(self.config.seed if self.seed is None else self.seed)
         for part in (round, step, client):
             key = jax.random.fold_in(key, part)
         mask_key, dropout_key = jax.random.split(key)
         model = self.config.model
         drops = model.hidden_dropout > 0 or model.attention_dropout > 0
-        return mask_blocks(mask_key, blocks, self.mask), dropout_key if drops else None
+        batch = blocks if self.mask is None else mask_blocks(mask_key, blocks, self.mask)
+        return batch, dropout_key if drops else None
 
     def init_opt(self, model: Pair) -> Pair:
         return Pair(self.client_tx.init(model.client), self.server_tx.init(model.server))
@@ -127,7 +129,7 @@ def split_grads(s: Setting) -> GradFn:
 
 
 def turn(
-    s: Setting, grad_fn: GradFn, model: Pair, opt: Pair, tokens: jax.Array, client: jax.Array, round: jax.Array,
+    s: Setting, grad_fn: GradFn, model: Pair, opt: Pair, tokens: Any, client: jax.Array, round: jax.Array,
     first_step: jax.Array,
 ) -> tuple[Pair, Pair, RoundMetrics]:  # fmt: skip
     """Trains one model for K steps on one client's blocks [K, B, T]; metrics are [K]."""
@@ -140,7 +142,7 @@ def turn(
         model, opt, norms = s.update(model, opt, grads, first_step + k)
         return (model, opt), RoundMetrics(loss, *norms)
 
-    (model, opt), metrics = jax.lax.scan(step, (model, opt), (jnp.arange(tokens.shape[0]), tokens))
+    (model, opt), metrics = jax.lax.scan(step, (model, opt), (jnp.arange(num_steps(tokens)), tokens))
     return model, opt, metrics
 
 
@@ -148,10 +150,10 @@ def all_turns(
     s: Setting, grad_fn: GradFn, model: Pair, opt: Pair, inputs: RoundInputs
 ) -> tuple[Pair, Pair, RoundMetrics]:
     """Every client of the cohort trains a model of its own [C, ...] side by side; metrics are the round's."""
-    first = inputs.round * inputs.tokens.shape[0]
-    model, opt, tokens = constrain_clients(model), constrain_clients(opt), jnp.swapaxes(inputs.tokens, 0, 1)
+    first = inputs.round * num_steps(inputs.tokens)
+    model, opt, tokens = constrain_clients(model), constrain_clients(opt), clients_first(inputs.tokens)
 
-    def one_turn(model: Pair, opt: Pair, tokens: jax.Array, client: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
+    def one_turn(model: Pair, opt: Pair, tokens: Any, client: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
         return turn(s, grad_fn, model, opt, tokens, client, inputs.round, first)
 
     model, opt, metrics = jax.vmap(one_turn)(model, opt, constrain(tokens, "data"), inputs.client_ids)
@@ -165,19 +167,35 @@ def opt_at_rest(mode: str, opt: Any, weights: jax.Array) -> Any:
     return opt if mode == "keep" else weighted_average(opt, weights)
 
 
-def pick(stacked: Any, index: jax.Array) -> Any:
+def num_steps(tokens: Any) -> int:
+    """Returns K of a round's data [K, ...]."""
+    return int(jax.tree.leaves(tokens)[0].shape[0])
+
+
+def clients_first(tokens: Any) -> Any:
+    """Turns a round's data [K, C, ...] into [C, K, ...]."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tokens)
+
+
+def pick(stacked: Any, index: jax.Array | int) -> Any:
     """Returns client `index`'s part of a pytree of arrays [N, ...]."""
     return jax.tree.map(lambda x: x[index], stacked)
 
 
 def step_traffic(s: Setting) -> dict[str, int]:
-    """Bytes of the cohort's split steps in a round, from the shapes and types that `split_step` hands to the wire."""
+    """Bytes of the cohort's split steps in a round, from the shapes and types that `split_step` hands to the wire.
+
+    Nothing where batches come ready (fine-tuning): their lengths, and so their bytes, differ from round to round.
+    """
+    if s.mask is None:
+        return {}
+    mask = s.mask
     f, length = s.config.federated, s.config.data.seq_len
     blocks = jax.ShapeDtypeStruct((f.batch_size, length), jnp.int32)
 
     def messages(key: jax.Array, blocks: jax.Array) -> Any:
         client, server = s.segments.init(key)
-        batch = jax.tree.map(lambda x: x[None], mask_blocks(key, blocks, s.mask))
+        batch = jax.tree.map(lambda x: x[None], mask_blocks(key, blocks, mask))
         return split_step(
             s.segments, s.config.wire, client, server, batch, jnp.ones(1), None, shared_client=True
         ).messages

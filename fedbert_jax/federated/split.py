@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from fedbert_jax.config import WireConfig
 from fedbert_jax.data.masking import MaskedBatch
-from fedbert_jax.models.bert import Params, Segments, masked_lm_loss
+from fedbert_jax.models.bert import Params, Segments
 from fedbert_jax.models.layers import fold_in
 from fedbert_jax.wire import Messages, decode, encode
 
-EMBED, BODY = 0, 1  # tags that keep a client's dropout draws on either side of the cut apart
+EMBED, BODY, HEAD = 0, 1, 2  # tags that keep the dropout draws of a client's three segments apart
 
 
 class StepResult(NamedTuple):
@@ -57,33 +57,35 @@ def split_step(
       shared_client: see `client_params`.
     """
     own = None if shared_client else 0
-    embed_keys = None if keys is None else fold_in(keys, EMBED)[:, None]  # type: ignore[index]
+    embed_keys, head_keys = (None if keys is None else fold_in(keys, n)[:, None] for n in (EMBED, HEAD))  # type: ignore[index]
 
     # Client: embed. Each keeps the residuals for its own backward pass.
-    def client_embed(params: Params, tokens: jax.Array, key: jax.Array | None):  # type: ignore[no-untyped-def]
-        return jax.vjp(lambda p: segments.embed(p, tokens, key), params)
+    def client_embed(params: Params, b: MaskedBatch, key: jax.Array | None):  # type: ignore[no-untyped-def]
+        return jax.vjp(lambda p: segments.embed(p, b.tokens, key, b.token_types), params)
 
-    h, embed_vjp = jax.vmap(client_embed, (own, 0, 0))(client_params, batch.tokens, embed_keys)
+    h, embed_vjp = jax.vmap(client_embed, (own, 0, 0))(client_params, batch, embed_keys)
     activations_up = encode(h, wire)  # ---- message 1, up
     positions_up = batch.positions.astype(jnp.uint16) if wire.downlink == "masked" else None
+    lengths_up = None if batch.lengths is None else batch.lengths.astype(jnp.uint16)
 
     # Server: transform all clients' rows as one batch. The axes are folded, not mapped: one large matmul.
     def server_transform(params: Params, received: jax.Array) -> jax.Array:
         clients, size = received.shape[:2]
         rows = received.reshape(clients * size, *received.shape[2:])  # [C*B, T, D]
-        z = segments.transform(params, rows, fold_in(keys, BODY)).reshape(received.shape)
+        mask = None if lengths_up is None else attention_mask(lengths_up.reshape(-1), rows.shape[1])
+        z = segments.transform(params, rows, fold_in(keys, BODY), mask).reshape(received.shape)
         return z if positions_up is None else take_positions(z, positions_up)
 
     z, transform_vjp = jax.vjp(server_transform, server_params, decode(activations_up, like=h))
     hidden_states_down = encode(z, wire)  # ---- message 2, down
 
     # Client: predict at the masked positions, and the head's backward pass.
-    def client_loss(params: Params, received: jax.Array, b: MaskedBatch) -> jax.Array:
+    def client_loss(params: Params, received: jax.Array, b: MaskedBatch, key: jax.Array | None) -> jax.Array:
         at_masked = received if positions_up is not None else take_positions(received, b.positions)
-        return masked_lm_loss(segments.predict(params, at_masked), b.labels, b.weights)
+        return segments.loss(segments.predict(params, at_masked, key), b.labels, b.weights)
 
-    head = jax.vmap(jax.value_and_grad(client_loss, (0, 1)), (own, 0, 0))
-    loss, (head_grads, dz) = head(client_params, decode(hidden_states_down, like=z), batch)
+    head = jax.vmap(jax.value_and_grad(client_loss, (0, 1)), (own, 0, 0, 0))
+    loss, (head_grads, dz) = head(client_params, decode(hidden_states_down, like=z), batch, head_keys)
     head_gradient_up = encode(dz, wire)  # ---- message 3, up
 
     # Server: the body's gradient is the weighted mean over clients. Scaling dz does that in one backward pass, and
@@ -98,25 +100,33 @@ def split_step(
     (embed_grads,) = jax.vmap(lambda vjp, g: vjp(g))(embed_vjp, decode(input_gradient_down, like=h))
     client_grads = jax.tree.map(jnp.add, head_grads, embed_grads)
 
-    messages = Messages(activations_up, positions_up, hidden_states_down, head_gradient_up, input_gradient_down)
+    messages = Messages(
+        activations_up, positions_up, hidden_states_down, head_gradient_up, input_gradient_down, lengths_up
+    )
     return StepResult(loss, client_grads, server_grads, messages)
 
 
 def joined_loss(
     segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the MLM loss of the uncut model on one client's batch [B, ...]: what `centralized` trains.
+    """Returns the loss of the uncut model on one client's batch [B, ...]: what `centralized` trains.
 
     With the same key, dropout draws are those of `split_step`.
     """
     keys = None if key is None else key[None]
-    h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED))
-    z = segments.transform(server_params, h, fold_in(keys, BODY))
-    return masked_lm_loss(
-        segments.predict(client_params, take_positions(z, batch.positions)), batch.labels, batch.weights
-    )
+    h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED), batch.token_types)
+    mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
+    z = segments.transform(server_params, h, fold_in(keys, BODY), mask)
+    logits = segments.predict(client_params, take_positions(z, batch.positions), fold_in(keys, HEAD))
+    return segments.loss(logits, batch.labels, batch.weights)
 
 
 def take_positions(z: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns z [..., T, D] at positions [..., M]: [..., M, D]."""
     return jnp.take_along_axis(z, positions[..., None].astype(jnp.int32), axis=-2)
+
+
+def attention_mask(lengths: jax.Array, size: int) -> jax.Array:
+    """Returns the mask [..., T] of sequences with `lengths` [...] tokens before the padding: 1 for a token."""
+    place = jax.lax.broadcasted_iota(jnp.int32, (*lengths.shape, size), lengths.ndim)
+    return (place < lengths[..., None].astype(jnp.int32)).astype(jnp.int32)

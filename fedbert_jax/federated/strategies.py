@@ -22,7 +22,9 @@ from fedbert_jax.federated.setting import (
     State,
     Strategy,
     all_turns,
+    clients_first,
     joined_grads,
+    num_steps,
     opt_at_rest,
     pick,
     segment_traffic,
@@ -68,8 +70,8 @@ def parallel(s: Setting) -> Strategy:
 
         # In the first step all clients hold the global segment, so no copies are made of it: they come to be by updating.
         carry = (state.model.client, state.model.server, opt0, state.opt.server)
-        carry, first = step(carry, (jnp.int32(0), inputs.tokens[0]), True)
-        xs = (jnp.arange(1, local_steps), inputs.tokens[1:])
+        carry, first = step(carry, (jnp.int32(0), pick(inputs.tokens, 0)), True)
+        xs = (jnp.arange(1, local_steps), jax.tree.map(lambda x: x[1:], inputs.tokens))
         carry, rest = jax.lax.scan(lambda c, x: step(c, x, False), carry, xs)
         metrics = jax.tree.map(lambda a, b: jnp.append(b, a), first, rest)
         clients, server, client_opt, server_opt = carry
@@ -161,7 +163,7 @@ def sequential(s: Setting) -> Strategy:
                 client_opt = opt.client
             return (model, client_opt, opt.server), metrics
 
-        tokens = constrain(jnp.swapaxes(inputs.tokens, 0, 1), None, None, "data")  # [C, K, B, T]
+        tokens = constrain(clients_first(inputs.tokens), None, None, "data")  # [C, K, B, T]
         xs = (jnp.arange(cohort), inputs.client_ids, tokens)
         (model, client_opt, server_opt), metrics = jax.lax.scan(one_turn, (state.model, *state.opt), xs)
         return State(model, Pair(client_opt, server_opt), ()), jax.tree.map(jnp.mean, metrics)
@@ -174,8 +176,8 @@ def centralized(s: Setting) -> Strategy:
     """All text pooled, no cut, no federation: the upper bound."""
 
     def round(state: State, inputs: RoundInputs) -> tuple[State, RoundMetrics]:
-        local_steps = inputs.tokens.shape[0]
-        tokens = constrain(inputs.tokens[:, 0], None, "data")
+        local_steps = num_steps(inputs.tokens)
+        tokens = constrain(jax.tree.map(lambda x: x[:, 0], inputs.tokens), None, "data")
         model, opt, metrics = turn(
             s, joined_grads(s), state.model, state.opt, tokens, inputs.client_ids[0], inputs.round,
             inputs.round * local_steps,

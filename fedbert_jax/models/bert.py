@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from fedbert_jax.config import ModelConfig
-from fedbert_jax.models.layers import ClientSegment, Layer, fold_in
+from fedbert_jax.models.layers import ClassifierSegment, ClientSegment, Layer, fold_in
 
 Params = Any  # a nested dict of float arrays
 
@@ -31,21 +31,28 @@ class Segments(NamedTuple):
     init: Callable[[jax.Array], tuple[Params, Params]]  # key -> (client_params, server_params)
     embed: Callable[..., jax.Array]  # (client_params, tokens [B, T], keys=None, token_types=None) -> [B, T, D]
     transform: Callable[..., jax.Array]  # (server_params, h [B, T, D], keys=None, attention_mask=None) -> [B, T, D]
-    predict: Callable[[Params, jax.Array], jax.Array]  # (client_params, z [B, M, D]) -> float32 logits [B, M, V]
+    predict: Callable[..., jax.Array]  # (client_params, z [B, M, D], keys=None) -> float32 logits [B, M, V or outputs]
+    loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (logits, labels [B, M], weights [B, M]) -> the mean
 
 
-def make_segments(config: ModelConfig, compute_dtype: DTypeLike = jnp.float32) -> Segments:
+def make_segments(
+    config: ModelConfig, compute_dtype: DTypeLike = jnp.float32, outputs: int | None = None
+) -> Segments:
     """Builds the segments of a model.
 
     Args:
       config: resolved (`config.resolve_model`): every size is set.
       compute_dtype: of matmuls and activations; parameters, LayerNorm, softmax and loss are float32.
+      outputs: None gives the client an MLM head; a number gives it a pooler and a classifier of so many classes, or, with
+        1, a regression.
     """
     layers = config.num_layers
     assert layers is not None
 
-    def new_client(key: jax.Array) -> ClientSegment:
-        return ClientSegment(config, dtype=compute_dtype, rngs=nnx.Rngs(key))
+    def new_client(key: jax.Array) -> ClientSegment | ClassifierSegment:
+        if outputs is None:
+            return ClientSegment(config, dtype=compute_dtype, rngs=nnx.Rngs(key))
+        return ClassifierSegment(config, outputs, dtype=compute_dtype, rngs=nnx.Rngs(key))
 
     def new_layer(key: jax.Array) -> Layer:
         return Layer(config, dtype=compute_dtype, rngs=nnx.Rngs(key))
@@ -87,23 +94,28 @@ def make_segments(config: ModelConfig, compute_dtype: DTypeLike = jnp.float32) -
             x, _ = jax.lax.scan(apply, x, stack)
         return x.reshape(batch, length, size)
 
-    def predict(client_params: Params, z: jax.Array) -> jax.Array:
-        return nnx.merge(client_def, client_params).predict(z.astype(compute_dtype))
+    def predict(client_params: Params, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        return nnx.merge(client_def, client_params).predict(z.astype(compute_dtype), keys)
 
-    return Segments(config, init, embed, transform, predict)
+    return Segments(config, init, embed, transform, predict, squared_error if outputs == 1 else cross_entropy)
 
 
-def masked_lm_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy in nats over positions of weight 1.
 
     Args:
-      logits: float32 [B, M, V].
+      logits: float32 [B, M, V], V classes (for masked language modelling, tokens).
       labels: int32 [B, M].
-      weights: float32 [B, M]; 0 marks a position that only pads the block to M.
+      weights: float32 [B, M]; 0 marks a position that only pads the block to M, or the batch to B.
     """
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def squared_error(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the mean squared error of outputs [B, M, 1] against float32 labels [B, M] over positions of weight 1."""
+    return jnp.sum((outputs[..., 0] - labels) ** 2 * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
 def count_parameters(params: Params) -> int:

@@ -174,5 +174,28 @@ class ClientSegment(nnx.Module):
     def embed(self, tokens: jax.Array, token_types: jax.Array | None, keys: jax.Array | None) -> jax.Array:
         return self.embeddings(tokens, token_types, keys).astype(self.dtype)
 
-    def predict(self, z: jax.Array) -> jax.Array:
+    def predict(self, z: jax.Array, keys: jax.Array | None) -> jax.Array:
+        del keys  # the MLM head has no dropout
         return self.head(z.reshape(-1, z.shape[-1]), self.embeddings.word.embedding[...]).reshape(*z.shape[:-1], -1)
+
+
+class ClassifierSegment(nnx.Module):
+    """What a client holds to classify sequences: the embeddings, the pooler and the classifier.
+
+    As `transformers.BertForSequenceClassification`: tanh of a dense layer on [CLS], dropout, a linear layer.
+    """
+
+    def __init__(self, config: ModelConfig, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        size, init = config.hidden_size, nnx.initializers.normal(config.initializer_range)
+        assert size is not None
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.pooler = nnx.Linear(size, size, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.classifier = nnx.Linear(size, outputs, kernel_init=init, dtype=jnp.float32, rngs=rngs)
+        self.dropout_rate, self.dtype = config.hidden_dropout, dtype
+
+    def embed(self, tokens: jax.Array, token_types: jax.Array | None, keys: jax.Array | None) -> jax.Array:
+        return self.embeddings(tokens, token_types, keys).astype(self.dtype)
+
+    def predict(self, z: jax.Array, keys: jax.Array | None) -> jax.Array:
+        pooled = dropout(jnp.tanh(self.pooler(z)), self.dropout_rate, keys)  # [B, M, D], M = 1
+        return self.classifier(pooled.astype(jnp.float32))

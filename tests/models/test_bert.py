@@ -10,7 +10,7 @@ from tiny import assert_trees_close, tiny_config
 
 from fedbert_jax import huggingface
 from fedbert_jax.config import PRESETS, ModelConfig, resolve_model
-from fedbert_jax.models.bert import count_parameters, make_segments, masked_lm_loss
+from fedbert_jax.models.bert import count_parameters, cross_entropy, make_segments
 from fedbert_jax.models.layers import dropout
 
 torch = pytest.importorskip("torch")
@@ -80,7 +80,7 @@ def test_gradients_equal_torchs(pair):
     def loss(client, server):
         z = segments.transform(server, segments.embed(client, tokens))
         at = jnp.take_along_axis(z, positions[..., None], axis=1)
-        return masked_lm_loss(segments.predict(client, at), labels, jnp.ones((2, 3)))
+        return cross_entropy(segments.predict(client, at), labels, jnp.ones((2, 3)))
 
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(client, server)
     everywhere = np.full(tokens.shape, -100)

@@ -1,0 +1,81 @@
+"""python -m fedbert_jax.glue --model DIR --glue DIR [--tasks all] [--seeds 5] [--workdir DIR] [--json FILE] [--predict]
+
+Fine-tunes a model on every GLUE task found, the ordinary way, and prints GLUE's table. Run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fedbert_jax import cli
+from fedbert_jax.config import from_dict
+
+
+def main() -> None:
+    """Fine-tunes task by task, each in a workdir of its own, and prints the table of medians over seeds."""
+    parser = argparse.ArgumentParser(prog="python -m fedbert_jax.glue", description=__doc__)
+    parser.add_argument("--model", required=True, help="a Hugging Face BERT directory or hub name to start from")
+    parser.add_argument("--glue", required=True, type=Path, help="GLUE's folder: one folder a task, official TSV files")
+    parser.add_argument("--tasks", default="all", help="all (that are there), or names with commas between")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/glue"), help="one folder a task (default: runs/glue)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each task (default: 5)")
+    parser.add_argument("--epochs", type=float, default=3.0, help="(default: 3)")
+    parser.add_argument("--batch", type=int, default=32, help="sequences a step (default: 32)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="AdamW's peak (default: 1e-4)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="(default: 0.1)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens a sequence or pair (default: 128)")
+    parser.add_argument("--random-start", action="store_true", help="the model's sizes and tokenizer with random weights")
+    parser.add_argument("--predict", action="store_true", help="write predictions for the test files")
+    parser.add_argument("--json", type=Path, help="write the results there, too")
+    args = parser.parse_args()
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedbert_jax import huggingface, run
+    from fedbert_jax.data.glue import find_task, find_tasks
+    from fedbert_jax.finetune import finetune
+
+    tasks = find_tasks(args.glue) if args.tasks == "all" else [find_task(name) for name in args.tasks.split(",")]
+    model: dict[str, object] = dict(init_from=args.model, hidden_dropout=args.dropout, attention_dropout=args.dropout)
+    tokenizer = ""
+    if args.random_start:
+        directory = run.local(args.model)
+        sizes = huggingface.sizes_of(huggingface.read_config(directory), args.model)
+        model, tokenizer = model | sizes | dict(init_from=""), str(directory)
+    optimizer = dict(name="adamw", learning_rate=args.learning_rate, weight_decay=0.01, clip_norm=1.0)
+    console, results = Console(highlight=False), {}
+    for task in tasks:
+        config = from_dict(dict(
+            task="finetune",
+            data=dict(source=f"glue:{task.name}@{args.glue}", tokenizer=tokenizer, seq_len=args.max_length),
+            model=model,
+            federated=dict(strategy="centralized", batch_size=args.batch),
+            client_optimizer=optimizer, server_optimizer=optimizer,
+            finetune=dict(epochs=args.epochs, seeds=args.seeds, predict=args.predict),
+        ))  # fmt: skip
+        workdir = args.workdir / task.name
+        code = finetune(config, workdir, console)
+        if code:
+            raise SystemExit(code)
+        results[task.name] = json.loads((workdir / "results.json").read_text())
+
+    table = Table(box=box.MARKDOWN)
+    for column in ("task", "metrics", "median", "mean", "std"):
+        table.add_column(column, justify="left" if column in ("task", "metrics") else "right")
+    for task in tasks:
+        r = results[task.name]
+        table.add_row(task.name, ", ".join(task.metrics), *(f"{100 * r[k]:.1f}" for k in ("median", "mean", "std")))
+    average = sum(r["median"] for r in results.values()) / max(len(results), 1)
+    table.add_row("average", "of medians", f"{100 * average:.1f}", "", "")
+    console.print(table)
+    console.print("dev sets, last epoch; a task's number is the mean of its metrics")
+    if args.json:
+        args.json.write_text(json.dumps({"model": args.model, "tasks": results, "average": average}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

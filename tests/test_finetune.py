@@ -1,0 +1,203 @@
+"""Fine-tuning: its logits and its steps are torch's, seeds side by side are seeds one by one, and a run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast, pipeline
+
+from fedbert_jax import config as config_lib
+from fedbert_jax import finetune as ft
+from fedbert_jax.data.sequences import ExampleStream, encode, take
+from fedbert_jax.errors import ConfigError, UserError
+
+WORDS = "the a film play song was is good bad dull bright long short very not never always".split()
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizerFast:
+    """A tokenizer of whole words, in a directory of its own (`name_or_path`)."""
+    root = tmp_path_factory.mktemp("tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (root / "vocab.txt").write_text("\n".join(words) + "\n")
+    made = BertTokenizerFast(vocab={w: n for n, w in enumerate(words)}, do_lower_case=True)
+    made.save_pretrained(root)
+    made.name_or_path = str(root)
+    return made
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SST-2 and STS-B in GLUE's layout: a sentence is positive if it says good; a pair's score counts common words."""
+    root, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
+    sentences = [" ".join(rng.choice(WORDS, rng.integers(3, 12))) for _ in range(96)]
+    (root / "SST-2").mkdir()
+    (root / "STS-B").mkdir()
+    for name, part in (("train", sentences[:72]), ("dev", sentences[72:])):
+        rows = [f"{s}\t{int('good' in s)}" for s in part]
+        (root / "SST-2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+        header = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
+        pairs = zip(part, part[1:] + part[:1], strict=True)
+        common = ((a, b, min(len({*a.split()} & {*b.split()}), 5)) for a, b in pairs)
+        rows = [f"{n}\tg\tf\ty\t0\tn\tn\t{a}\t{b}\t{score}" for n, (a, b, score) in enumerate(common)]
+        (root / "STS-B" / f"{name}.tsv").write_text("\n".join([header, *rows]) + "\n")
+    (root / "SST-2" / "test.tsv").write_text("index\tsentence\n0\ta good film\n1\ta bad film\n")
+    return root
+
+
+def make_config(tokenizer: BertTokenizerFast, glue: Path, task: str = "SST-2", **sections: dict) -> config_lib.Config:
+    adamw = dict(name="adamw", learning_rate=1e-3, weight_decay=0.01, eps=1e-3, clip_norm=None, schedule="constant")
+    values: dict = dict(
+        task="finetune",
+        data=dict(source=f"glue:{task}@{glue}", tokenizer=tokenizer.name_or_path, seq_len=16),
+        model=dict(hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=16),
+        federated=dict(strategy="centralized", batch_size=8, local_steps=2),
+        client_optimizer=adamw, server_optimizer=adamw,
+        finetune=dict(epochs=2.0, warmup=0.0),
+    )  # fmt: skip
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return config_lib.from_dict(values)
+
+
+def make(config: config_lib.Config, tokenizer: BertTokenizerFast, seeds: tuple[int, ...] = (0,)) -> ft.Finetuning:
+    config, start = ft.resolve(config, tokenizer)
+    return ft.Finetuning(config, ft.read_task(config, tokenizer), start, seeds)
+
+
+@pytest.mark.parametrize("task", ["SST-2", "STS-B"])
+def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
+    tuning = make(make_config(tokenizer, glue, task), tokenizer)
+    state = tuning.init_state()
+    ft.export(tuning, state, tokenizer, tmp_path / "before")
+    batches = tuning.batches(0)
+    state, metrics = tuning.step(state, 0)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "before").train()
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    groups = [dict(params=decayed), dict(params=plain, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01, eps=1e-3)
+    losses = []
+    for k in range(2):
+        b = jax.tree.map(lambda x, k=k: torch.from_numpy(np.asarray(x[0, k, 0])), batches)
+        mask = (torch.arange(b.tokens.shape[1])[None] < b.lengths[:, None]).long()
+        labels = b.labels[:, 0] if task == "STS-B" else b.labels[:, 0].long()
+        loss = model(b.tokens.long(), attention_mask=mask, token_type_ids=b.token_types.long(), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    np.testing.assert_allclose(float(metrics.loss[0]), np.mean(losses), rtol=1e-5)
+
+    ft.export(tuning, state, tokenizer, tmp_path / "after")
+    ours = AutoModelForSequenceClassification.from_pretrained(tmp_path / "after").eval()
+    for (name, a), b in zip(ours.named_parameters(), model.parameters(), strict=True):
+        np.testing.assert_allclose(a.detach(), b.detach(), rtol=1e-5, atol=2e-6, err_msg=name)
+    dev = tuning.data.dev["dev"]
+    mask = torch.arange(dev.tokens.shape[1])[None] < torch.from_numpy(dev.lengths)[:, None]
+    types = torch.from_numpy(dev.token_types).long()
+    with torch.no_grad():
+        theirs = ours(torch.from_numpy(dev.tokens).long(), attention_mask=mask.long(), token_type_ids=types).logits
+    np.testing.assert_allclose(tuning.logits(state, dev)[0], theirs, atol=1e-4)
+
+
+def test_seeds_side_by_side_are_seeds_one_by_one(tokenizer: BertTokenizerFast, glue: Path) -> None:
+    config = make_config(tokenizer, glue, model=dict(hidden_dropout=0.1, attention_dropout=0.1))
+
+    def losses(seeds: tuple[int, ...]) -> np.ndarray:
+        tuning = make(config, tokenizer, seeds)
+        state, found = tuning.init_state(), []
+        for n in range(2):
+            state, metrics = tuning.step(state, n)
+            found.append(metrics.loss)
+        return np.stack([*found, tuning.logits(state, tuning.data.dev["dev"]).sum((1, 2))], axis=1)
+
+    together = losses((0, 1))
+    np.testing.assert_allclose(together[0], losses((0,))[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(together[1], losses((1,))[0], rtol=1e-4, atol=1e-4)
+    assert abs(together[0] - together[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "sequential", "fedavg"])
+def test_a_classifier_is_trained_across_clients(strategy: str, tokenizer: BertTokenizerFast, glue: Path) -> None:
+    config = make_config(
+        tokenizer, glue, federated=dict(strategy=strategy, num_clients=3), finetune=dict(epochs=12.0),
+        data=dict(partition=dict(kind="dirichlet", alpha=1.0)), client_optimizer=dict(learning_rate=2e-2),
+        server_optimizer=dict(learning_rate=2e-2),
+    )  # fmt: skip
+    tuning = make(config, tokenizer)
+    assert sorted(np.concatenate(tuning.clients)) == list(range(72))
+    state, losses = tuning.init_state(), []
+    for n in range(tuning.rounds):
+        state, metrics = tuning.step(state, n)
+        losses.append(float(metrics.loss[0]))
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+
+
+def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
+    config = make_config(tokenizer, glue, finetune=dict(seeds=2, predict=True))
+    assert ft.finetune(config, tmp_path, QUIET) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["values"]) == 2 and results["median"] == pytest.approx(np.median(results["values"]))
+    found = pipeline("text-classification", model=str(tmp_path / "hf"), device="cpu")("a good film")
+    assert found[0]["label"] in ("negative", "positive")
+    lines = (tmp_path / "predictions" / "SST-2.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and len(lines) == 3
+
+    # As if it had been killed in the second seed, after its first epoch's checkpoint.
+    (tmp_path / "results.json").write_text(json.dumps({"seeds": {"0": results["seeds"]["0"]}}))
+    assert ft.finetune(config, tmp_path, QUIET) == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["seeds"] == results["seeds"]
+    with pytest.raises(ConfigError, match="batch_size"):
+        ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
+
+
+def test_a_stream_has_every_example_once_an_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 100)
+    stream = ExampleStream(0, 0, lengths, steps=2, batch=5)
+    first = np.concatenate([stream.round(n).ravel() for n in range(10)])
+    assert sorted(first) == list(range(100))
+    again = ExampleStream(0, 0, lengths, steps=2, batch=5)
+    assert np.array_equal(again.round(13), stream.round(13))
+    spread = np.mean([np.ptp(lengths[stream.round(n)]) for n in range(10)])
+    assert spread < 0.5 * np.ptp(lengths)
+
+
+def test_pairs_are_padded_and_cut(tokenizer: BertTokenizerFast) -> None:
+    data = encode(tokenizer, ["the film", "a"], ["was good " * 20, "play"], np.array([0, 1], np.int32), 12)
+    assert data.tokens.shape == (2, 12) and list(data.lengths) == [12, 5]
+    batch = take(data, np.array([[1, 0]]), 16)
+    assert batch.tokens.shape == (1, 2, 16) and int(jnp.sum(batch.tokens[0, 0] != tokenizer.pad_token_id)) == 5
+    assert list(batch.token_types[0, 0][:6]) == [0, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        (dict(data=dict(source="text:x")), "glue:TASK"),
+        (dict(federated=dict(strategy="local", num_clients=2)), "federated.strategy"),
+        (dict(federated=dict(strategy="parallel")), "federated.num_clients"),
+        (dict(finetune=dict(epochs=0.0)), "finetune.epochs"),
+        (dict(finetune=dict(seeds=0)), "finetune.seeds"),
+        (dict(data=dict(tokenizer="train:1000")), "data.tokenizer"),
+    ],
+)
+def test_what_cannot_be_finetuned(section: dict, message: str, tokenizer: BertTokenizerFast, glue: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(tokenizer, glue, **section)
+
+
+def test_a_misspelt_task_is_answered_with_the_nearest(tokenizer: BertTokenizerFast, glue: Path) -> None:
+    config = make_config(tokenizer, glue, task="SST2x")
+    with pytest.raises(UserError, match="SST-2"):
+        ft.read_task(config, tokenizer)
