@@ -134,8 +134,8 @@ class Finetuning:
         empty = [n for n, own in enumerate(owned) if not len(own)]
         if empty:
             raise ConfigError(
-                f"config key data.partition.alpha={partition.alpha}: client {empty[0]} of {count} gets no example; accepted: "
-                "a larger alpha, or fewer clients."
+                f"config key data.partition.alpha={partition.alpha}: client {empty[0]} of {count} gets no example; "
+                "accepted: a larger alpha, or fewer clients."
             )
         return owned
 

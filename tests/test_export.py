@@ -45,7 +45,7 @@ def test_torch_gives_the_runs_own_loss_on_the_same_masked_text(trained, tmp_path
         total = right = count = 0.0
         for n in np.flatnonzero(data.clients == c):
             batch = eval_batch(simulation.config.seed, data.tokens[n], data.batch_ids[n], simulation.setting.mask)
-            tokens, positions, labels, weights = (np.array(x) for x in batch)
+            tokens, positions, labels, weights = (np.array(x) for x in batch[:4])
             weights = torch.tensor(weights * data.real[n][:, None])
             with torch.no_grad():
                 logits = model(torch.tensor(tokens).long()).logits

