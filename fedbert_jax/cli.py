@@ -101,6 +101,8 @@ def _quieten() -> None:
     absl_logging.set_stderrthreshold("error")
     for name in ("jax", "orbax", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Orbax reads arrays side by side: of a damaged checkpoint the first error is told, asyncio would print the others.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
