@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedbert_jax import huggingface, run
+from fedbert_jax import huggingface, optim, run
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.data import glue
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.partition import assign
+from fedbert_jax.data.sampling import client_weights
 from fedbert_jax.data.sequences import ExampleStream, Sequences, encode, eval_batches, padded_length, take
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
-from fedbert_jax.errors import ConfigError, DivergedError
+from fedbert_jax.errors import ConfigError, DivergedError, UserError
 from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
-from fedbert_jax.federated.split import attention_mask, take_positions
+from fedbert_jax.federated.split import joined_logits
 from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.glue_metrics import score, summary
 from fedbert_jax.interrupts import Interrupts
@@ -35,8 +35,6 @@ from fedbert_jax.models.bert import Segments, make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 from fedbert_jax.runtime.simulation import compute_dtype
 from fedbert_jax.workdir import check_same, open_workdir, write_atomically
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,6 @@ class TaskData:
     dev: dict[str, Sequences]  # by split: MNLI has two
     test: dict[str, Sequences]  # empty unless predictions are asked for
     test_ids: dict[str, list[str]]
-
-
-class Start(NamedTuple):
-    """What every seed starts from: a checkpoint's tensors, or None for a random start."""
-
-    tensors: huggingface.Tensors | None
-    missing: list[str]
 
 
 def read_task(config: Config, tokenizer: Any) -> TaskData:
@@ -72,13 +63,12 @@ def read_task(config: Config, tokenizer: Any) -> TaskData:
     return TaskData(task, tokens("train"), {s: tokens(s) for s in dev}, {s: tokens(s) for s in test}, ids)
 
 
-def resolve(config: Config, tokenizer: Any, warn: Say = lambda _: None) -> tuple[Config, Start]:
-    """Fills in the model's sizes, and reads the checkpoint to start from."""
+def resolve(config: Config, tokenizer: Any) -> tuple[Config, huggingface.Tensors | None]:
+    """Fills in the model's sizes, and reads the checkpoint to start from; None is a random start."""
     config = run.resolve(config, vocab_size(tokenizer))
     if not config.model.init_from:
-        return config, Start(None, [])
-    tensors, _ = huggingface.load_tensors(run.local(config.model.init_from))
-    return config, Start(tensors, [])
+        return config, None
+    return config, huggingface.load_tensors(run.local(config.model.init_from))[0]
 
 
 class Finetuning:
@@ -87,13 +77,17 @@ class Finetuning:
     Args:
       config: with `model` resolved.
       data: the task.
-      start: where the body and the embeddings come from.
+      start: the checkpoint's tensors; None is a random start.
       seeds: each trains a model of its own; with several, all in one program.
     """
 
-    def __init__(self, config: Config, data: TaskData, start: Start, seeds: tuple[int, ...]):
+    def __init__(self, config: Config, data: TaskData, start: huggingface.Tensors | None, seeds: tuple[int, ...]):
         f = config.federated
         self.config, self.data, self.start, self.seeds = config, data, start, seeds
+        if data.train.token_types.any() and config.model.type_vocab_size == 1:
+            raise ConfigError(
+                f"config key model.type_vocab_size=1: accepted: at least 2, since {data.task.name} has sentence pairs."
+            )
         central = f.strategy == "centralized"
         self.clients = self._deal(1 if central else f.num_clients or 1)
         self.per_round = len(self.clients) * f.local_steps * f.batch_size
@@ -113,9 +107,8 @@ class Finetuning:
             num_clients=len(self.clients),
             cohort=len(self.clients),
         )
-        sizes = np.array([len(c) for c in self.clients], np.float64)
-        weights = sizes if f.weighting == "examples" else np.ones_like(sizes)
-        self.weights = (weights / weights.sum()).astype(np.float32)
+        sizes = np.array([len(own) for own in self.clients])
+        self.weights = client_weights(sizes, np.arange(len(sizes)), f.weighting)
         self.streams = [
             [ExampleStream(seed, c, data.train.lengths[own], f.local_steps, f.batch_size)
              for c, own in enumerate(self.clients)] for seed in seeds
@@ -144,19 +137,19 @@ class Finetuning:
         make = lambda seed: strategy.init(Pair(*self.setting.segments.init(jax.random.key(seed))))  # noqa: E731
         return jax.vmap(make)(jnp.asarray(self.seeds))
 
-    def init_state(self) -> State:
-        """Returns the states before the first round [S, ...]; names what the checkpoint lacked in `start.missing`."""
-        if self.start.tensors is None:
-            return jax.jit(self._fresh_state)()
+    def init_state(self) -> tuple[State, list[str]]:
+        """Returns the states before the first round [S, ...], and what the checkpoint lacked (initialised instead)."""
+        if self.start is None:
+            return jax.jit(self._fresh_state)(), []
         strategy, states = STRATEGIES[self.config.federated.strategy](self.setting), []
+        missing: list[str] = []
         for seed in self.seeds:
             client, server = jax.jit(self.segments.init)(jax.random.key(seed))
             client, server, missing = huggingface.from_tensors(
-                self.start.tensors, client, server, huggingface.CLASSIFIER_CLIENT
+                self.start, client, server, huggingface.CLASSIFIER_CLIENT
             )
-            self.start.missing[:] = missing
             states.append(strategy.init(Pair(client, server)))
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), huggingface.describe_missing(missing)
 
     def _one_round(
         self, state: State, batches: MaskedBatch, round: jax.Array, seed: jax.Array
@@ -179,23 +172,14 @@ class Finetuning:
         """Dispatches a round; `state` is used up. Metrics are [S]."""
         return self._round(state, self.batches(round), jnp.int32(round), jnp.asarray(self.seeds))
 
-    def model_of(self, state: State) -> Pair:
-        """Returns the models [S, ...]."""
-        return state.model
-
     def _one_predict(self, model: Pair, batch: MaskedBatch) -> jax.Array:
-        mask = attention_mask(batch.lengths, batch.tokens.shape[-1])  # type: ignore[arg-type]
-        z = self.segments.transform(
-            model.server, self.segments.embed(model.client, batch.tokens, None, batch.token_types), None, mask
-        )
-        return self.segments.predict(model.client, take_positions(z, batch.positions))[:, 0]
+        return joined_logits(self.segments, model.client, model.server, batch)[:, 0]
 
     def logits(self, state: State, data: Sequences) -> np.ndarray:
         """Returns the outputs for all sequences, float32 [S, n, outputs]."""
-        model, outputs = self.model_of(state), self.data.task.num_outputs
-        result = np.zeros((len(self.seeds), len(data), outputs), np.float32)
-        for index, batch in eval_batches(data, max(self.config.eval.batch_size, 64), self.config.data.seq_len):
-            result[:, index] = np.asarray(self._predict(model, batch))[:, : len(index)]
+        result = np.zeros((len(self.seeds), len(data), self.data.task.num_outputs), np.float32)
+        for index, batch in eval_batches(data, self.config.eval.batch_size, self.config.data.seq_len):
+            result[:, index] = np.asarray(self._predict(state.model, batch))[:, : len(index)]
         return result
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
@@ -226,10 +210,10 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
       UserError: for what the user can mend.
     """
     console = console or Console(highlight=False)
-    warn: Say = lambda text: console.print(f"warning: {text}", style="yellow")  # noqa: E731
+    optim.check(config)
     workdir, _lock = open_workdir(root)
     tokenizer = load_tokenizer(config.data.tokenizer or str(run.local(config.model.init_from)))
-    config, start = resolve(config, tokenizer, warn)
+    config, start = resolve(config, tokenizer)
     if workdir.exists():
         check_same(workdir.read_config(), config)
     data = read_task(config, tokenizer)
@@ -252,15 +236,12 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
                 console.print("stopped; the same command goes on from there")
                 return interrupts.exit_code
             if n == 0:
-                if start.missing:
-                    lacking = huggingface.describe_missing(start.missing)
-                    console.print(f"the checkpoint lacks, so it started fresh: {', '.join(lacking)}", style="dim")
                 export(tuning, state, tokenizer, workdir.hf)
                 for split, tests in data.test.items():
-                    path = workdir.root / "predictions" / glue.submission_name(data.task, split)
-                    path.parent.mkdir(exist_ok=True)
+                    folder = workdir.root / "predictions"
+                    folder.mkdir(exist_ok=True)
                     found = tuning.predictions(tuning.logits(state, tests))[0]
-                    glue.write_submission(path, data.task, split, data.test_ids[split], found)
+                    glue.write_submission(folder, data.task, split, data.test_ids[split], found)
             for seed, scores in zip(group, tuning.scores(state), strict=True):
                 results["seeds"][str(seed)] = scores
                 console.print(f"  seed {seed}: {_show(scores)}", highlight=False)
@@ -283,7 +264,7 @@ def summarise(task: glue.Task, seeds: dict[str, Any]) -> dict[str, Any]:
 
 def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path, which: int = 0) -> None:
     """Writes a directory that `AutoModelForSequenceClassification` loads: the model of seed number `which`."""
-    client, server = jax.device_get(jax.tree.map(lambda x: x[which], tuning.model_of(state)))
+    client, server = jax.device_get(jax.tree.map(lambda x: x[which], state.model))
     task, card = tuning.data.task, huggingface.classifier_card(tuning.config, tuning.data.task.name)
     names = task.labels or ("score",)
     huggingface.save(
@@ -292,33 +273,37 @@ def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path, wh
 
 
 def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, console: Console) -> State | None:
-    """Trains a group of seeds to its last round, with a checkpoint after every epoch; None if it was interrupted."""
+    """Trains a group of seeds to its last round; None if it was interrupted. Checkpoints come after epochs and then."""
     name = f"seed-{tuning.seeds[0]}"
     checkpoints = Checkpoints(workdir.checkpoints / name, keep=1)
     log_path = workdir.root / f"metrics-{name}.jsonl"
     per_epoch = max(round(tuning.rounds / max(tuning.config.finetune.epochs, 1)), 1)
     done, finished = checkpoints.rounds(), 0
+    losses: list[Any] = []  # [S] of each round since the last line of the log
     if done:
         place = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tuning.state_shape)
-        state, _ = checkpoints.restore(done[-1], tuning.state_shape, place)
-        finished = done[-1]
+        state, meta = checkpoints.restore(done[-1], tuning.state_shape, place)
+        finished, losses = done[-1], meta["losses"]
         truncate(log_path, finished)
     else:
         log_path.unlink(missing_ok=True)
-        state = tuning.init_state()
+        state, missing = tuning.init_state()
+        if missing:
+            console.print(f"the checkpoint lacks, so it starts fresh: {', '.join(missing)}", style="dim")
     with MetricsLog(log_path) as log, _progress(console) as progress:
         bar = progress.add_task(f"{tuning.data.task.name} {name}", total=tuning.rounds, completed=finished)
-        losses: list[jax.Array] = []
         for n in range(finished, tuning.rounds):
             if interrupts.received:
-                checkpoints.wait()
+                checkpoints.save(n, state, {"losses": [np.asarray(x, np.float64).tolist() for x in losses]})
                 checkpoints.close()
                 return None
             state, metrics = tuning.step(state, n)
+            if losses:
+                jax.block_until_ready(losses[-1])  # round n is under way while the bar shows what n - 1 has finished
             losses.append(metrics.loss)
-            progress.update(bar, completed=n + 1)
+            progress.update(bar, completed=n)
             if (n + 1) % per_epoch == 0 or n + 1 == tuning.rounds:
-                mean = np.mean(jax.device_get(losses), axis=0)
+                mean = np.mean([np.asarray(x, np.float64) for x in losses], axis=0)
                 losses = []
                 if not np.isfinite(mean).all():
                     raise DivergedError(
@@ -328,14 +313,17 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
                 scores = tuning.scores(state)
                 log.append({"round": n + 1, "epoch": (n + 1) / per_epoch, "train_loss": mean, "scores": scores})
                 if n + 1 < tuning.rounds:
-                    checkpoints.save(n + 1, state, {})
+                    checkpoints.save(n + 1, state, {"losses": []})
     checkpoints.close()
     return state
 
 
 def _read_results(root: Path) -> dict[str, Any]:
     path = root / "results.json"
-    return json.loads(path.read_text()) if path.is_file() else {"seeds": {}}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {"seeds": {}}
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}); delete it to fine-tune again what it told of.") from e
 
 
 def _show(scores: dict[str, dict[str, float]]) -> str:

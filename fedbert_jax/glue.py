@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedbert_jax import cli
 from fedbert_jax.config import from_dict
+from fedbert_jax.errors import UserError
 
 
 def main() -> None:
@@ -36,10 +37,12 @@ def main() -> None:
     from rich.table import Table
 
     from fedbert_jax import huggingface, run
-    from fedbert_jax.data.glue import find_task, find_tasks
+    from fedbert_jax.data.glue import TASKS, find_task, find_tasks
     from fedbert_jax.finetune import finetune
 
     tasks = find_tasks(args.glue) if args.tasks == "all" else [find_task(name) for name in args.tasks.split(",")]
+    if not tasks:
+        raise UserError(f"{args.glue} has no folder of a GLUE task; accepted: {', '.join(TASKS)}.")
     model: dict[str, object] = dict(init_from=args.model, hidden_dropout=args.dropout, attention_dropout=args.dropout)
     tokenizer = ""
     if args.random_start:
@@ -69,7 +72,7 @@ def main() -> None:
     for task in tasks:
         r = results[task.name]
         table.add_row(task.name, ", ".join(task.metrics), *(f"{100 * r[k]:.1f}" for k in ("median", "mean", "std")))
-    average = sum(r["median"] for r in results.values()) / max(len(results), 1)
+    average = sum(r["median"] for r in results.values()) / len(results)
     table.add_row("average", "of medians", f"{100 * average:.1f}", "", "")
     console.print(table)
     console.print("dev sets, last epoch; a task's number is the mean of its metrics")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from fedbert_jax import finetune as ft
 from fedbert_jax import glue as command
 from fedbert_jax.data.sequences import ExampleStream, encode, take
 from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.interrupts import Interrupts
 
 WORDS = "the a film play song was is good bad dull bright long short very not never always".split()
 QUIET = Console(quiet=True)
@@ -58,8 +60,8 @@ def make_config(tokenizer: BertTokenizerFast, glue: Path, task: str = "SST-2", *
     adamw = dict(name="adamw", learning_rate=1e-3, weight_decay=0.01, eps=1e-3, clip_norm=None, schedule="constant")
     values: dict = dict(
         task="finetune",
-        data=dict(source=f"glue:{task}@{glue}", tokenizer=tokenizer.name_or_path, seq_len=16),
-        model=dict(hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=16),
+        data=dict(source=f"glue:{task}@{glue}", tokenizer=tokenizer.name_or_path, seq_len=32),
+        model=dict(hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=32),
         federated=dict(strategy="centralized", batch_size=8, local_steps=2),
         client_optimizer=adamw, server_optimizer=adamw,
         finetune=dict(epochs=2.0, warmup=0.0),
@@ -77,7 +79,7 @@ def make(config: config_lib.Config, tokenizer: BertTokenizerFast, seeds: tuple[i
 @pytest.mark.parametrize("task", ["SST-2", "STS-B"])
 def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
     tuning = make(make_config(tokenizer, glue, task), tokenizer)
-    state = tuning.init_state()
+    state, _ = tuning.init_state()
     ft.export(tuning, state, tokenizer, tmp_path / "before")
     batches = tuning.batches(0)
     state, metrics = tuning.step(state, 0)
@@ -116,7 +118,7 @@ def test_seeds_side_by_side_are_seeds_one_by_one(tokenizer: BertTokenizerFast, g
 
     def losses(seeds: tuple[int, ...]) -> np.ndarray:
         tuning = make(config, tokenizer, seeds)
-        state, found = tuning.init_state(), []
+        (state, _), found = tuning.init_state(), []
         for n in range(2):
             state, metrics = tuning.step(state, n)
             found.append(metrics.loss)
@@ -128,6 +130,27 @@ def test_seeds_side_by_side_are_seeds_one_by_one(tokenizer: BertTokenizerFast, g
     assert abs(together[0] - together[1]).max() > 1e-3
 
 
+@pytest.mark.parametrize("strategy", ["parallel", "sequential"])
+def test_one_client_across_the_cut_is_centralized(strategy: str, tokenizer: BertTokenizerFast, glue: Path) -> None:
+    """Padding, token types and all three dropouts cross the cut: STS-B has pairs of different lengths."""
+
+    def trained(name: str) -> tuple[float, object]:
+        config = make_config(
+            tokenizer, glue, "STS-B", federated=dict(strategy=name, num_clients=1), data=dict(partition=dict(kind="iid")),
+            model=dict(hidden_dropout=0.1, attention_dropout=0.1),
+        )  # fmt: skip
+        tuning = make(config, tokenizer)
+        (state, _), batches = tuning.init_state(), tuning.batches(0)
+        assert len(set(np.ravel(batches.lengths))) > 1 and np.any(batches.token_types)
+        state, metrics = tuning.step(state, 0)
+        return float(metrics.loss[0]), state.model
+
+    (loss, model), (expected, reference) = trained(strategy), trained("centralized")
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["parallel", "sequential", "fedavg"])
 def test_a_classifier_is_trained_across_clients(strategy: str, tokenizer: BertTokenizerFast, glue: Path) -> None:
     config = make_config(
@@ -137,7 +160,7 @@ def test_a_classifier_is_trained_across_clients(strategy: str, tokenizer: BertTo
     )  # fmt: skip
     tuning = make(config, tokenizer)
     assert sorted(np.concatenate(tuning.clients)) == list(range(72))
-    state, losses = tuning.init_state(), []
+    (state, _), losses = tuning.init_state(), []
     for n in range(tuning.rounds):
         state, metrics = tuning.step(state, n)
         losses.append(float(metrics.loss[0]))
@@ -155,12 +178,49 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
     assert lines[0] == "index\tprediction" and len(lines) == 3
 
     # As if it had been killed in the second seed, after its first epoch's checkpoint.
+    log = (tmp_path / "metrics-seed-1.jsonl").read_bytes()
     (tmp_path / "results.json").write_text(json.dumps({"seeds": {"0": results["seeds"]["0"]}}))
     assert ft.finetune(config, tmp_path, QUIET) == 0
     again = json.loads((tmp_path / "results.json").read_text())
-    assert again["seeds"] == results["seeds"]
+    assert again["seeds"] == results["seeds"] and (tmp_path / "metrics-seed-1.jsonl").read_bytes() == log
     with pytest.raises(ConfigError, match="batch_size"):
         ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
+
+
+def test_ctrl_c_loses_no_round(
+    tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Interrupts):
+        """Ctrl-C before the fourth round, within an epoch of five."""
+
+        asked = 0
+
+        @property
+        def received(self) -> int:
+            self.asked += 1
+            return signal.SIGINT if self.asked > 3 else 0
+
+        @received.setter
+        def received(self, value: int) -> None:
+            pass
+
+    config = make_config(tokenizer, glue, model=dict(hidden_dropout=0.1))
+    assert ft.finetune(config, tmp_path / "whole", QUIET) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(ft, "Interrupts", Interrupted)
+        assert ft.finetune(config, tmp_path / "cut", QUIET) == 130
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints" / "seed-0").iterdir()] == ["3"]
+    assert ft.finetune(config, tmp_path / "cut", QUIET) == 0
+    for name in ("metrics-seed-0.jsonl", "results.json", "hf/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (tmp_path / "cut" / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        ft.finetune(config, tmp_path / "cut", QUIET)
+
+
+def test_pairs_need_two_token_types(tokenizer: BertTokenizerFast, glue: Path) -> None:
+    with pytest.raises(ConfigError, match="type_vocab_size"):
+        make(make_config(tokenizer, glue, "STS-B", model=dict(type_vocab_size=1)), tokenizer)
 
 
 def test_the_glue_command_prints_a_table(
@@ -179,6 +239,9 @@ def test_the_glue_command_prints_a_table(
     command.main()
     printed = capsys.readouterr().out
     assert "SST-2" in printed and "average" in printed and "the pooler" not in printed and "the classifier" in printed
+    monkeypatch.setattr("sys.argv", f"glue --model {tmp_path / 'model'} --glue {tmp_path}".split())
+    with pytest.raises(UserError, match="no folder of a GLUE task"):
+        command.main()
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["average"] == pytest.approx(np.mean([t["median"] for t in found["tasks"].values()]))
 

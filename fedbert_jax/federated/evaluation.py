@@ -11,7 +11,7 @@ import numpy as np
 
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
 from fedbert_jax.federated.setting import Pair
-from fedbert_jax.federated.split import take_positions
+from fedbert_jax.federated.split import joined_logits
 from fedbert_jax.models.bert import Segments
 
 EVAL = 0x6576616C  # keeps evaluation's masks apart from training's
@@ -75,8 +75,7 @@ def make_evaluate(
         def one(batch: EvalSet) -> jax.Array:
             model = model_of(state, batch.clients)
             masked = eval_batch(seed, batch.tokens, batch.batch_ids, spec)
-            z = segments.transform(model.server, segments.embed(model.client, masked.tokens))
-            logits = segments.predict(model.client, take_positions(z, masked.positions))
+            logits = joined_logits(segments, model.client, model.server, masked)
             nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), masked.labels[..., None], axis=-1)[..., 0]
             weights = masked.weights * batch.real[:, None]
             right = (jnp.argmax(logits, axis=-1) == masked.labels).astype(jnp.float32)

@@ -113,12 +113,19 @@ def joined_loss(
 
     With the same key, dropout draws are those of `split_step`.
     """
+    logits = joined_logits(segments, client_params, server_params, batch, key)
+    return segments.loss(logits, batch.labels, batch.weights)
+
+
+def joined_logits(
+    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: jax.Array | None = None
+) -> jax.Array:
+    """Returns the uncut model's logits [B, M, ...] at the positions of one client's batch [B, ...]."""
     keys = None if key is None else key[None]
     h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED), batch.token_types)
     mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
     z = segments.transform(server_params, h, fold_in(keys, BODY), mask)
-    logits = segments.predict(client_params, take_positions(z, batch.positions), fold_in(keys, HEAD))
-    return segments.loss(logits, batch.labels, batch.weights)
+    return segments.predict(client_params, take_positions(z, batch.positions), fold_in(keys, HEAD))
 
 
 def take_positions(z: jax.Array, positions: jax.Array) -> jax.Array:
