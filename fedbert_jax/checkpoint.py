@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +70,8 @@ class Checkpoints:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(round, args=args)
+            with _first_error_only():
+                restored = self._manager.restore(round, args=args)
         except Exception as e:  # orbax and tensorstore raise many kinds
             raise self._damaged(round, _first_line(e)) from e
         meta = dict(restored.meta)
@@ -101,6 +106,25 @@ def checksums(state: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     whole = [(jax.tree_util.keystr(path), x) for path, x in leaves if getattr(x, "is_fully_addressable", True)]
     return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data) for name, x in whole}
+
+
+@contextlib.contextmanager
+def _first_error_only() -> Iterator[None]:
+    """Keeps orbax's reading to one error.
+
+    It reads arrays side by side. The first that is damaged raises; the reads that this ends would each print a traceback,
+    from a thread of tensorstore's or when their coroutine is collected.
+    """
+    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
+    level = logger.level
+    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda _: None
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ def run(command: Callable[[], None]) -> None:
     try:
         command()
     except UserError as e:
+        _tell_no_more()
         sys.stdout.flush()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
@@ -28,6 +29,12 @@ def run(command: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of a pipe has gone: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _tell_no_more() -> None:
+    """Silences what ends with the process: of a damaged checkpoint, the reads of its other arrays."""
+    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda _: None
 
 
 def parse_flags(argv: list[str], usage: str) -> list[str]:
@@ -101,8 +108,6 @@ def _quieten() -> None:
     absl_logging.set_stderrthreshold("error")
     for name in ("jax", "orbax", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Orbax reads arrays side by side: of a damaged checkpoint the first error is told, asyncio would print the others.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -20,7 +20,7 @@ class MaskedBatch(NamedTuple):
     tokens: jax.Array  # int32 [..., B, T], masked
     positions: jax.Array  # int32 [..., B, M], ascending
     labels: jax.Array  # int32 [..., B, M], the tokens that stood there
-    weights: jax.Array  # float32 [..., B, M], 0 where a block had fewer than M to mask, or a row only fills the batch
+    weights: jax.Array  # float32 [..., B, M], 0 where a block had fewer than M to mask
     token_types: jax.Array | None = None  # int32 [..., B, T]; None is all 0
     lengths: jax.Array | None = None  # int32 [..., B], tokens before the padding; None where nothing is padded
 

@@ -53,15 +53,15 @@ def padded_length(longest: int, limit: int) -> int:
     return min(next((b for b in BUCKETS if b >= longest), longest), max(limit, longest))
 
 
-def take(data: Sequences, index: np.ndarray, length: int, real: np.ndarray | None = None) -> MaskedBatch:
-    """Gathers examples `index` [...] as a batch of numpy arrays, T = `length`; rows where `real` is 0 have weight 0."""
+def take(data: Sequences, index: np.ndarray, length: int) -> MaskedBatch:
+    """Gathers examples `index` [...] as a batch of numpy arrays, T = `length`."""
     width = min(length, data.tokens.shape[1])
     wide = [(0, 0)] * index.ndim + [(0, length - width)]
     return MaskedBatch(
         tokens=np.pad(data.tokens[index][..., :width], wide),  # type: ignore[arg-type]
         positions=np.zeros((*index.shape, 1), np.int32),  # type: ignore[arg-type]
         labels=data.labels[index][..., None],  # type: ignore[arg-type]
-        weights=(np.ones(index.shape) if real is None else real).astype(np.float32)[..., None],  # type: ignore[arg-type]
+        weights=np.ones((*index.shape, 1), np.float32),  # type: ignore[arg-type]
         token_types=np.pad(data.token_types[index][..., :width], wide),  # type: ignore[arg-type]
         lengths=data.lengths[index],  # type: ignore[arg-type]
     )
@@ -112,10 +112,8 @@ class ExampleStream:
 
 
 def eval_batches(data: Sequences, batch: int, limit: int) -> Iterator[tuple[np.ndarray, MaskedBatch]]:
-    """Yields (examples [B], batch) over all examples, shortest first; the last is filled up with rows of weight 0."""
+    """Yields (examples [B], batch) over all examples, shortest first; the last is filled up to B rows by repeating some."""
     order = np.argsort(data.lengths, kind="stable")
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        index = np.resize(part, batch)
-        real = (np.arange(batch) < len(part)).astype(np.float32)
-        yield part, take(data, index, padded_length(int(data.lengths[part].max()), limit), real)
+        yield part, take(data, np.resize(part, batch), padded_length(int(data.lengths[part].max()), limit))

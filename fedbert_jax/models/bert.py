@@ -106,7 +106,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> j
     Args:
       logits: float32 [B, M, V], V classes (for masked language modelling, tokens).
       labels: int32 [B, M].
-      weights: float32 [B, M]; 0 marks a position that only pads the block to M, or the batch to B.
+      weights: float32 [B, M]; 0 marks a position that only pads the block to M.
     """
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - chosen
