@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -109,14 +110,24 @@ class Finetuning:
         )
         sizes = np.array([len(own) for own in self.clients])
         self.weights = client_weights(sizes, np.arange(len(sizes)), f.weighting)
-        self.streams = [
-            [ExampleStream(seed, c, data.train.lengths[own], f.local_steps, f.batch_size)
-             for c, own in enumerate(self.clients)] for seed in seeds
-        ]  # fmt: skip
-        self.state_shape = jax.eval_shape(self._fresh_state)
+        self.streams = self._streams()
         self._round = jax.jit(jax.vmap(self._one_round, (0, 0, None, 0)), donate_argnums=0)
         self._predict = jax.jit(jax.vmap(self._one_predict, (0, None)))
         self.segments: Segments = self.setting.segments
+
+    def for_seeds(self, seeds: tuple[int, ...]) -> Finetuning:
+        """Returns the same for other seeds: for as many as here, the same compiled programs."""
+        other = copy.copy(self)
+        other.seeds = seeds
+        other.streams = other._streams()
+        return other
+
+    def _streams(self) -> list[list[ExampleStream]]:
+        f, lengths = self.config.federated, self.data.train.lengths
+        return [
+            [ExampleStream(seed, c, lengths[own], f.local_steps, f.batch_size) for c, own in enumerate(self.clients)]
+            for seed in self.seeds
+        ]
 
     def _deal(self, count: int) -> list[np.ndarray]:
         train, partition = self.data.train, self.config.data.partition
@@ -136,6 +147,10 @@ class Finetuning:
         strategy = STRATEGIES[self.config.federated.strategy](self.setting)
         make = lambda seed: strategy.init(Pair(*self.setting.segments.init(jax.random.key(seed))))  # noqa: E731
         return jax.vmap(make)(jnp.asarray(self.seeds))
+
+    def state_shape(self) -> State:
+        """Returns the shapes of the states [S, ...]."""
+        return jax.eval_shape(self._fresh_state)
 
     def init_state(self) -> tuple[State, list[str]]:
         """Returns the states before the first round [S, ...], and what the checkpoint lacked (initialised instead)."""
@@ -225,12 +240,13 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
         f"{data.task.name}: {len(data.train):,} training examples, {sum(map(len, data.dev.values())):,} to judge by; "
         f"{config.federated.strategy}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
     )
+    tuning: Finetuning | None = None
     with Interrupts() as interrupts:
         for n in range(0, len(all_seeds), at_once):
             group = all_seeds[n : n + at_once]
             if all(str(seed) in results["seeds"] for seed in group):
                 continue
-            tuning = Finetuning(config, data, start, group)
+            tuning = tuning.for_seeds(group) if tuning else Finetuning(config, data, start, group)
             state = _train_group(tuning, workdir, interrupts, console)
             if state is None:
                 console.print("stopped; the same command goes on from there")
@@ -281,8 +297,9 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
     done, finished = checkpoints.rounds(), 0
     losses: list[Any] = []  # [S] of each round since the last line of the log
     if done:
-        place = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tuning.state_shape)
-        state, meta = checkpoints.restore(done[-1], tuning.state_shape, place)
+        shape = tuning.state_shape()
+        place = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shape)
+        state, meta = checkpoints.restore(done[-1], shape, place)
         finished, losses = done[-1], meta["losses"]
         truncate(log_path, finished)
     else:

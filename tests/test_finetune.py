@@ -247,6 +247,18 @@ def test_the_glue_command_prints_a_table(
     assert found["average"] == pytest.approx(np.mean([t["median"] for t in found["tasks"].values()]))
 
 
+def test_another_seed_compiles_nothing_anew(tokenizer: BertTokenizerFast, glue: Path) -> None:
+    config = make_config(tokenizer, glue)
+    first = make(config, tokenizer)
+    second, fresh = first.for_seeds((1,)), make(dataclasses.replace(config, seed=1), tokenizer, (1,))
+    losses = []
+    for tuning in (first, second, fresh):
+        _, metrics = tuning.step(tuning.init_state()[0], 0)
+        losses.append(float(metrics.loss[0]))
+    assert first._round._cache_size() == 1
+    assert losses[1] == losses[2] != losses[0]
+
+
 def test_a_stream_has_every_example_once_an_epoch() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 100)
     stream = ExampleStream(0, 0, lengths, steps=2, batch=5)
