@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fedbert_jax.config import WireConfig
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.models.bert import Params, Segments
-from fedbert_jax.models.layers import fold_in
+from fedbert_jax.models.layers import fold_in, take_positions
 from fedbert_jax.wire import Messages, decode, encode
 
 EMBED, BODY, HEAD = 0, 1, 2  # tags that keep the dropout draws of a client's three segments apart
@@ -73,8 +73,9 @@ def split_step(
         clients, size = received.shape[:2]
         rows = received.reshape(clients * size, *received.shape[2:])  # [C*B, T, D]
         mask = None if lengths_up is None else attention_mask(lengths_up.reshape(-1), rows.shape[1])
-        z = segments.transform(params, rows, fold_in(keys, BODY), mask).reshape(received.shape)
-        return z if positions_up is None else take_positions(z, positions_up)
+        positions = None if positions_up is None else positions_up.reshape(clients * size, -1)
+        z = segments.transform(params, rows, fold_in(keys, BODY), mask, positions)  # [C*B, M, D], or T for M
+        return z.reshape(clients, size, *z.shape[1:])
 
     z, transform_vjp = jax.vjp(server_transform, server_params, decode(activations_up, like=h))
     hidden_states_down = encode(z, wire)  # ---- message 2, down
@@ -124,13 +125,8 @@ def joined_logits(
     keys = None if key is None else key[None]
     h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED), batch.token_types)
     mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
-    z = segments.transform(server_params, h, fold_in(keys, BODY), mask)
-    return segments.predict(client_params, take_positions(z, batch.positions), fold_in(keys, HEAD))
-
-
-def take_positions(z: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns z [..., T, D] at positions [..., M]: [..., M, D]."""
-    return jnp.take_along_axis(z, positions[..., None].astype(jnp.int32), axis=-2)
+    z = segments.transform(server_params, h, fold_in(keys, BODY), mask, batch.positions)
+    return segments.predict(client_params, z, fold_in(keys, HEAD))
 
 
 def attention_mask(lengths: jax.Array, size: int) -> jax.Array:

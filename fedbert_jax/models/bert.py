@@ -1,8 +1,8 @@
 """The three segments of a cut BERT, as pure functions of parameter pytrees.
 
-    embed(client_params, tokens)      [B, T]    -> h [B, T, D]
-    transform(server_params, h)       [B, T, D] -> z [B, T, D]
-    predict(client_params, z_masked)  [B, M, D] -> logits [B, M, V]
+    embed(client_params, tokens)            [B, T]    -> h [B, T, D]
+    transform(server_params, h, positions)  [B, T, D] -> z [B, M, D] at the positions asked for, or [B, T, D]
+    predict(client_params, z)               [B, M, D] -> logits [B, M, V]
 
 `nnx.split` is called once, here; every runtime (simulated, centralised, export) uses these same functions, so a client
 is nothing but a leading axis on a pytree of arrays.
@@ -30,7 +30,8 @@ class Segments(NamedTuple):
     config: ModelConfig
     init: Callable[[jax.Array], tuple[Params, Params]]  # key -> (client_params, server_params)
     embed: Callable[..., jax.Array]  # (client_params, tokens [B, T], keys=None, token_types=None) -> [B, T, D]
-    transform: Callable[..., jax.Array]  # (server_params, h [B, T, D], keys=None, attention_mask=None) -> [B, T, D]
+    # (server_params, h [B, T, D], keys=None, attention_mask=None, positions [B, M]=None) -> [B, M, D]; without, [B, T, D]
+    transform: Callable[..., jax.Array]
     predict: Callable[..., jax.Array]  # (client_params, z [B, M, D], keys=None) -> float32 logits [B, M, V or outputs]
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (logits, labels [B, M], weights [B, M]) -> the mean
 
@@ -73,26 +74,28 @@ def make_segments(
         return nnx.merge(client_def, client_params).embed(tokens, token_types, keys)
 
     def transform(
-        server_params: Params, h: jax.Array, keys: jax.Array | None = None, attention_mask: jax.Array | None = None
-    ) -> jax.Array:
+        server_params: Params, h: jax.Array, keys: jax.Array | None = None, attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
         batch, length, size = h.shape
 
-        def apply(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-            params, index = layer
-            return nnx.merge(layer_def, params)(x, (batch, length), attention_mask, fold_in(keys, index)), None
+        def apply(x: jax.Array, params: Params, index: jax.Array, asked: jax.Array | None) -> jax.Array:
+            return nnx.merge(layer_def, params)(x, (batch, length), attention_mask, fold_in(keys, index), asked)
 
         if config.remat == "full":
             apply = jax.checkpoint(apply)
         elif config.remat == "dots":
             apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        x = h.astype(compute_dtype).reshape(batch * length, size)
-        stack = (server_params["layers"], jnp.arange(layers))
+        x, stack, last = h.astype(compute_dtype).reshape(batch * length, size), server_params["layers"], layers - 1
         if config.unroll_layers:
-            for n in range(layers):
-                x, _ = apply(x, jax.tree.map(lambda leaf: leaf[n], stack))  # noqa: B023
+            for n in range(last):
+                x = apply(x, jax.tree.map(lambda leaf: leaf[n], stack), jnp.int32(n), None)  # noqa: B023
         else:
-            x, _ = jax.lax.scan(apply, x, stack)
-        return x.reshape(batch, length, size)
+            below = (jax.tree.map(lambda leaf: leaf[:last], stack), jnp.arange(last))
+            x, _ = jax.lax.scan(lambda x, layer: (apply(x, *layer, None), None), x, below)
+        # The last layer makes only what is asked for; all it needs of the other positions is their keys and values.
+        x = apply(x, jax.tree.map(lambda leaf: leaf[last], stack), jnp.int32(last), positions)
+        return x.reshape(batch, -1, size)
 
     def predict(client_params: Params, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         return nnx.merge(client_def, client_params).predict(z.astype(compute_dtype), keys)
