@@ -192,6 +192,7 @@ class FinetuneConfig:
     seeds: int = 1  # runs of the task, with seeds seed, seed + 1, ...: fresh classifiers, orders and dropout
     seeds_at_once: int = 0  # how many are trained in one program; 0 is all of them on accelerators and one on CPU
     warmup: float = 0.1  # share of the steps in which the rates rise; takes the place of *_optimizer.warmup_steps
+    holdout: float = 0.0  # share of the training examples to judge by in place of the dev set: to choose settings by
     predict: bool = False  # write the test files' predictions as GLUE's site takes them
 
 
@@ -487,4 +488,5 @@ def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], Non
     need(t.epochs > 0, "finetune.epochs", t.epochs, "a number above 0")
     need(t.seeds >= 1, "finetune.seeds", t.seeds, "an integer of at least 1")
     need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
-    need(0.0 <= t.warmup < 1.0, "finetune.warmup", t.warmup, "a number from 0 to below 1")
+    for key, share in (("finetune.warmup", t.warmup), ("finetune.holdout", t.holdout)):
+        need(0.0 <= share < 1.0, key, share, "a number from 0 to below 1")

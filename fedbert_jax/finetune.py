@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,194 +17,26 @@ from fedbert_jax import huggingface, optim, run
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.data import glue
-from fedbert_jax.data.masking import MaskedBatch
-from fedbert_jax.data.partition import assign
-from fedbert_jax.data.sampling import client_weights
-from fedbert_jax.data.sequences import ExampleStream, Sequences, encode, eval_batches, padded_length, take
+from fedbert_jax.data.tasks import read_task
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
-from fedbert_jax.errors import ConfigError, DivergedError, UserError
-from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
-from fedbert_jax.federated.split import joined_logits
-from fedbert_jax.federated.strategies import STRATEGIES
-from fedbert_jax.glue_metrics import score, summary
+from fedbert_jax.errors import DivergedError, UserError
+from fedbert_jax.federated.setting import State
+from fedbert_jax.glue_metrics import summary
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, to_json, truncate
-from fedbert_jax.models.bert import Segments, make_segments
-from fedbert_jax.optim import make_aggregator, make_optimizer
-from fedbert_jax.runtime.simulation import compute_dtype
+from fedbert_jax.runtime.finetuning import Finetuning, Start
 from fedbert_jax.workdir import check_same, open_workdir, write_atomically
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """A GLUE task, tokenised."""
-
-    task: glue.Task
-    train: Sequences
-    dev: dict[str, Sequences]  # by split: MNLI has two
-    test: dict[str, Sequences]  # empty unless predictions are asked for
-    test_ids: dict[str, list[str]]
-
-
-def read_task(config: Config, tokenizer: Any) -> TaskData:
-    """Reads and tokenises the task that `data.source` names: `glue:TASK` from the hub or `glue:TASK@DIR`."""
-    name, _, directory = config.data.source.removeprefix("glue:").partition("@")
-    task = glue.find_task(name)
-    dev, test = glue.dev_splits(task), glue.test_splits(task) if config.finetune.predict else ()
-    found = glue.load(task, Path(directory).expanduser() if directory else None, ("train", *dev, *test))
-
-    def tokens(split: str) -> Sequences:
-        e = found[split]
-        return encode(tokenizer, e.first, e.second, e.labels, config.data.seq_len)
-
-    ids = {split: found[split].ids for split in test}
-    return TaskData(task, tokens("train"), {s: tokens(s) for s in dev}, {s: tokens(s) for s in test}, ids)
-
-
-def resolve(config: Config, tokenizer: Any) -> tuple[Config, huggingface.Tensors | None]:
+def resolve(config: Config, tokenizer: Any) -> tuple[Config, Start | None]:
     """Fills in the model's sizes, and reads the checkpoint to start from; None is a random start."""
     config = run.resolve(config, vocab_size(tokenizer))
     if not config.model.init_from:
         return config, None
-    return config, huggingface.load_tensors(run.local(config.model.init_from))[0]
-
-
-class Finetuning:
-    """One task's fine-tuning for some seeds side by side: compiled programs, data order, evaluation.
-
-    Args:
-      config: with `model` resolved.
-      data: the task.
-      start: the checkpoint's tensors; None is a random start.
-      seeds: each trains a model of its own; with several, all in one program.
-    """
-
-    def __init__(self, config: Config, data: TaskData, start: huggingface.Tensors | None, seeds: tuple[int, ...]):
-        f = config.federated
-        self.config, self.data, self.start, self.seeds = config, data, start, seeds
-        if data.train.token_types.any() and config.model.type_vocab_size == 1:
-            raise ConfigError(
-                f"config key model.type_vocab_size=1: accepted: at least 2, since {data.task.name} has sentence pairs."
-            )
-        central = f.strategy == "centralized"
-        self.clients = self._deal(1 if central else f.num_clients or 1)
-        self.per_round = len(self.clients) * f.local_steps * f.batch_size
-        self.rounds = math.ceil(config.finetune.epochs * len(data.train) / self.per_round)
-        steps = self.rounds * f.local_steps * (len(self.clients) if f.strategy == "sequential" else 1)
-        optimizers = [
-            dataclasses.replace(o, warmup_steps=int(config.finetune.warmup * steps), decay_steps=None)
-            for o in (config.client_optimizer, config.server_optimizer)
-        ]
-        self.setting = Setting(
-            config=config,
-            segments=make_segments(config.model, compute_dtype(config), data.task.num_outputs),
-            mask=None,
-            client_tx=make_optimizer(optimizers[0], "client_optimizer", steps),
-            server_tx=make_optimizer(optimizers[1], "server_optimizer", steps),
-            outer=make_aggregator(config.aggregator),
-            num_clients=len(self.clients),
-            cohort=len(self.clients),
-        )
-        sizes = np.array([len(own) for own in self.clients])
-        self.weights = client_weights(sizes, np.arange(len(sizes)), f.weighting)
-        self.streams = self._streams()
-        self._round = jax.jit(jax.vmap(self._one_round, (0, 0, None, 0)), donate_argnums=0)
-        self._predict = jax.jit(jax.vmap(self._one_predict, (0, None)))
-        self.segments: Segments = self.setting.segments
-
-    def for_seeds(self, seeds: tuple[int, ...]) -> Finetuning:
-        """Returns the same for other seeds: for as many as here, the same compiled programs."""
-        other = copy.copy(self)
-        other.seeds = seeds
-        other.streams = other._streams()
-        return other
-
-    def _streams(self) -> list[list[ExampleStream]]:
-        f, lengths = self.config.federated, self.data.train.lengths
-        return [
-            [ExampleStream(seed, c, lengths[own], f.local_steps, f.batch_size) for c, own in enumerate(self.clients)]
-            for seed in self.seeds
-        ]
-
-    def _deal(self, count: int) -> list[np.ndarray]:
-        train, partition = self.data.train, self.config.data.partition
-        if count == 1:
-            return [np.arange(len(train))]
-        labels = np.round(train.labels).astype(int)  # a regression's, to the nearest whole number
-        _, owned = assign([str(x) for x in labels], np.ones(len(train)), partition, count, self.config.seed)
-        empty = [n for n, own in enumerate(owned) if not len(own)]
-        if empty:
-            raise ConfigError(
-                f"config key data.partition.alpha={partition.alpha}: client {empty[0]} of {count} gets no example; "
-                "accepted: a larger alpha, or fewer clients."
-            )
-        return owned
-
-    def _fresh_state(self) -> State:
-        strategy = STRATEGIES[self.config.federated.strategy](self.setting)
-        make = lambda seed: strategy.init(Pair(*self.setting.segments.init(jax.random.key(seed))))  # noqa: E731
-        return jax.vmap(make)(jnp.asarray(self.seeds))
-
-    def state_shape(self) -> State:
-        """Returns the shapes of the states [S, ...]."""
-        return jax.eval_shape(self._fresh_state)
-
-    def init_state(self) -> tuple[State, list[str]]:
-        """Returns the states before the first round [S, ...], and what the checkpoint lacked (initialised instead)."""
-        if self.start is None:
-            return jax.jit(self._fresh_state)(), []
-        strategy, states = STRATEGIES[self.config.federated.strategy](self.setting), []
-        missing: list[str] = []
-        for seed in self.seeds:
-            client, server = jax.jit(self.segments.init)(jax.random.key(seed))
-            client, server, missing = huggingface.from_tensors(
-                self.start, client, server, huggingface.CLASSIFIER_CLIENT
-            )
-            states.append(strategy.init(Pair(client, server)))
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), huggingface.describe_missing(missing)
-
-    def _one_round(
-        self, state: State, batches: MaskedBatch, round: jax.Array, seed: jax.Array
-    ) -> tuple[State, RoundMetrics]:
-        s = dataclasses.replace(self.setting, seed=seed)
-        clients = jnp.arange(len(self.clients), dtype=jnp.int32)
-        inputs = RoundInputs(batches, clients, jnp.asarray(self.weights), round)
-        return STRATEGIES[self.config.federated.strategy](s).round(state, inputs)
-
-    def batches(self, round: int) -> MaskedBatch:
-        """Returns a round's batches [S, K, C, B, ...]: functions of (seed, round, client)."""
-        index = np.stack([
-            np.stack([own[stream.round(round)] for own, stream in zip(self.clients, streams, strict=True)], axis=1)
-            for streams in self.streams
-        ])  # fmt: skip
-        longest = int(self.data.train.lengths[index].max())
-        return take(self.data.train, index, padded_length(longest, self.config.data.seq_len))
-
-    def step(self, state: State, round: int) -> tuple[State, RoundMetrics]:
-        """Dispatches a round; `state` is used up. Metrics are [S]."""
-        return self._round(state, self.batches(round), jnp.int32(round), jnp.asarray(self.seeds))
-
-    def _one_predict(self, model: Pair, batch: MaskedBatch) -> jax.Array:
-        return joined_logits(self.segments, model.client, model.server, batch)[:, 0]
-
-    def logits(self, state: State, data: Sequences) -> np.ndarray:
-        """Returns the outputs for all sequences, float32 [S, n, outputs]."""
-        result = np.zeros((len(self.seeds), len(data), self.data.task.num_outputs), np.float32)
-        for index, batch in eval_batches(data, self.config.eval.batch_size, self.config.data.seq_len):
-            result[:, index] = np.asarray(self._predict(state.model, batch))[:, : len(index)]
-        return result
-
-    def predictions(self, logits: np.ndarray) -> np.ndarray:
-        """Turns outputs [..., outputs] into class ids, or scores of a regression."""
-        return logits[..., 0] if self.data.task.regression else logits.argmax(-1)
-
-    def scores(self, state: State) -> list[dict[str, dict[str, float]]]:
-        """Returns the official metrics of each seed, by dev split."""
-        found = {split: self.predictions(self.logits(state, d)) for split, d in self.data.dev.items()}
-        return [
-            {split: score(self.data.task, p[s], self.data.dev[split].labels) for split, p in found.items()}
-            for s in range(len(self.seeds))
-        ]
+    tensors, _ = huggingface.load_tensors(run.local(config.model.init_from))
+    return config, lambda client, server: huggingface.from_tensors(
+        tensors, client, server, huggingface.CLASSIFIER_CLIENT
+    )
 
 
 def finetune(config: Config, root: Path, console: Console | None = None) -> int:
@@ -269,6 +98,40 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     return 0
 
 
+def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Console) -> tuple[float, int]:
+    """Tries learning rates, the same for both segments, on a tenth of the training examples that is kept back for this.
+
+    Neither the dev set nor a seed that is reported has a part in the choice.
+
+    Args:
+      config: of the task, with the seeds to report.
+      rates: to choose from, one seed each; a single one is not tried.
+      root: of the workdirs, one a rate.
+      console: where to speak.
+
+    Returns:
+      The rate with the best score, and the exit code: 0, or 128 + the signal that interrupted it.
+    """
+    scores = {}
+    for rate in rates if len(rates) > 1 else ():
+        console.print(f"learning rate {rate:g}, judged by a tenth of the training examples", style="dim")
+        trial = dataclasses.replace(with_rate(config, rate), seed=config.seed + config.finetune.seeds)
+        settings = dataclasses.replace(config.finetune, seeds=1, holdout=0.1, predict=False)
+        code = finetune(dataclasses.replace(trial, finetune=settings), root / f"{rate:g}", Console(quiet=True))
+        if code:
+            return rate, code
+        scores[rate] = _read_results(root / f"{rate:g}")["median"]
+    return max(scores, key=lambda rate: scores[rate], default=rates[0]), 0
+
+
+def with_rate(config: Config, rate: float) -> Config:
+    """Returns the config with this learning rate in both segments' optimizers."""
+    client, server = (
+        dataclasses.replace(o, learning_rate=rate) for o in (config.client_optimizer, config.server_optimizer)
+    )
+    return dataclasses.replace(config, client_optimizer=client, server_optimizer=server)
+
+
 def summarise(task: glue.Task, seeds: dict[str, Any]) -> dict[str, Any]:
     """Returns the median, mean and standard deviation over seeds of the task's GLUE number (MNLI: of both dev sets)."""
     values = [float(np.mean([summary(task, s) for s in scores.values()])) for scores in seeds.values()]
@@ -297,16 +160,15 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
     done, finished = checkpoints.rounds(), 0
     losses: list[Any] = []  # [S] of each round since the last line of the log
     if done:
-        shape = tuning.state_shape()
-        place = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shape)
-        state, meta = checkpoints.restore(done[-1], shape, place)
+        state, meta = checkpoints.restore(done[-1], tuning.state_shape, tuning.state_sharding)
         finished, losses = done[-1], meta["losses"]
         truncate(log_path, finished)
     else:
         log_path.unlink(missing_ok=True)
         state, missing = tuning.init_state()
         if missing:
-            console.print(f"the checkpoint lacks, so it starts fresh: {', '.join(missing)}", style="dim")
+            fresh = ", ".join(huggingface.describe_missing(missing))
+            console.print(f"the checkpoint lacks, so it starts fresh: {fresh}", style="dim")
     with MetricsLog(log_path) as log, _progress(console) as progress:
         bar = progress.add_task(f"{tuning.data.task.name} {name}", total=tuning.rounds, completed=finished)
         for n in range(finished, tuning.rounds):

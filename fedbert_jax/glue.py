@@ -1,4 +1,4 @@
-"""python -m fedbert_jax.glue --model DIR --glue DIR [--tasks all] [--seeds 5] [--workdir DIR] [--json FILE] [--predict]
+"""python -m fedbert_jax.glue --model DIR --glue DIR [--tasks all] [--seeds 5] [--learning-rate 3e-4,1e-3] [--json FILE]
 
 Fine-tunes a model on every GLUE task found, the ordinary way, and prints GLUE's table. Run again, it goes on.
 """
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each task (default: 5)")
     parser.add_argument("--epochs", type=float, default=3.0, help="(default: 3)")
     parser.add_argument("--batch", type=int, default=32, help="sequences a step (default: 32)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="AdamW's peak (default: 1e-4)")
+    parser.add_argument("--learning-rate", type=_rates, default=(1e-4,), metavar="RATE[,RATE...]",
+                        help="AdamW's peak (default: 1e-4); of several, each task takes the one that does best on "
+                        "a tenth of its training examples, with a seed that is not reported")  # fmt: skip
     parser.add_argument("--dropout", type=float, default=0.1, help="(default: 0.1)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens a sequence or pair (default: 128)")
     parser.add_argument("--random-start", action="store_true", help="the model's sizes and tokenizer with random weights")
@@ -38,7 +40,7 @@ def main() -> None:
 
     from fedbert_jax import huggingface, run
     from fedbert_jax.data.glue import TASKS, find_task, find_tasks
-    from fedbert_jax.finetune import finetune
+    from fedbert_jax.finetune import choose_rate, finetune, with_rate
 
     tasks = find_tasks(args.glue) if args.tasks == "all" else [find_task(name) for name in args.tasks.split(",")]
     if not tasks:
@@ -49,7 +51,7 @@ def main() -> None:
         directory = run.local(args.model)
         sizes = huggingface.sizes_of(huggingface.read_config(directory), args.model)
         model, tokenizer = model | sizes | dict(init_from=""), str(directory)
-    optimizer = dict(name="adamw", learning_rate=args.learning_rate, weight_decay=0.01, clip_norm=1.0)
+    optimizer = dict(name="adamw", weight_decay=0.01, clip_norm=1.0)
     console, results = Console(highlight=False), {}
     for task in tasks:
         config = from_dict(dict(
@@ -61,23 +63,35 @@ def main() -> None:
             finetune=dict(epochs=args.epochs, seeds=args.seeds, predict=args.predict),
         ))  # fmt: skip
         workdir = args.workdir / task.name
-        code = finetune(config, workdir, console)
+        rate, code = choose_rate(config, args.learning_rate, args.workdir / f"{task.name}-rates", console)
+        code = code or finetune(with_rate(config, rate), workdir, console)
         if code:
             raise SystemExit(code)
-        results[task.name] = json.loads((workdir / "results.json").read_text())
+        results[task.name] = json.loads((workdir / "results.json").read_text()) | {"learning_rate": rate}
 
     table = Table(box=box.MARKDOWN)
-    for column in ("task", "metrics", "median", "mean", "std"):
+    for column in ("task", "metrics", "median", "mean", "std", "rate"):
         table.add_column(column, justify="left" if column in ("task", "metrics") else "right")
     for task in tasks:
         r = results[task.name]
-        table.add_row(task.name, ", ".join(task.metrics), *(f"{100 * r[k]:.1f}" for k in ("median", "mean", "std")))
+        numbers = [f"{100 * r[k]:.1f}" for k in ("median", "mean", "std")]
+        table.add_row(task.name, ", ".join(task.metrics), *numbers, f"{r['learning_rate']:g}")
     average = sum(r["median"] for r in results.values()) / len(results)
-    table.add_row("average", "of medians", f"{100 * average:.1f}", "", "")
+    table.add_row("average", "of medians", f"{100 * average:.1f}", "", "", "")
     console.print(table)
     console.print("dev sets, last epoch; a task's number is the mean of its metrics")
     if args.json:
         args.json.write_text(json.dumps({"model": args.model, "tasks": results, "average": average}, indent=2) + "\n")
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rates = (0.0,)
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: accepted: a number above 0, or several with commas between.")
+    return rates
 
 
 if __name__ == "__main__":

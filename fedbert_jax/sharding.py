@@ -24,6 +24,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"head/dense/kernel$", P(None, None)),
     (r"head/dense/bias$", P(None)),
     (r"head/bias$", P("model")),  # [V]
+    (r"(pooler|classifier)/kernel$", P(None, None)),
+    (r"(pooler|classifier)/bias$", P(None)),
     # server body, stacked over layers
     (r"layers/attention/qkv/kernel$", P(None, None, None, "model")),  # [L, D, 3, D]
     (r"layers/attention/qkv/bias$", P(None, None, "model")),  # [L, 3, D]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import subprocess
+import time
 from pathlib import Path
 
+import corpus
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,6 +222,70 @@ def test_ctrl_c_loses_no_round(
         ft.finetune(config, tmp_path / "cut", QUIET)
 
 
+def seeds_finished(root: Path) -> int:
+    """How many epochs of all seeds are in the logs."""
+    return sum(path.read_text().count("\n") for path in root.glob("metrics-seed-*.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
+    """SIGKILL in the command's own process, within a seed and in a save; it ends bit for bit as one never stopped."""
+    values = config_lib.to_dict(make_config(
+        tokenizer, glue, finetune=dict(seeds=2, epochs=6.0), model=dict(hidden_dropout=0.1, unroll_layers=False)
+    ))  # fmt: skip
+    path = tmp_path / "config.py"
+    path.write_text(f"import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({values!r})\n")
+    done = corpus.run(*corpus.command(path, tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+
+    args = corpus.command(path, tmp_path / "killed")
+    for epochs in (2, 8):  # in the first seed, then in the second
+        process = subprocess.Popen(args, env=corpus.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 240
+        while seeds_finished(tmp_path / "killed") < epochs and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL  # it had not ended by itself
+    done = corpus.run(*args)
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics-seed-0.jsonl", "metrics-seed-1.jsonl", "results.json", "hf/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_rate_is_chosen_without_the_dev_set(
+    tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def finetune(config: config_lib.Config, root: Path, console: Console) -> int:
+        tried.append(config)
+        root.mkdir(parents=True)
+        median = {1e-4: 0.5, 1e-3: 0.8, 1e-2: 0.7}[config.server_optimizer.learning_rate]
+        (root / "results.json").write_text(json.dumps({"median": median, "seeds": {}}))
+        return 0
+
+    config = make_config(tokenizer, glue, finetune=dict(seeds=3, predict=True))
+    monkeypatch.setattr(ft, "finetune", finetune)
+    assert ft.choose_rate(config, (1e-4, 1e-3, 1e-2), tmp_path, QUIET) == (1e-3, 0)
+    assert [c.client_optimizer.learning_rate for c in tried] == [1e-4, 1e-3, 1e-2]
+    for c in tried:  # the seed is none of 0, 1, 2, which are to be reported
+        assert (c.seed, c.finetune.seeds, c.finetune.holdout, c.finetune.predict) == (3, 1, 0.1, False)
+    assert ft.choose_rate(config, (1e-4,), tmp_path, QUIET) == (1e-4, 0) and len(tried) == 3
+
+
+def test_a_holdout_is_taken_from_the_training_examples(
+    tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "SST-2").mkdir()  # there is no dev.tsv to look at
+    (tmp_path / "SST-2" / "train.tsv").write_bytes((glue / "SST-2" / "train.tsv").read_bytes())
+    data = ft.read_task(make_config(tokenizer, tmp_path, finetune=dict(holdout=0.25)), tokenizer)
+    whole = ft.read_task(make_config(tokenizer, glue), tokenizer).train
+    assert (len(data.train), [*data.dev], len(data.dev["holdout"])) == (54, ["holdout"], 18)
+    rows = lambda s: [(tuple(t[t > 0]), label) for t, label in zip(s.tokens, s.labels, strict=True)]  # noqa: E731
+    assert sorted(rows(data.train) + rows(data.dev["holdout"])) == sorted(rows(whole))
+
+
 def test_pairs_need_two_token_types(tokenizer: BertTokenizerFast, glue: Path) -> None:
     with pytest.raises(ConfigError, match="type_vocab_size"):
         make(make_config(tokenizer, glue, "STS-B", model=dict(type_vocab_size=1)), tokenizer)
@@ -236,7 +303,8 @@ def test_the_glue_command_prints_a_table(
     tokenizer.save_pretrained(tmp_path / "model")
     words = f"glue --model {tmp_path / 'model'} --glue {glue} --seeds 2 --epochs 1 --max-length 16 "
     words += f"--workdir {tmp_path / 'w'}"
-    monkeypatch.setattr("sys.argv", [*words.split(), "--tasks", "sst2,stsb", "--json", str(tmp_path / "out.json")])
+    words += f" --tasks sst2,stsb --learning-rate 1e-4,1e-3 --json {tmp_path / 'out.json'}"
+    monkeypatch.setattr("sys.argv", words.split())
     command.main()
     printed = capsys.readouterr().out
     assert "SST-2" in printed and "average" in printed and "the pooler" not in printed and "the classifier" in printed
@@ -244,6 +312,7 @@ def test_the_glue_command_prints_a_table(
     with pytest.raises(UserError, match="no folder of a GLUE task"):
         command.main()
     found = json.loads((tmp_path / "out.json").read_text())
+    assert all(t["learning_rate"] in (1e-4, 1e-3) for t in found["tasks"].values())
     assert found["average"] == pytest.approx(np.mean([t["median"] for t in found["tasks"].values()]))
 
 

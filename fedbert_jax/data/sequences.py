@@ -25,6 +25,10 @@ class Sequences(NamedTuple):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def take(self, index: np.ndarray) -> Sequences:
+        """Returns the examples `index` [k], in that order."""
+        return Sequences(*(getattr(self, name)[index] for name in self._fields))
+
 
 def encode(
     tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, labels: np.ndarray | None, max_length: int

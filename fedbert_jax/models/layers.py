@@ -115,8 +115,9 @@ class SelfAttention(nnx.Module):
 
     def _project(self, x: jax.Array, part: slice) -> jax.Array:
         """Projects x [R, D] by some of q, k and v: [R, parts, D]."""
-        kernel, bias = self.qkv.kernel[...][:, part].astype(x.dtype), self.qkv.bias[...][None, part].astype(x.dtype)
-        return jnp.tensordot(x, kernel, 1) + bias
+        assert self.qkv.bias is not None
+        kernel, bias = (leaf[...].astype(x.dtype) for leaf in (self.qkv.kernel, self.qkv.bias))
+        return jnp.tensordot(x, kernel[:, part], 1) + bias[None, part]
 
 
 class Layer(nnx.Module):

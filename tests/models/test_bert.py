@@ -56,9 +56,10 @@ def test_hidden_states_and_logits_equal_torchs_with_padding_and_two_segments(pai
     def run(client, server):
         h = segments.embed(client, tokens, None, types)
         z = segments.transform(server, h, None, mask)
-        return h, z, segments.predict(client, z)
+        return h, z, segments.predict(client, z), segments.transform(server, h, None, mask, asked)
 
-    h, z, logits = run(client, server)
+    asked = np.array([[0, 3, 9], [0, 1, 8], [3, 2, 0]])
+    h, z, logits, z_asked = run(client, server)
     with torch.no_grad():
         out = model(
             torch.tensor(tokens), attention_mask=torch.tensor(mask), token_type_ids=torch.tensor(types),
@@ -67,19 +68,25 @@ def test_hidden_states_and_logits_equal_torchs_with_padding_and_two_segments(pai
     real = mask.astype(bool)
     np.testing.assert_allclose(np.asarray(h)[real], out.hidden_states[0].numpy()[real], atol=1e-5)
     np.testing.assert_allclose(np.asarray(z)[real], out.hidden_states[-1].numpy()[real], atol=1e-5)
+    theirs = np.take_along_axis(out.hidden_states[-1].numpy(), asked[..., None], 1)
+    np.testing.assert_allclose(z_asked, theirs, atol=1e-5)
     np.testing.assert_allclose(np.asarray(logits)[real], out.logits.numpy()[real], atol=2e-5)
 
 
-def test_gradients_equal_torchs(pair):
-    """Loss and every gradient of the joined segments, against torch's autograd."""
+@pytest.mark.parametrize("asked", [True, False])
+def test_gradients_equal_torchs(pair, asked):
+    """Loss and every gradient of the joined segments, against torch's autograd; the last layer made in part or whole."""
     config, model, segments, client, server = pair
     rng = np.random.default_rng(1)
     tokens, positions = rng.integers(5, config.vocab_size, (2, 12)), np.array([[1, 4, 7], [2, 3, 11]])
     labels = np.take_along_axis(tokens, positions, 1)
 
     def loss(client, server):
-        z = segments.transform(server, segments.embed(client, tokens))
-        at = jnp.take_along_axis(z, positions[..., None], axis=1)
+        h = segments.embed(client, tokens)
+        if asked:
+            at = segments.transform(server, h, positions=positions)
+        else:
+            at = jnp.take_along_axis(segments.transform(server, h), positions[..., None], axis=1)
         return cross_entropy(segments.predict(client, at), labels, jnp.ones((2, 3)))
 
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(client, server)
@@ -99,10 +106,10 @@ def test_gradients_equal_torchs(pair):
 def test_scanning_unrolling_and_remat_are_one_function(segments, change):
     _, server = jax.jit(segments.init)(jax.random.key(0))
     other = make_segments(tiny_config(model=change).model)
-    h = jax.random.normal(jax.random.key(1), (2, 12, 16))
+    h, at = jax.random.normal(jax.random.key(1), (2, 12, 16)), jnp.array([[1, 5, 9], [0, 2, 11]])
 
     def loss(fn):
-        return jax.jit(jax.value_and_grad(lambda s: jnp.sum(jnp.sin(fn.transform(s, h)))))(server)
+        return jax.jit(jax.value_and_grad(lambda s: jnp.sum(jnp.sin(fn.transform(s, h, positions=at)))))(server)
 
     assert_trees_close(loss(other), loss(segments), rtol=1e-5, atol=2e-5)
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from tiny import make_simulation, tiny_config
+from tiny import VOCAB, make_simulation, tiny_config
+
+from fedbert_jax.data.glue import TASKS
+from fedbert_jax.data.sequences import Sequences
+from fedbert_jax.data.tasks import TaskData
+from fedbert_jax.runtime.finetuning import Finetuning
 
 assert jax.device_count() == 8, jax.devices()
 
@@ -15,6 +20,8 @@ CASES = [
     ("local", "pooled", 2),
     ("fedavg", "pooled", 2),
 ]
+# One seed: each step's sequences lie apart. Four seeds on data=4: the seeds do.
+FINETUNING = [("centralized", (0,)), ("centralized", (0, 1, 2, 3)), ("parallel", (0,))]
 MESHES = [(4, 2), (8, 1)]  # the second for the first case only
 
 
@@ -34,6 +41,28 @@ def end_of_run(strategy: str, body: str, local_steps: int, data: int, model: int
     scores = simulation.evaluate(state)
     simulation.close()
     return simulation, state, jax.device_get((state, metrics)), scores
+
+
+def end_of_finetuning(strategy: str, seeds: tuple[int, ...], data: int, model: int) -> list[np.ndarray]:
+    config = tiny_config(
+        task="finetune", mesh=dict(data=data, model=model), model=dict(num_heads=4, vocab_size=64, hidden_dropout=0.1),
+        data=dict(source="glue:SST-2@unread", tokenizer="unread", partition=dict(kind="iid")),
+        federated=dict(strategy=strategy, num_clients=4, batch_size=4), eval=dict(batch_size=4),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 13, 40).astype(np.int32)
+    tokens = np.where(np.arange(12) < lengths[:, None], rng.integers(5, VOCAB, (40, 12)), 0).astype(np.int32)
+    examples = Sequences(tokens, np.zeros_like(tokens), lengths, rng.integers(0, 2, 40).astype(np.int32))
+    task = TaskData(TASKS["SST-2"], examples, {"dev": examples.take(np.arange(13))}, {}, {})
+    tuning = Finetuning(config, task, None, seeds)
+    state, _ = tuning.init_state()
+    for n in range(2):
+        state, metrics = tuning.step(state, n)
+    kernel = state.model.client["pooler"]["kernel"]
+    assert len(kernel.sharding.device_set) == data * model
+    shared_out = {shard.index[0].indices(len(seeds)) for shard in kernel.addressable_shards}
+    assert len(shared_out) == (data if len(seeds) % data == 0 else 1), shared_out  # the seeds really lie apart
+    return [*jax.tree.leaves(jax.device_get((state, metrics))), tuning.logits(state, task.dev["dev"])]
 
 
 def main() -> None:
@@ -56,6 +85,11 @@ def main() -> None:
                 assert (simulation.cohort + simulation.padding) % mesh[0] == 0
             assert simulation.compiled() == 1, "the round was compiled again"
         print("equal:", *case, flush=True)
+    for strategy, seeds in FINETUNING:
+        expected = end_of_finetuning(strategy, seeds, 1, 1)
+        for a, b in zip(end_of_finetuning(strategy, seeds, 4, 2), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6, err_msg=f"{strategy}, seeds {seeds}")
+        print("equal: finetune", strategy, seeds, flush=True)
 
 
 if __name__ == "__main__":

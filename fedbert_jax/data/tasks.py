@@ -1,0 +1,52 @@
+"""A GLUE task as fine-tuning sees it: its splits, tokenised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedbert_jax.config import Config
+from fedbert_jax.data import glue
+from fedbert_jax.data.sequences import Sequences, encode
+
+HOLDOUT = 5  # a tag that keeps this draw apart from the others
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A GLUE task, tokenised."""
+
+    task: glue.Task
+    train: Sequences
+    dev: dict[str, Sequences]  # what is judged by: MNLI has two dev splits; with `finetune.holdout` it is "holdout"
+    test: dict[str, Sequences]  # empty unless predictions are asked for
+    test_ids: dict[str, list[str]]
+
+
+def read_task(config: Config, tokenizer: Any) -> TaskData:
+    """Reads and tokenises the task that `data.source` names: `glue:TASK` from the hub or `glue:TASK@DIR`.
+
+    With `finetune.holdout` so much of the training examples is kept back and judged by; the dev files are not read.
+
+    Raises:
+      UserError: for a task, file, line or label that is wrong.
+    """
+    name, _, directory = config.data.source.removeprefix("glue:").partition("@")
+    task, holdout = glue.find_task(name), config.finetune.holdout
+    dev = () if holdout else glue.dev_splits(task)
+    test = glue.test_splits(task) if config.finetune.predict else ()
+    found = glue.load(task, Path(directory).expanduser() if directory else None, ("train", *dev, *test))
+
+    def tokens(split: str) -> Sequences:
+        e = found[split]
+        return encode(tokenizer, e.first, e.second, e.labels, config.data.seq_len)
+
+    train, judges = tokens("train"), {s: tokens(s) for s in dev}
+    if holdout:
+        order = np.random.default_rng([config.seed, HOLDOUT]).permutation(len(train))
+        kept = min(max(round(holdout * len(train)), 1), len(train) - 1)
+        train, judges = train.take(order[kept:]), {"holdout": train.take(order[:kept])}
+    return TaskData(task, train, judges, {s: tokens(s) for s in test}, {s: found[s].ids for s in test})

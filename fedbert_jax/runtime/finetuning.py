@@ -1,0 +1,187 @@
+"""Fine-tuning in one process: some seeds of a task side by side, by any strategy that ends in one model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedbert_jax.config import Config
+from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.data.partition import assign
+from fedbert_jax.data.sampling import client_weights
+from fedbert_jax.data.sequences import ExampleStream, Sequences, eval_batches, padded_length, take
+from fedbert_jax.data.tasks import TaskData
+from fedbert_jax.errors import ConfigError
+from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
+from fedbert_jax.federated.split import joined_logits
+from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.glue_metrics import score
+from fedbert_jax.models.bert import Params, Segments, make_segments
+from fedbert_jax.optim import make_aggregator, make_optimizer
+from fedbert_jax.runtime.simulation import compute_dtype
+from fedbert_jax.sharding import make_mesh, tree_shardings
+
+Start = Callable[[Params, Params], tuple[Params, Params, list[str]]]
+
+
+class Finetuning:
+    """One task's fine-tuning for some seeds side by side: compiled programs, data order, evaluation.
+
+    Args:
+      config: with `model` resolved.
+      data: the task.
+      start: (client_params, server_params) -> (the same filled from a checkpoint, names that it lacked); None is a random
+        start.
+      seeds: each trains a model of its own; with several, all in one program.
+    """
+
+    def __init__(self, config: Config, data: TaskData, start: Start | None, seeds: tuple[int, ...]):
+        f = config.federated
+        self.config, self.data, self.start, self.seeds = config, data, start, seeds
+        if data.train.token_types.any() and config.model.type_vocab_size == 1:
+            raise ConfigError(
+                f"config key model.type_vocab_size=1: accepted: at least 2, since {data.task.name} has sentence pairs."
+            )
+        central = f.strategy == "centralized"
+        self.clients = self._deal(1 if central else f.num_clients or 1)
+        self.per_round = len(self.clients) * f.local_steps * f.batch_size
+        self.rounds = math.ceil(config.finetune.epochs * len(data.train) / self.per_round)
+        steps = self.rounds * f.local_steps * (len(self.clients) if f.strategy == "sequential" else 1)
+        optimizers = [
+            dataclasses.replace(o, warmup_steps=int(config.finetune.warmup * steps), decay_steps=None)
+            for o in (config.client_optimizer, config.server_optimizer)
+        ]
+        self.setting = Setting(
+            config=config,
+            segments=make_segments(config.model, compute_dtype(config), data.task.num_outputs),
+            mask=None,
+            client_tx=make_optimizer(optimizers[0], "client_optimizer", steps),
+            server_tx=make_optimizer(optimizers[1], "server_optimizer", steps),
+            outer=make_aggregator(config.aggregator),
+            num_clients=len(self.clients),
+            cohort=len(self.clients),
+        )
+        sizes = np.array([len(own) for own in self.clients])
+        self.weights = client_weights(sizes, np.arange(len(sizes)), f.weighting)
+        self.streams = self._streams()
+        self.segments: Segments = self.setting.segments
+        self.mesh = make_mesh(config.mesh)
+        with jax.set_mesh(self.mesh):
+            self.state_shape = jax.eval_shape(self._fresh_state)  # [S, ...]
+            self.state_sharding = tree_shardings(self.state_shape, self.mesh)
+            everywhere = NamedSharding(self.mesh, P())
+            round = jax.vmap(self._one_round, (0, 0, None, 0))
+            self._round = jax.jit(round, donate_argnums=0, out_shardings=(self.state_sharding, everywhere))
+            self._predict = jax.jit(jax.vmap(self._one_predict, (0, None)), out_shardings=everywhere)
+
+    def for_seeds(self, seeds: tuple[int, ...]) -> Finetuning:
+        """Returns the same for other seeds; if they are as many as here, with the same compiled programs."""
+        if len(seeds) != len(self.seeds):
+            return Finetuning(self.config, self.data, self.start, seeds)
+        other = copy.copy(self)
+        other.seeds = seeds
+        other.streams = other._streams()
+        return other
+
+    def _streams(self) -> list[list[ExampleStream]]:
+        f, lengths = self.config.federated, self.data.train.lengths
+        return [
+            [ExampleStream(seed, c, lengths[own], f.local_steps, f.batch_size) for c, own in enumerate(self.clients)]
+            for seed in self.seeds
+        ]
+
+    def _deal(self, count: int) -> list[np.ndarray]:
+        train, partition = self.data.train, self.config.data.partition
+        if count == 1:
+            return [np.arange(len(train))]
+        labels = np.round(train.labels).astype(int)  # a regression's, to the nearest whole number
+        _, owned = assign([str(x) for x in labels], np.ones(len(train)), partition, count, self.config.seed)
+        empty = [n for n, own in enumerate(owned) if not len(own)]
+        if empty:
+            raise ConfigError(
+                f"config key data.partition.alpha={partition.alpha}: client {empty[0]} of {count} gets no example; "
+                "accepted: a larger alpha, or fewer clients."
+            )
+        return owned
+
+    def _fresh_state(self) -> State:
+        strategy = STRATEGIES[self.config.federated.strategy](self.setting)
+        make = lambda seed: strategy.init(Pair(*self.setting.segments.init(jax.random.key(seed))))  # noqa: E731
+        return jax.vmap(make)(jnp.asarray(self.seeds))
+
+    def init_state(self) -> tuple[State, list[str]]:
+        """Returns the states before the first round [S, ...], and the names that the checkpoint lacked."""
+        if self.start is None:
+            with jax.set_mesh(self.mesh):
+                return jax.jit(self._fresh_state, out_shardings=self.state_sharding)(), []
+        strategy, states = STRATEGIES[self.config.federated.strategy](self.setting), []
+        missing: list[str] = []
+        for seed in self.seeds:
+            client, server = jax.jit(self.segments.init)(jax.random.key(seed))
+            client, server, missing = self.start(client, server)
+            states.append(strategy.init(Pair(client, server)))
+        return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), self.state_sharding), missing
+
+    def _one_round(
+        self, state: State, batches: MaskedBatch, round: jax.Array, seed: jax.Array
+    ) -> tuple[State, RoundMetrics]:
+        s = dataclasses.replace(self.setting, seed=seed)
+        clients = jnp.arange(len(self.clients), dtype=jnp.int32)
+        inputs = RoundInputs(batches, clients, jnp.asarray(self.weights), round)
+        return STRATEGIES[self.config.federated.strategy](s).round(state, inputs)
+
+    def batches(self, round: int) -> MaskedBatch:
+        """Returns a round's batches [S, K, C, B, ...]: functions of (seed, round, client)."""
+        index = np.stack([
+            np.stack([own[stream.round(round)] for own, stream in zip(self.clients, streams, strict=True)], axis=1)
+            for streams in self.streams
+        ])  # fmt: skip
+        longest = int(self.data.train.lengths[index].max())
+        return take(self.data.train, index, padded_length(longest, self.config.data.seq_len))
+
+    def step(self, state: State, round: int) -> tuple[State, RoundMetrics]:
+        """Dispatches a round; `state` is used up. Metrics are [S]."""
+        seeds, data = len(self.seeds), self.mesh.shape["data"]
+        # Seeds are spread over `data` where it divides them, else each step's sequences: [S, K, C, B, ...].
+        spec = P("data") if seeds % data == 0 else P(None, None, None, "data")
+        batches = jax.device_put(self.batches(round), self._spread(spec, self.config.federated.batch_size))
+        with jax.set_mesh(self.mesh):
+            return self._round(state, batches, jnp.int32(round), jnp.asarray(self.seeds))
+
+    def _spread(self, spec: P, rows: int) -> NamedSharding:
+        """Lays batches of `rows` sequences over the devices, or on all of them if `data` doesn't divide the rows."""
+        divides = spec == P("data") or rows % self.mesh.shape["data"] == 0
+        return NamedSharding(self.mesh, spec if divides else P())
+
+    def _one_predict(self, model: Pair, batch: MaskedBatch) -> jax.Array:
+        return joined_logits(self.segments, model.client, model.server, batch)[:, 0]
+
+    def logits(self, state: State, data: Sequences) -> np.ndarray:
+        """Returns the outputs for all sequences, float32 [S, n, outputs]."""
+        result = np.zeros((len(self.seeds), len(data), self.data.task.num_outputs), np.float32)
+        sharding = self._spread(P("data"), self.config.eval.batch_size)
+        for index, batch in eval_batches(data, self.config.eval.batch_size, self.config.data.seq_len):
+            with jax.set_mesh(self.mesh):
+                outputs = self._predict(state.model, jax.device_put(batch, sharding))
+            result[:, index] = np.asarray(outputs)[:, : len(index)]
+        return result
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """Turns outputs [..., outputs] into class ids, or scores of a regression."""
+        return logits[..., 0] if self.data.task.regression else logits.argmax(-1)
+
+    def scores(self, state: State) -> list[dict[str, dict[str, float]]]:
+        """Returns the official metrics of each seed, by dev split."""
+        found = {split: self.predictions(self.logits(state, d)) for split, d in self.data.dev.items()}
+        return [
+            {split: score(self.data.task, p[s], self.data.dev[split].labels) for split, p in found.items()}
+            for s in range(len(self.seeds))
+        ]
