@@ -81,12 +81,12 @@ def _used_up() -> float:
     raise RuntimeError("this side's model was freed after the last row that needed it")
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """Prints a result as Markdown."""
+def rows_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Returns the rows that `compare` measured as a Markdown table."""
     table = Table(box=box.MARKDOWN)
-    for column in ("A / B", "A", "B", "A, ms", "B, ms", "tokens/s ratio", "quartiles", "target", "met"):
+    for column in ("A / B", "A", "B", "A, ms", "B, ms", "speed ratio", "quartiles", "target", "met"):
         table.add_column(column)
-    for row in result["rows"]:
+    for row in rows:
         target = "" if row["target"] is None else f"≥ {row['target']}"
         met = {None: "", True: "yes", False: "no"}[row["met"]]
         low, high = row["quartiles"]
@@ -94,7 +94,12 @@ def show(result: dict[str, Any], console: Console) -> None:
             row["name"], row["a"], row["b"], f"{row['a_ms']:.0f}", f"{row['b_ms']:.0f}", f"{row['ratio']:.2f}",
             f"{low:.2f}–{high:.2f}", target, met,
         )  # fmt: skip
-    console.print(table)
+    return table
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Prints a result as Markdown."""
+    console.print(rows_table(result["rows"]))
     size = result["settings"]["size"]
     console.print(
         f"ms: for one global batch of {size['clients']} clients x {size['batch']} sequences x {size['length']} tokens. "

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import clients, machine, pairs, sizes, step
+from benchmarks import clients, finetune, machine, pairs, sizes, step
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = sizes.Size(hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2)
@@ -114,3 +114,14 @@ def test_clients_measures_each_number_in_its_own_process(tmp_path):
     assert 0 < run["imported_peak_bytes"] <= run["data_peak_bytes"] <= run["training_peak_bytes"] <= run["peak_bytes"]
     assert run["token_bytes"] % (clients.LENGTH * 2) == 0
     assert "peak after training" in done.stdout
+
+
+def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
+    """Same weights, batches and rate: dropout apart, both sides' losses go the same way."""
+    pytest.importorskip("torch")
+    model = finetune.synthetic_model(tmp_path, hidden=16)
+    glue = finetune.synthetic_task(tmp_path / "glue", 8 * 256, longest=12)  # one padded length to compile for
+    sides = finetune.make_sides(model, glue, 1, tmp_path)
+    row = json.loads(json.dumps(pairs.compare(finetune.ROWS[0], sides["jax"], sides["torch"], 32, samples=2)))
+    assert len(row["ratios"]) == 2 and row["target"] == 1.0
+    assert sides["jax"].losses[:3] == pytest.approx(sides["torch"].losses[:3], abs=0.03)

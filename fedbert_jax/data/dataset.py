@@ -165,7 +165,8 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
     special = special_ids(tokenizer)
     tokenizer.save_pretrained(directory / "tokenizer")
 
-    progress(f"packing {words.sum():,} words of {len(shares):,} clients into blocks of {data.seq_len} tokens")
+    taken = sum(int(words[mine].sum()) for mine in owned)
+    progress(f"packing {taken:,} words of {len(shares):,} clients into blocks of {data.seq_len} tokens")
     sizes = _write_blocks(directory, documents, shares, tokenizer, data.seq_len)
     kept = [(share, train, heldout) for share, (train, heldout) in zip(shares, sizes, strict=True) if train]
     _report_small([share.name for share, (train, _) in zip(shares, sizes, strict=True) if not train], config, warn)
