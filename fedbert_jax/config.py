@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -203,6 +204,7 @@ class Config:
     task: Literal["pretrain", "finetune"] = "pretrain"
     seed: int = 0
     resume: Literal["auto", "force"] = "auto"  # force: accept harmless changes to an old workdir's config
+    profile: str = ""  # START:STOP writes a trace of these rounds to the workdir's profile/
     fill_mask: tuple[str, ...] = ()  # sentences with [MASK], filled in when training ends
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -374,6 +376,12 @@ def validate(config: Config) -> None:
     )  # fmt: skip
     for key in at_least_1:
         need(flat[key] is None or flat[key] >= 1, key, flat[key], "an integer of at least 1")
+    span = re.fullmatch(r"(\d+):(\d+)", config.profile)
+    need(
+        config.profile == "" or (span is not None and 1 <= int(span[1]) <= int(span[2])), "profile", config.profile,
+        "'' or 'START:STOP', rounds counted from 1, such as '3:5'",
+    )  # fmt: skip
+    need(config.profile == "" or config.task == "pretrain", "profile", config.profile, "'' with task='finetune'")
     need(config.seed >= 0, "seed", config.seed, "an integer of at least 0")
     need(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "-1 or at least 1")
     need(d.seq_len >= 8, "data.seq_len", d.seq_len, "at least 8")

@@ -41,6 +41,7 @@ def make_optimizer(config: OptimizerConfig, section: str, total_steps: int) -> O
     tx = _optax(config, section, learning_rate=1.0)
     schedule = make_schedule(config, total_steps)
 
+    @jax.named_scope("update")
     def update(
         grads: Params, state: OptState, params: Params, step: jax.Array
     ) -> tuple[Params, OptState, jax.Array]:

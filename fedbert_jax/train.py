@@ -24,6 +24,7 @@ from fedbert_jax.fill_mask import fill_mask
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
 from fedbert_jax.models.bert import count_parameters
+from fedbert_jax.profiling import Profile
 from fedbert_jax.report import write_report
 from fedbert_jax.run import Run
 from fedbert_jax.workdir import check_same, open_workdir
@@ -156,6 +157,7 @@ class Loop:
     def rounds(self, state: State, interrupts: Interrupts) -> State:
         """Runs the rounds that are left; a signal stops it after the round under way, with a checkpoint."""
         c, last = self.run.config, self.run.config.federated.rounds
+        profile = Profile(c.profile, self.run.workdir.profile)
         with self._progress() as progress:
             task = progress.add_task("rounds", total=last, completed=self.round, loss="", rate="")
 
@@ -167,8 +169,11 @@ class Loop:
             for n in range(self.round, last):
                 if interrupts.received:
                     break
+                profile.before(n + 1, state)
                 started = time.perf_counter()
-                state, metrics = self.sim.run_round(state, n)
+                with jax.profiler.StepTraceAnnotation("round", step_num=n + 1):
+                    state, metrics = self.sim.run_round(state, n)
+                profile.after(n + 1, state)
                 dispatched = Dispatched(n + 1, started, self._reader.submit(_finished, metrics))
                 if waiting is not None:  # round n is under way while the numbers of n - 1 are read
                     show(self._record(waiting))
@@ -180,6 +185,9 @@ class Loop:
                     waiting = None
                 if saves:
                     self.checkpoints.save(self.round, state, self._meta())
+            profile.close(state)
+            if profile.written:
+                self.console.print(f"profile      {profile.directory} (tensorboard --logdir, or perfetto.dev)")
             if waiting is not None:
                 show(self._record(waiting))
             if interrupts.received and self.round:

@@ -51,6 +51,11 @@ class Workdir:
         """The exported model."""
         return self.root / "hf"
 
+    @property
+    def profile(self) -> Path:
+        """Traces."""
+        return self.root / "profile"
+
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.config.is_file()
@@ -109,7 +114,7 @@ def check_same(old: Config, new: Config) -> None:
       ConfigError: naming the keys that differ.
     """
     before, after = (config_lib.flatten(config_lib.to_dict(c)) for c in (old, new))
-    differ = [k for k in before if before[k] != after.get(k) and k != "resume"]
+    differ = [k for k in before if before[k] != after.get(k) and k not in ("resume", "profile")]
     harmful = [k for k in differ if k not in config_lib.HARMLESS]
     show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731
     if harmful:

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from corpus import command, run, write_corpus
 from rich.console import Console
@@ -46,6 +47,7 @@ def load(config_file: Path, **changes):
         ("federated.roundz=3", ["federated.roundz", "did you mean federated.rounds"]),
         ("bogus=1", ["config key bogus does not exist", "federated"]),
         ("federated.rounds=many", ["federated.rounds", "'many'"]),
+        ("profile=5:2", ["profile='5:2'", "START:STOP"]),
         ("federated.strategy=paralel", ["federated.strategy='paralel'", "'parallel'"]),
         ("data.seq_len=64", ["data.seq_len=64", "max_position_embeddings=32"]),
     ],
@@ -220,3 +222,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     with pytest.raises(DivergedError, match="not finite"):
         train(config, tmp_path / "w", QUIET)
     assert '"train_loss": NaN' not in (tmp_path / "w" / "metrics.jsonl").read_text()
+
+
+def test_a_profile_of_some_rounds_is_written(config_file, tmp_path):
+    config = load(config_file, profile="2:3", federated__rounds=4)
+    assert train(config, tmp_path / "w", QUIET) == 0
+    (trace,) = (tmp_path / "w" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    rounds = [dict(e.stats)["step_num"] for p in planes for line in p.lines for e in line.events if e.name == "round"]
+    assert sorted(rounds) == [2, 3]
+    # Another profile, or none, is no other run.
+    assert train(load(config_file, federated__rounds=4), tmp_path / "w", QUIET) == 0

@@ -16,6 +16,7 @@ def replicate(tree: Any, clients: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), tree)
 
 
+@jax.named_scope("aggregate")
 def weighted_average(stacked: Any, weights: jax.Array) -> Any:
     """Averages parameters or optimizer states over clients.
 
@@ -38,6 +39,7 @@ def weighted_average(stacked: Any, weights: jax.Array) -> Any:
     return jax.tree.map(average, stacked)
 
 
+@jax.named_scope("aggregate")
 def outer_update(
     tx: optax.GradientTransformation | None, params: Params, average: Params, state: Any
 ) -> tuple[Params, Any]:

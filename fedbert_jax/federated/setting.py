@@ -76,6 +76,7 @@ class Setting:
     cohort: int  # C
     seed: jax.Array | None = None  # of the draws, where it isn't the config's: several seeds are trained side by side
 
+    @jax.named_scope("mask")
     def draw(
         self, blocks: Any, round: jax.Array, step: jax.Array, client: jax.Array
     ) -> tuple[MaskedBatch, jax.Array | None]:

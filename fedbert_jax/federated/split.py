@@ -63,8 +63,10 @@ def split_step(
     def client_embed(params: Params, b: MaskedBatch, key: jax.Array | None):  # type: ignore[no-untyped-def]
         return jax.vjp(lambda p: segments.embed(p, b.tokens, key, b.token_types), params)
 
-    h, embed_vjp = jax.vmap(client_embed, (own, 0, 0))(client_params, batch, embed_keys)
-    activations_up = encode(h, wire)  # ---- message 1, up
+    with jax.named_scope("embed"):
+        h, embed_vjp = jax.vmap(client_embed, (own, 0, 0))(client_params, batch, embed_keys)
+    with jax.named_scope("uplink"):
+        activations_up = encode(h, wire)  # ---- message 1, up
     positions_up = batch.positions.astype(jnp.uint16) if wire.downlink == "masked" else None
     lengths_up = None if batch.lengths is None else batch.lengths.astype(jnp.uint16)
 
@@ -77,8 +79,10 @@ def split_step(
         z = segments.transform(params, rows, fold_in(keys, BODY), mask, positions)  # [C*B, M, D], or T for M
         return z.reshape(clients, size, *z.shape[1:])
 
-    z, transform_vjp = jax.vjp(server_transform, server_params, decode(activations_up, like=h))
-    hidden_states_down = encode(z, wire)  # ---- message 2, down
+    with jax.named_scope("transform"):
+        z, transform_vjp = jax.vjp(server_transform, server_params, decode(activations_up, like=h))
+    with jax.named_scope("downlink"):
+        hidden_states_down = encode(z, wire)  # ---- message 2, down
 
     # Client: predict at the masked positions, and the head's backward pass.
     def client_loss(params: Params, received: jax.Array, b: MaskedBatch, key: jax.Array | None) -> jax.Array:
@@ -86,20 +90,25 @@ def split_step(
         return segments.loss(segments.predict(params, at_masked, key), b.labels, b.weights)
 
     head = jax.vmap(jax.value_and_grad(client_loss, (0, 1)), (own, 0, 0, 0))
-    loss, (head_grads, dz) = head(client_params, decode(hidden_states_down, like=z), batch, head_keys)
-    head_gradient_up = encode(dz, wire)  # ---- message 3, up
+    with jax.named_scope("predict"):
+        loss, (head_grads, dz) = head(client_params, decode(hidden_states_down, like=z), batch, head_keys)
+    with jax.named_scope("uplink"):
+        head_gradient_up = encode(dz, wire)  # ---- message 3, up
 
     # Server: the body's gradient is the weighted mean over clients. Scaling dz does that in one backward pass, and
     # scales what flows on to each client, too, which is undone: a client's gradient is of its own loss.
     scale = weights.reshape(-1, 1, 1, 1)
     received = decode(head_gradient_up, like=z)
-    server_grads, dh = transform_vjp((received * scale).astype(received.dtype))
-    dh = jnp.where(scale > 0, dh / jnp.where(scale > 0, scale, 1.0), 0.0)
-    input_gradient_down = encode(dh, wire)  # ---- message 4, down
+    with jax.named_scope("transform"):
+        server_grads, dh = transform_vjp((received * scale).astype(received.dtype))
+        dh = jnp.where(scale > 0, dh / jnp.where(scale > 0, scale, 1.0), 0.0)
+    with jax.named_scope("downlink"):
+        input_gradient_down = encode(dh, wire)  # ---- message 4, down
 
     # Client: the embedding's backward pass. The word table is tied, so its two gradients add up.
-    (embed_grads,) = jax.vmap(lambda vjp, g: vjp(g))(embed_vjp, decode(input_gradient_down, like=h))
-    client_grads = jax.tree.map(jnp.add, head_grads, embed_grads)
+    with jax.named_scope("embed"):
+        (embed_grads,) = jax.vmap(lambda vjp, g: vjp(g))(embed_vjp, decode(input_gradient_down, like=h))
+        client_grads = jax.tree.map(jnp.add, head_grads, embed_grads)
 
     messages = Messages(
         activations_up, positions_up, hidden_states_down, head_gradient_up, input_gradient_down, lengths_up
@@ -123,10 +132,13 @@ def joined_logits(
 ) -> jax.Array:
     """Returns the uncut model's logits [B, M, ...] at the positions of one client's batch [B, ...]."""
     keys = None if key is None else key[None]
-    h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED), batch.token_types)
-    mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
-    z = segments.transform(server_params, h, fold_in(keys, BODY), mask, batch.positions)
-    return segments.predict(client_params, z, fold_in(keys, HEAD))
+    with jax.named_scope("embed"):
+        h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED), batch.token_types)
+    with jax.named_scope("transform"):
+        mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
+        z = segments.transform(server_params, h, fold_in(keys, BODY), mask, batch.positions)
+    with jax.named_scope("predict"):
+        return segments.predict(client_params, z, fold_in(keys, HEAD))
 
 
 def attention_mask(lengths: jax.Array, size: int) -> jax.Array:
