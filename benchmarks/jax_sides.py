@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,20 @@ from benchmarks.pairs import Side, guess_loss
 from benchmarks.sizes import CLS, LEARNING_RATE, MASK, MASK_PROB, PAD, SEP, UNK, WEIGHT_DECAY, Size, random_blocks
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, num_masked
+from fedbert_jax.federated.setting import Pair, RoundInputs, Setting, State
 from fedbert_jax.federated.split import joined_loss
-from fedbert_jax.federated.strategies import STRATEGIES, Pair, RoundInputs, Setting
+from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 
 
-def round_side(size: Size, strategy: str, local_steps: int) -> Side:
+def start_round(size: Size, strategy: str, local_steps: int) -> tuple[Any, State, RoundInputs]:
     """Compiles a strategy's round of `local_steps` steps: masking, both optimizers and averaging, with donated state.
 
     `centralized` trains the same C * B sequences a step as one batch.
+
+    Returns:
+      The program (state, inputs) -> (state, metrics), the first state and a round's inputs.
     """
     setting = make_setting(size, strategy, local_steps)
     chosen = STRATEGIES[strategy](setting)
@@ -33,11 +38,15 @@ def round_side(size: Size, strategy: str, local_steps: int) -> Side:
         jnp.asarray(tokens), jnp.arange(clients, dtype=jnp.int32), jnp.full(clients, 1 / clients, jnp.float32), jnp.int32(0)
     )
     state = jax.jit(lambda: chosen.init(Pair(*setting.segments.init(jax.random.key(0)))))()
-    initial = float(_initial_loss(setting, state.model, inputs))
+    return jax.jit(chosen.round, donate_argnums=0).lower(state, inputs).compile(), state, inputs
 
+
+def round_side(size: Size, strategy: str, local_steps: int) -> Side:
+    """Makes a side of `start_round`."""
     start = time.perf_counter()
-    compiled = jax.jit(chosen.round, donate_argnums=0).lower(state, inputs).compile()
+    compiled, state, inputs = start_round(size, strategy, local_steps)
     compile_seconds = time.perf_counter() - start
+    initial = float(_initial_loss(make_setting(size, strategy, local_steps), state.model, inputs))
     rounds = 0
 
     def run() -> float:
