@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="of fine-tuning (default: 5)")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     args = parser.parse_args()
-    model, glue, text, root = (path.absolute() for path in (args.model, args.glue, args.text, args.workdir))
+    model, glue, text, root = (path.resolve() for path in (args.model, args.glue, args.text, args.workdir))
 
     def call(command: list[str]) -> None:
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
