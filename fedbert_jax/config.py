@@ -382,7 +382,8 @@ def validate(config: Config) -> None:
         "'' or 'START:STOP', rounds counted from 1, such as '3:5'",
     )  # fmt: skip
     need(config.profile == "" or config.task == "pretrain", "profile", config.profile, "'' with task='finetune'")
-    need(config.seed >= 0, "seed", config.seed, "an integer of at least 0")
+    most = 2**31 - 1 - config.finetune.seeds
+    need(0 <= config.seed <= most, "seed", config.seed, f"an integer from 0 to {most}")
     need(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "-1 or at least 1")
     need(d.seq_len >= 8, "data.seq_len", d.seq_len, "at least 8")
     need(
@@ -493,7 +494,9 @@ def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], Non
          "all clients with task='finetune'")  # fmt: skip
     need(not config.data.tokenizer.startswith("train:"), "data.tokenizer", config.data.tokenizer,
          "'' with model.init_from (the checkpoint's own), or a Hugging Face directory or hub name")  # fmt: skip
-    need(t.epochs > 0, "finetune.epochs", t.epochs, "a number above 0")
+    need(f.client_optimizer_state != "keep", "federated.client_optimizer_state", f.client_optimizer_state,
+         "'average' or 'reset' with task='finetune'")  # fmt: skip
+    need(0 < t.epochs < float("inf"), "finetune.epochs", t.epochs, "a number above 0")
     need(t.seeds >= 1, "finetune.seeds", t.seeds, "an integer of at least 1")
     need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
     for key, share in (("finetune.warmup", t.warmup), ("finetune.holdout", t.holdout)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,6 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     if workdir.exists():
         check_same(workdir.read_config(), config)
     data = read_task(config, tokenizer)
-    workdir.write_config(config)
     all_seeds = tuple(range(config.seed, config.seed + config.finetune.seeds))
     at_once = config.finetune.seeds_at_once or (1 if jax.default_backend() == "cpu" else len(all_seeds))
     results = _read_results(workdir.root)
@@ -69,13 +69,14 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
         f"{data.task.name}: {len(data.train):,} training examples, {sum(map(len, data.dev.values())):,} to judge by; "
         f"{config.federated.strategy}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
     )
-    tuning: Finetuning | None = None
+    tuning = Finetuning(config, data, start, all_seeds[:at_once])
+    workdir.write_config(config)  # now that nothing about it was refused
     with Interrupts() as interrupts:
         for n in range(0, len(all_seeds), at_once):
             group = all_seeds[n : n + at_once]
             if all(str(seed) in results["seeds"] for seed in group):
                 continue
-            tuning = tuning.for_seeds(group) if tuning else Finetuning(config, data, start, group)
+            tuning = tuning.for_seeds(group)
             state = _train_group(tuning, workdir, interrupts, console)
             if state is None:
                 console.print("stopped; the same command goes on from there")
@@ -92,6 +93,10 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
                 console.print(f"  seed {seed}: {_show(scores)}", highlight=False)
             results |= summarise(data.task, results["seeds"])
             write_atomically(workdir.root / "results.json", to_json(results, indent=2) + "\n")
+            shutil.rmtree(workdir.checkpoints / _name(group), ignore_errors=True)  # its results are safe
+            if interrupts.received:  # in the group's last round, or after it
+                console.print("stopped; the same command goes on from there")
+                return interrupts.exit_code
     median, mean, std = (100 * results[k] for k in ("median", "mean", "std"))
     console.print(f"median {median:.1f}, mean {mean:.1f} ± {std:.1f} (last epoch)")
     console.print(f"model    {workdir.hf} (of seed {all_seeds[0]})\nresults  {workdir.root / 'results.json'}")
@@ -117,10 +122,17 @@ def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Con
         console.print(f"learning rate {rate:g}, judged by a tenth of the training examples", style="dim")
         trial = dataclasses.replace(with_rate(config, rate), seed=config.seed + config.finetune.seeds)
         settings = dataclasses.replace(config.finetune, seeds=1, holdout=0.1, predict=False)
-        code = finetune(dataclasses.replace(trial, finetune=settings), root / f"{rate:g}", Console(quiet=True))
+        try:
+            code = finetune(dataclasses.replace(trial, finetune=settings), root / f"{rate:g}", Console(quiet=True))
+        except DivergedError:
+            console.print(f"learning rate {rate:g} diverges", style="dim")
+            continue
         if code:
+            console.print("stopped; the same command goes on from there")
             return rate, code
         scores[rate] = _read_results(root / f"{rate:g}")["median"]
+    if len(rates) > 1 and not scores:
+        raise DivergedError(f"none of the learning rates {', '.join(f'{r:g}' for r in rates)} trains; give lower ones.")
     return max(scores, key=lambda rate: scores[rate], default=rates[0]), 0
 
 
@@ -153,7 +165,7 @@ def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path, wh
 
 def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, console: Console) -> State | None:
     """Trains a group of seeds to its last round; None if it was interrupted. Checkpoints come after epochs and then."""
-    name = f"seed-{tuning.seeds[0]}"
+    name = _name(tuning.seeds)
     checkpoints = Checkpoints(workdir.checkpoints / name, keep=1)
     log_path = workdir.root / f"metrics-{name}.jsonl"
     per_epoch = max(round(tuning.rounds / max(tuning.config.finetune.epochs, 1)), 1)
@@ -190,11 +202,16 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
                         "learning rates and begin in another workdir."
                     )
                 scores = tuning.scores(state)
-                log.append({"round": n + 1, "epoch": (n + 1) / per_epoch, "train_loss": mean, "scores": scores})
+                epoch = (n + 1) * tuning.per_round / len(tuning.data.train)
+                log.append({"round": n + 1, "epoch": epoch, "train_loss": mean, "scores": scores})
                 if n + 1 < tuning.rounds:
                     checkpoints.save(n + 1, state, {"losses": []})
     checkpoints.close()
     return state
+
+
+def _name(seeds: Sequence[int]) -> str:
+    return f"seed-{seeds[0]}"
 
 
 def _read_results(root: Path) -> dict[str, Any]:

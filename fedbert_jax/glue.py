@@ -42,9 +42,15 @@ def main() -> None:
     from fedbert_jax.data.glue import TASKS, find_task, find_tasks
     from fedbert_jax.finetune import choose_rate, finetune, with_rate
 
-    tasks = find_tasks(args.glue) if args.tasks == "all" else [find_task(name) for name in args.tasks.split(",")]
+    named = args.tasks.replace(" ", "").split(",")
+    tasks = find_tasks(args.glue) if named == ["all"] else [find_task(name) for name in named]
     if not tasks:
         raise UserError(f"{args.glue} has no folder of a GLUE task; accepted: {', '.join(TASKS)}.")
+    if args.json:
+        try:
+            args.json.open("a").close()  # before hours of work, not after
+        except OSError as e:
+            raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
     model: dict[str, object] = dict(init_from=args.model, hidden_dropout=args.dropout, attention_dropout=args.dropout)
     tokenizer = ""
     if args.random_start:

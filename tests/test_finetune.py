@@ -22,7 +22,7 @@ from fedbert_jax import config as config_lib
 from fedbert_jax import finetune as ft
 from fedbert_jax import glue as command
 from fedbert_jax.data.sequences import ExampleStream, encode, take
-from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.errors import ConfigError, DivergedError, UserError
 from fedbert_jax.interrupts import Interrupts
 
 WORDS = "the a film play song was is good bad dull bright long short very not never always".split()
@@ -158,7 +158,7 @@ def test_one_client_across_the_cut_is_centralized(strategy: str, tokenizer: Bert
 @pytest.mark.parametrize("strategy", ["parallel", "sequential", "fedavg"])
 def test_a_classifier_is_trained_across_clients(strategy: str, tokenizer: BertTokenizerFast, glue: Path) -> None:
     config = make_config(
-        tokenizer, glue, federated=dict(strategy=strategy, num_clients=3), finetune=dict(epochs=12.0),
+        tokenizer, glue, federated=dict(strategy=strategy, num_clients=3), finetune=dict(epochs=36.0),
         data=dict(partition=dict(kind="dirichlet", alpha=1.0)), client_optimizer=dict(learning_rate=2e-2),
         server_optimizer=dict(learning_rate=2e-2),
     )  # fmt: skip
@@ -178,6 +178,7 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
     assert len(results["values"]) == 2 and results["median"] == pytest.approx(np.median(results["values"]))
     found = pipeline("text-classification", model=str(tmp_path / "hf"), device="cpu")("a good film")
     assert found[0]["label"] in ("negative", "positive")
+    assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["truncation"] is None
     lines = (tmp_path / "predictions" / "SST-2.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction" and len(lines) == 3
 
@@ -208,8 +209,17 @@ def test_ctrl_c_loses_no_round(
         def received(self, value: int) -> None:
             pass
 
+    class AtTheEnd(Interrupted):
+        """Ctrl-C in the last round: asked before each of nine rounds, it is not there yet; after them it is."""
+
+        asked = -6
+
     config = make_config(tokenizer, glue, model=dict(hidden_dropout=0.1))
     assert ft.finetune(config, tmp_path / "whole", QUIET) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(ft, "Interrupts", AtTheEnd)
+        assert ft.finetune(config, tmp_path / "late", QUIET) == 130  # what comes after it, another task, isn't begun
+    assert (tmp_path / "late" / "results.json").exists() and not (tmp_path / "late" / "checkpoints" / "seed-0").exists()
     with monkeypatch.context() as patched:
         patched.setattr(ft, "Interrupts", Interrupted)
         assert ft.finetune(config, tmp_path / "cut", QUIET) == 130
@@ -272,6 +282,17 @@ def test_a_rate_is_chosen_without_the_dev_set(
     for c in tried:  # the seed is none of 0, 1, 2, which are to be reported
         assert (c.seed, c.finetune.seeds, c.finetune.holdout, c.finetune.predict) == (3, 1, 0.1, False)
     assert ft.choose_rate(config, (1e-4,), tmp_path, QUIET) == (1e-4, 0) and len(tried) == 3
+
+    def diverging(config: config_lib.Config, root: Path, console: Console) -> int:
+        if config.server_optimizer.learning_rate == 1e-3:
+            raise DivergedError("the loss is not finite")
+        return finetune(config, root / "again", console)
+
+    monkeypatch.setattr(ft, "finetune", diverging)
+    monkeypatch.setattr(ft, "_read_results", lambda root: {"median": 0.5})
+    assert ft.choose_rate(config, (1e-3, 1e-2), tmp_path, QUIET) == (1e-2, 0)
+    with pytest.raises(DivergedError, match="lower ones"):
+        ft.choose_rate(config, (1e-3, 1e-3), tmp_path, QUIET)
 
 
 def test_a_holdout_is_taken_from_the_training_examples(
@@ -355,6 +376,9 @@ def test_pairs_are_padded_and_cut(tokenizer: BertTokenizerFast) -> None:
         (dict(federated=dict(strategy="parallel")), "federated.num_clients"),
         (dict(finetune=dict(epochs=0.0)), "finetune.epochs"),
         (dict(finetune=dict(seeds=0)), "finetune.seeds"),
+        (dict(finetune=dict(epochs=float("inf"))), "finetune.epochs"),
+        (dict(federated=dict(strategy="parallel", num_clients=2, client_optimizer_state="keep"),
+              data=dict(partition=dict(kind="iid"))), "client_optimizer_state"),
         (dict(data=dict(tokenizer="train:1000")), "data.tokenizer"),
     ],
 )

@@ -44,6 +44,7 @@ def encode(
     """
     pairs = (list(first),) if second is None else (list(first), list(second))
     found = tokenizer(*pairs, truncation=True, max_length=max_length, return_token_type_ids=True)
+    tokenizer.backend_tokenizer.no_truncation()  # which the call above left set, and an export would write down
     lengths = np.array([len(ids) for ids in found["input_ids"]], np.int32)
     tokens = np.full((len(lengths), lengths.max(initial=1)), tokenizer.pad_token_id or 0, np.int32)
     types = np.zeros_like(tokens)

@@ -11,6 +11,7 @@ import numpy as np
 from fedbert_jax.config import Config
 from fedbert_jax.data import glue
 from fedbert_jax.data.sequences import Sequences, encode
+from fedbert_jax.errors import UserError
 
 HOLDOUT = 5  # a tag that keeps this draw apart from the others
 
@@ -46,6 +47,8 @@ def read_task(config: Config, tokenizer: Any) -> TaskData:
 
     train, judges = tokens("train"), {s: tokens(s) for s in dev}
     if holdout:
+        if len(train) < 2:
+            raise UserError(f"{task.name} has {len(train)} training example; finetune.holdout needs at least 2.")
         order = np.random.default_rng([config.seed, HOLDOUT]).permutation(len(train))
         kept = min(max(round(holdout * len(train)), 1), len(train) - 1)
         train, judges = train.take(order[kept:]), {"holdout": train.take(order[:kept])}

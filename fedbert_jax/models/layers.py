@@ -20,8 +20,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     Args:
       x: [B, ...]; its rows fall into G equal groups, one a client.
       rate: probability of a zero.
-      keys: PRNG keys [G], or None for no dropout. A group's draw depends on its own key alone, so a client's
-        result doesn't depend on who else is in the batch.
+      keys: PRNG keys [G], or None for no dropout. A group's draw depends on its own key and the shape alone, so
+        a client's result doesn't depend on who else is in the batch, unless they make it wider.
     """
     if keys is None or rate == 0.0:
         return x

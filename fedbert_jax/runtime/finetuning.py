@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from fedbert_jax.config import Config
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.partition import assign
-from fedbert_jax.data.sampling import client_weights
+from fedbert_jax.data.sampling import client_weights, turn_order
 from fedbert_jax.data.sequences import ExampleStream, Sequences, eval_batches, padded_length, take
 from fedbert_jax.data.tasks import TaskData
 from fedbert_jax.errors import ConfigError
@@ -78,7 +78,7 @@ class Finetuning:
             self.state_shape = jax.eval_shape(self._fresh_state)  # [S, ...]
             self.state_sharding = tree_shardings(self.state_shape, self.mesh)
             everywhere = NamedSharding(self.mesh, P())
-            round = jax.vmap(self._one_round, (0, 0, None, 0))
+            round = jax.vmap(self._one_round, (0, 0, None, None, 0))
             self._round = jax.jit(round, donate_argnums=0, out_shardings=(self.state_sharding, everywhere))
             self._predict = jax.jit(jax.vmap(self._one_predict, (0, None)), out_shardings=everywhere)
 
@@ -131,17 +131,22 @@ class Finetuning:
         return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), self.state_sharding), missing
 
     def _one_round(
-        self, state: State, batches: MaskedBatch, round: jax.Array, seed: jax.Array
+        self, state: State, batches: MaskedBatch, clients: jax.Array, round: jax.Array, seed: jax.Array
     ) -> tuple[State, RoundMetrics]:
         s = dataclasses.replace(self.setting, seed=seed)
-        clients = jnp.arange(len(self.clients), dtype=jnp.int32)
-        inputs = RoundInputs(batches, clients, jnp.asarray(self.weights), round)
+        inputs = RoundInputs(batches, clients, jnp.asarray(self.weights)[clients], round)
         return STRATEGIES[self.config.federated.strategy](s).round(state, inputs)
+
+    def order(self, round: int) -> np.ndarray:
+        """Returns the clients [C] in the order of a round: of their turns, if they take turns."""
+        f, count = self.config.federated, len(self.clients)
+        shuffled = f.strategy == "sequential" and f.order == "shuffled"
+        return turn_order(self.config.seed, round, count) if shuffled else np.arange(count)
 
     def batches(self, round: int) -> MaskedBatch:
         """Returns a round's batches [S, K, C, B, ...]: functions of (seed, round, client)."""
         index = np.stack([
-            np.stack([own[stream.round(round)] for own, stream in zip(self.clients, streams, strict=True)], axis=1)
+            np.stack([self.clients[c][streams[c].round(round)] for c in self.order(round)], axis=1)
             for streams in self.streams
         ])  # fmt: skip
         longest = int(self.data.train.lengths[index].max())
@@ -154,7 +159,8 @@ class Finetuning:
         spec = P("data") if seeds % data == 0 else P(None, None, None, "data")
         batches = jax.device_put(self.batches(round), self._spread(spec, self.config.federated.batch_size))
         with jax.set_mesh(self.mesh):
-            return self._round(state, batches, jnp.int32(round), jnp.asarray(self.seeds))
+            clients = jnp.asarray(self.order(round), jnp.int32)
+            return self._round(state, batches, clients, jnp.int32(round), jnp.asarray(self.seeds))
 
     def _spread(self, spec: P, rows: int) -> NamedSharding:
         """Lays batches of `rows` sequences over the devices, or on all of them if `data` doesn't divide the rows."""
