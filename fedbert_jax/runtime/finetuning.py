@@ -157,15 +157,15 @@ class Finetuning:
         seeds, data = len(self.seeds), self.mesh.shape["data"]
         # Seeds are spread over `data` where it divides them, else each step's sequences: [S, K, C, B, ...].
         spec = P("data") if seeds % data == 0 else P(None, None, None, "data")
-        batches = jax.device_put(self.batches(round), self._spread(spec, self.config.federated.batch_size))
+        rows = seeds if seeds % data == 0 else self.config.federated.batch_size
+        batches = jax.device_put(self.batches(round), self._spread(spec, rows))
         with jax.set_mesh(self.mesh):
             clients = jnp.asarray(self.order(round), jnp.int32)
             return self._round(state, batches, clients, jnp.int32(round), jnp.asarray(self.seeds))
 
     def _spread(self, spec: P, rows: int) -> NamedSharding:
-        """Lays batches of `rows` sequences over the devices, or on all of them if `data` doesn't divide the rows."""
-        divides = spec == P("data") or rows % self.mesh.shape["data"] == 0
-        return NamedSharding(self.mesh, spec if divides else P())
+        """Lays an axis of `rows` over the devices; all devices hold all of it if `data` doesn't divide it."""
+        return NamedSharding(self.mesh, spec if rows % self.mesh.shape["data"] == 0 else P())
 
     def _one_predict(self, model: Pair, batch: MaskedBatch) -> jax.Array:
         return joined_logits(self.segments, model.client, model.server, batch)[:, 0]
