@@ -18,16 +18,22 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     """Zeroes entries of x with probability `rate` and scales the rest by 1 / (1 - rate).
 
     Args:
-      x: [B, ...]; its rows fall into G equal groups, one a client.
+      x: [R, T, D]; its rows fall into G equal groups, one a client.
       rate: probability of a zero.
-      keys: PRNG keys [G], or None for no dropout. A group's draw depends on its own key and the shape alone, so
-        a client's result doesn't depend on who else is in the batch, unless they make it wider.
+      keys: PRNG keys [G], or None for no dropout. What is drawn for (row, position, channel) depends on these three, the
+        group's own key and the number of its rows. It depends neither on T and D, so a batch may be padded for another's
+        sake, nor on who else is in it.
     """
     if keys is None or rate == 0.0:
         return x
-    groups = keys.shape[0]
-    shape = (x.shape[0] // groups, *x.shape[1:])
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)
+    rows = x.shape[0] // keys.shape[0]
+    # A key for each (row, position), by a number that doesn't contain T. Within it, a draw is a function of its place.
+    places = jnp.arange(rows)[:, None] + rows * jnp.arange(x.shape[1])[None]  # [R/G, T]
+
+    def draw(key: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - rate, x.shape[2:])
+
+    kept = jax.vmap(jax.vmap(jax.vmap(draw, (None, 0)), (None, 0)), (0, None))(keys, places)  # [G, R/G, T, D]
     return jnp.where(kept.reshape(x.shape), x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
@@ -109,7 +115,9 @@ class SelfAttention(nnx.Module):
             scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
             if mask is not None:
                 scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-            probs = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), self.dropout_rate, keys)
+            probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+            flat = probs.reshape(-1, *probs.shape[2:])  # [B*H, M or T, T]
+            probs = dropout(flat, self.dropout_rate, keys).reshape(probs.shape)
             y = jnp.einsum("bhts,bshd->bthd", probs, v)
         return self.out(y.reshape(rows[0].shape))
 
@@ -145,7 +153,9 @@ class Layer(nnx.Module):
         asked = None
         if positions is not None:
             asked = take_positions(x.reshape(*shape, -1), positions).reshape(positions.size, -1)
-        drop = lambda y, n: dropout(y.reshape(shape[0], -1), self.dropout_rate, fold_in(keys, n)).reshape(y.shape)  # noqa: E731
+        drop = lambda y, n: dropout(  # noqa: E731
+            y.reshape(shape[0], -1, y.shape[-1]), self.dropout_rate, fold_in(keys, n)
+        ).reshape(y.shape)
         attended = drop(self.attention(x, shape, mask, fold_in(keys, 0), asked), 1)
         x = self.attention_norm((x if asked is None else asked) + attended)
         y = self.down(gelu(self.up(x)))

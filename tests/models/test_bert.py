@@ -128,12 +128,31 @@ def test_explicit_attention_equals_the_fused(segments):
 
 
 def test_dropout_keeps_the_mean_and_its_groups_apart():
-    x = jnp.ones((4, 5000))
+    x = jnp.ones((4, 25, 200))
     keys = jax.random.split(jax.random.key(0), 2)
     y = dropout(x, 0.25, keys)
     assert abs(float(y.mean()) - 1) < 0.02
     np.testing.assert_allclose(np.unique(y), [0, 4 / 3], rtol=1e-6)
     assert jnp.array_equal(dropout(x[2:], 0.25, keys[1:]), y[2:])
+    zeros = np.asarray(y == 0).reshape(100, 200)
+    np.testing.assert_allclose(np.corrcoef(zeros), np.eye(100), atol=0.35)  # no two (row, position) draw alike
+
+
+def test_dropout_does_not_depend_on_padding():
+    """The body's output at real positions is the same however far a batch is padded, all dropouts included."""
+    segments = make_segments(tiny_config(model=dict(hidden_dropout=0.3, attention_dropout=0.3)).model)
+    _, server = jax.jit(segments.init)(jax.random.key(0))
+    h = jax.random.normal(jax.random.key(1), (4, 12, 16))
+    keys, lengths = jax.random.split(jax.random.key(2), 2), np.array([7, 5, 3, 7])
+
+    def at_real(length: int, positions: jax.Array | None) -> np.ndarray:
+        mask = jnp.asarray(np.arange(length)[None] < lengths[:, None])
+        return jax.jit(segments.transform)(server, h[:, :length], keys, mask, positions)
+
+    for n, asked in enumerate((None, jnp.array([[0], [4], [2], [6]]))):
+        short, long = at_real(7, asked), at_real(12, asked)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(short[row, :length], long[row, : short.shape[1]][:length], atol=1e-5, err_msg=str(n))
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_logits():
