@@ -190,7 +190,9 @@ class FinetuneConfig:
     """task=finetune: how long, and how often again. What is reported is the last epoch's, never the best one's."""
 
     epochs: float = 3.0
-    seeds: int = 1  # runs of the task, with seeds seed, seed + 1, ...: fresh classifiers, orders and dropout
+    # Runs of the task, with seeds seed, seed + 1, ...: of the order, of dropout, and of what the checkpoint lacks, as a
+    # rule the classifier.
+    seeds: int = 1
     seeds_at_once: int = 0  # how many are trained in one program; 0 is all of them on accelerators and one on CPU
     warmup: float = 0.1  # share of the steps in which the rates rise; takes the place of *_optimizer.warmup_steps
     holdout: float = 0.0  # share of the training examples to judge by in place of the dev set: to choose settings by
@@ -226,6 +228,14 @@ HARMLESS = frozenset({
     "resume", "fill_mask", "federated.rounds", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds",
     "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
 })  # fmt: skip
+
+# Settings that fine-tuning does not have: refused, rather than passed over.
+UNUSED_IN_FINETUNING = (
+    "federated.rounds", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
+    "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
+)  # fmt: skip
+# A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
+EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})
 
 
 # --- ConfigDict and dict to dataclass --------------------------------------------------------------------------------
@@ -386,8 +396,9 @@ def validate(config: Config) -> None:
     need(0 <= config.seed <= most, "seed", config.seed, f"an integer from 0 to {most}")
     need(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "-1 or at least 1")
     need(d.seq_len >= 8, "data.seq_len", d.seq_len, "at least 8")
+    known = m.init_from == "" or m.vocab_size is not None  # a checkpoint's sizes are filled in later, and checked again
     need(
-        d.seq_len <= m.max_position_embeddings, "data.seq_len", d.seq_len,
+        not known or d.seq_len <= m.max_position_embeddings, "data.seq_len", d.seq_len,
         f"at most model.max_position_embeddings={m.max_position_embeddings}, the size of the position table",
     )  # fmt: skip
     need(0.0 < d.eval_fraction < 1.0, "data.eval_fraction", d.eval_fraction, "a number between 0 and 1")
@@ -498,6 +509,11 @@ def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], Non
          "'average' or 'reset' with task='finetune'")  # fmt: skip
     need(0 < t.epochs < float("inf"), "finetune.epochs", t.epochs, "a number above 0")
     need(t.seeds >= 1, "finetune.seeds", t.seeds, "an integer of at least 1")
+    defaults, given = flatten(to_dict(Config())), flatten(to_dict(config))
+    for key in UNUSED_IN_FINETUNING:
+        need(given[key] == defaults[key], key, given[key],
+             f"its default, {defaults[key]!r}, with task='finetune', which has its own finetune.epochs and "
+             "finetune.warmup, and judges and saves once an epoch")  # fmt: skip
     need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
     for key, share in (("finetune.warmup", t.warmup), ("finetune.holdout", t.holdout)):
         need(0.0 <= share < 1.0, key, share, "a number from 0 to below 1")

@@ -27,6 +27,8 @@ def main() -> None:
 
     workdir = Workdir(args.workdir)
     config = workdir.read_config()
+    if config.task == "finetune":
+        raise UserError(f"{args.workdir} is a run of fine-tuning, whose model is in {workdir.hf} already.")
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{args.workdir} has no checkpoints yet.")
     checkpoints = Checkpoints(workdir.checkpoints)

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedbert_jax import config as config_lib
 from fedbert_jax import huggingface, optim, run
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
@@ -21,27 +22,40 @@ from fedbert_jax.data import glue
 from fedbert_jax.data.tasks import read_task
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
 from fedbert_jax.errors import DivergedError, UserError
-from fedbert_jax.federated.setting import State
+from fedbert_jax.federated.setting import Pair, State
 from fedbert_jax.glue_metrics import summary
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, to_json, truncate
-from fedbert_jax.runtime.finetuning import Finetuning, Start
-from fedbert_jax.workdir import check_same, open_workdir, write_atomically
+from fedbert_jax.models.bert import Params
+from fedbert_jax.runtime.finetuning import Finetuning
+from fedbert_jax.workdir import Workdir, check_inputs, check_same, fingerprint, open_workdir, write_atomically
+
+TRIAL = 2**30  # turns a seed into one that is none of those reported, however many
 
 
-def resolve(config: Config, tokenizer: Any) -> tuple[Config, Start | None]:
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's tensors, with which a fresh model is filled."""
+
+    tensors: huggingface.Tensors
+
+    def __call__(self, client: Params, server: Params) -> tuple[Params, Params, list[str]]:
+        """Fills parameters; returns also the names of what it lacks."""
+        return huggingface.from_tensors(self.tensors, client, server, huggingface.CLASSIFIER_CLIENT)
+
+
+def resolve(config: Config, tokenizer: Any) -> tuple[Config, Checkpoint | None]:
     """Fills in the model's sizes, and reads the checkpoint to start from; None is a random start."""
     config = run.resolve(config, vocab_size(tokenizer))
     if not config.model.init_from:
         return config, None
-    tensors, _ = huggingface.load_tensors(run.local(config.model.init_from))
-    return config, lambda client, server: huggingface.from_tensors(
-        tensors, client, server, huggingface.CLASSIFIER_CLIENT
-    )
+    return config, Checkpoint(huggingface.load_tensors(run.local(config.model.init_from))[0])
 
 
 def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     """Fine-tunes on a task in a workdir, from wherever it stands; writes metrics, results and the model.
+
+    A finished workdir can be given more seeds, and be asked for predictions.
 
     Args:
       config: validated, with task='finetune'.
@@ -60,8 +74,12 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer or str(run.local(config.model.init_from)))
     config, start = resolve(config, tokenizer)
     if workdir.exists():
-        check_same(workdir.read_config(), config)
+        check_same(workdir.read_config(), config, free=config_lib.EXTENDABLE)
     data = read_task(config, tokenizer)
+    inputs = {"data.source": fingerprint(data.train, *data.dev.values())}
+    if start:
+        inputs["model.init_from"] = fingerprint(start.tensors)
+    check_inputs(workdir, inputs)
     all_seeds = tuple(range(config.seed, config.seed + config.finetune.seeds))
     at_once = config.finetune.seeds_at_once or (1 if jax.default_backend() == "cpu" else len(all_seeds))
     results = _read_results(workdir.root)
@@ -71,36 +89,53 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     )
     tuning = Finetuning(config, data, start, all_seeds[:at_once])
     workdir.write_config(config)  # now that nothing about it was refused
+    workdir.write_facts({"inputs": inputs})
     with Interrupts() as interrupts:
-        for n in range(0, len(all_seeds), at_once):
-            group = all_seeds[n : n + at_once]
-            if all(str(seed) in results["seeds"] for seed in group):
-                continue
+        while pending := [seed for seed in all_seeds if str(seed) not in results["seeds"]]:
+            group = _next_group(pending, at_once, workdir)
             tuning = tuning.for_seeds(group)
             state = _train_group(tuning, workdir, interrupts, console)
             if state is None:
                 console.print("stopped; the same command goes on from there")
                 return interrupts.exit_code
-            if n == 0:
+            if config.seed in group:
                 export(tuning, state, tokenizer, workdir.hf)
-                for split, tests in data.test.items():
-                    folder = workdir.root / "predictions"
-                    folder.mkdir(exist_ok=True)
-                    found = tuning.predictions(tuning.logits(state, tests))[0]
-                    glue.write_submission(folder, data.task, split, data.test_ids[split], found)
             for seed, scores in zip(group, tuning.scores(state), strict=True):
                 results["seeds"][str(seed)] = scores
                 console.print(f"  seed {seed}: {_show(scores)}", highlight=False)
-            results |= summarise(data.task, results["seeds"])
-            write_atomically(workdir.root / "results.json", to_json(results, indent=2) + "\n")
+            _write_results(workdir.root, results)
             shutil.rmtree(workdir.checkpoints / _name(group), ignore_errors=True)  # its results are safe
             if interrupts.received:  # in the group's last round, or after it
                 console.print("stopped; the same command goes on from there")
                 return interrupts.exit_code
+        results |= summarise(data.task, {seed: results["seeds"][seed] for seed in map(str, all_seeds)})
+        _write_results(workdir.root, results)
+        _predict(tuning, workdir)
     median, mean, std = (100 * results[k] for k in ("median", "mean", "std"))
     console.print(f"median {median:.1f}, mean {mean:.1f} ± {std:.1f} (last epoch)")
     console.print(f"model    {workdir.hf} (of seed {all_seeds[0]})\nresults  {workdir.root / 'results.json'}")
-    return 0
+    return interrupts.exit_code if interrupts.received else 0
+
+
+def _next_group(pending: Sequence[int], at_once: int, workdir: Workdir) -> tuple[int, ...]:
+    """Returns the seeds to train next: those of a group that was interrupted, however many it has, or `at_once`."""
+    begun = (n for n in range(len(pending), 0, -1) if (workdir.checkpoints / _name(pending[:n])).is_dir())
+    return tuple(pending[: next(begun, at_once)])
+
+
+def _predict(tuning: Finetuning, workdir: Workdir) -> None:
+    """Writes the predictions of the exported model for the test files that have none yet."""
+    task, folder = tuning.data.task, workdir.root / "predictions"
+    for split, tests in tuning.data.test.items():
+        path = folder / glue.submission_name(task, split)
+        if path.exists():
+            continue
+        folder.mkdir(exist_ok=True)
+        client, server = jax.jit(tuning.segments.init)(jax.random.key(0))  # all of it is replaced
+        client, server, _ = Checkpoint(huggingface.load_tensors(workdir.hf)[0])(client, server)
+        model = jax.tree.map(lambda x: x[None], Pair(client, server))
+        found = tuning.predictions(tuning.logits(model, tests))[0]
+        glue.write_submission(path, task, split, tuning.data.test_ids[split], found)
 
 
 def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Console) -> tuple[float, int]:
@@ -118,19 +153,21 @@ def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Con
       The rate with the best score, and the exit code: 0, or 128 + the signal that interrupted it.
     """
     scores = {}
+    config = dataclasses.replace(config, seed=config.seed ^ TRIAL)
     for rate in rates if len(rates) > 1 else ():
         console.print(f"learning rate {rate:g}, judged by a tenth of the training examples", style="dim")
-        trial = dataclasses.replace(with_rate(config, rate), seed=config.seed + config.finetune.seeds)
+        trial, folder = with_rate(config, rate), root / repr(rate)
         settings = dataclasses.replace(config.finetune, seeds=1, holdout=0.1, predict=False)
         try:
-            code = finetune(dataclasses.replace(trial, finetune=settings), root / f"{rate:g}", Console(quiet=True))
+            code = finetune(dataclasses.replace(trial, finetune=settings), folder, Console(quiet=True))
         except DivergedError:
             console.print(f"learning rate {rate:g} diverges", style="dim")
             continue
         if code:
             console.print("stopped; the same command goes on from there")
             return rate, code
-        scores[rate] = _read_results(root / f"{rate:g}")["median"]
+        scores[rate] = _read_results(folder)["median"]
+        shutil.rmtree(folder / "hf", ignore_errors=True)  # of no use
     if len(rates) > 1 and not scores:
         raise DivergedError(f"none of the learning rates {', '.join(f'{r:g}' for r in rates)} trains; give lower ones.")
     return max(scores, key=lambda rate: scores[rate], default=rates[0]), 0
@@ -148,7 +185,7 @@ def summarise(task: glue.Task, seeds: dict[str, Any]) -> dict[str, Any]:
     """Returns the median, mean and standard deviation over seeds of the task's GLUE number (MNLI: of both dev sets)."""
     values = [float(np.mean([summary(task, s) for s in scores.values()])) for scores in seeds.values()]
     return {
-        "task": task.name, "seeds": seeds, "values": values, "median": float(np.median(values)),
+        "task": task.name, "values": values, "median": float(np.median(values)),
         "mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
     }  # fmt: skip
 
@@ -168,7 +205,6 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
     name = _name(tuning.seeds)
     checkpoints = Checkpoints(workdir.checkpoints / name, keep=1)
     log_path = workdir.root / f"metrics-{name}.jsonl"
-    per_epoch = max(round(tuning.rounds / max(tuning.config.finetune.epochs, 1)), 1)
     done, finished = checkpoints.rounds(), 0
     losses: list[Any] = []  # [S] of each round since the last line of the log
     if done:
@@ -181,6 +217,8 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
         if missing:
             fresh = ", ".join(huggingface.describe_missing(missing))
             console.print(f"the checkpoint lacks, so it starts fresh: {fresh}", style="dim")
+        if tuning.start and huggingface.CLASSIFIER.keys().isdisjoint(missing):
+            console.print("the checkpoint's own classifier is kept: it has as many outputs", style="dim")
     with MetricsLog(log_path) as log, _progress(console) as progress:
         bar = progress.add_task(f"{tuning.data.task.name} {name}", total=tuning.rounds, completed=finished)
         for n in range(finished, tuning.rounds):
@@ -193,7 +231,8 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
                 jax.block_until_ready(losses[-1])  # round n is under way while the bar shows what n - 1 has finished
             losses.append(metrics.loss)
             progress.update(bar, completed=n)
-            if (n + 1) % per_epoch == 0 or n + 1 == tuning.rounds:
+            epoch = tuning.epochs(n + 1)
+            if int(epoch) > int(tuning.epochs(n)) or n + 1 == tuning.rounds:
                 mean = np.mean([np.asarray(x, np.float64) for x in losses], axis=0)
                 losses = []
                 if not np.isfinite(mean).all():
@@ -202,7 +241,6 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
                         "learning rates and begin in another workdir."
                     )
                 scores = tuning.scores(state)
-                epoch = (n + 1) * tuning.per_round / len(tuning.data.train)
                 log.append({"round": n + 1, "epoch": epoch, "train_loss": mean, "scores": scores})
                 if n + 1 < tuning.rounds:
                     checkpoints.save(n + 1, state, {"losses": []})
@@ -211,15 +249,22 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
 
 
 def _name(seeds: Sequence[int]) -> str:
-    return f"seed-{seeds[0]}"
+    return f"seed-{seeds[0]}" if len(seeds) == 1 else f"seeds-{seeds[0]}-{seeds[-1]}"
 
 
 def _read_results(root: Path) -> dict[str, Any]:
     path = root / "results.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else {"seeds": {}}
+        results = json.loads(path.read_text()) if path.is_file() else {"seeds": {}}
+        if not isinstance(results, dict) or not isinstance(results.get("seeds"), dict):
+            raise ValueError("it has no seeds")
+        return results
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}); delete it to fine-tune again what it told of.") from e
+
+
+def _write_results(root: Path, results: dict[str, Any]) -> None:
+    write_atomically(root / "results.json", to_json(results, indent=2) + "\n")
 
 
 def _show(scores: dict[str, dict[str, float]]) -> str:

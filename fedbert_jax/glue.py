@@ -8,10 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from fedbert_jax import cli
-from fedbert_jax.config import from_dict
-from fedbert_jax.errors import UserError
+from fedbert_jax.config import Config, from_dict
+from fedbert_jax.errors import ConfigError, UserError
+
+# What the command line calls a config's keys.
+FLAGS = {
+    "data.source": "--glue", "data.seq_len": "--max-length", "federated.batch_size": "--batch",
+    "finetune.epochs": "--epochs", "finetune.seeds": "--seeds", "model.hidden_dropout": "--dropout",
+    "model.init_from": "--model",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -39,38 +47,34 @@ def main() -> None:
     from rich.table import Table
 
     from fedbert_jax import huggingface, run
-    from fedbert_jax.data.glue import TASKS, find_task, find_tasks
+    from fedbert_jax.data.glue import TASKS, check, find_task, find_tasks
     from fedbert_jax.finetune import choose_rate, finetune, with_rate
 
     named = args.tasks.replace(" ", "").split(",")
     tasks = find_tasks(args.glue) if named == ["all"] else [find_task(name) for name in named]
     if not tasks:
         raise UserError(f"{args.glue} has no folder of a GLUE task; accepted: {', '.join(TASKS)}.")
-    if args.json:
-        try:
-            args.json.open("a").close()  # before hours of work, not after
-        except OSError as e:
-            raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
-    model: dict[str, object] = dict(init_from=args.model, hidden_dropout=args.dropout, attention_dropout=args.dropout)
-    tokenizer = ""
+    model: dict[str, Any] = dict(init_from=args.model)
     if args.random_start:
         directory = run.local(args.model)
-        sizes = huggingface.sizes_of(huggingface.read_config(directory), args.model)
-        model, tokenizer = model | sizes | dict(init_from=""), str(directory)
-    optimizer = dict(name="adamw", weight_decay=0.01, clip_norm=1.0)
-    console, results = Console(highlight=False), {}
+        model = huggingface.sizes_of(huggingface.read_config(directory), args.model)
+    configs = [_config(args, task.name, model) for task in tasks]
+    # Before hours of work, not after: whatever else may be wrong.
+    if args.json:
+        try:
+            args.json.open("a").close()
+        except OSError as e:
+            raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
     for task in tasks:
-        config = from_dict(dict(
-            task="finetune",
-            data=dict(source=f"glue:{task.name}@{args.glue}", tokenizer=tokenizer, seq_len=args.max_length),
-            model=model,
-            federated=dict(strategy="centralized", batch_size=args.batch),
-            client_optimizer=optimizer, server_optimizer=optimizer,
-            finetune=dict(epochs=args.epochs, seeds=args.seeds, predict=args.predict),
-        ))  # fmt: skip
+        check(task, args.glue, args.predict)
+    console, results = Console(highlight=False), {}
+    for task, config in zip(tasks, configs, strict=True):
         workdir = args.workdir / task.name
-        rate, code = choose_rate(config, args.learning_rate, args.workdir / f"{task.name}-rates", console)
-        code = code or finetune(with_rate(config, rate), workdir, console)
+        try:
+            rate, code = choose_rate(config, args.learning_rate, args.workdir / f"{task.name}-rates", console)
+            code = code or finetune(with_rate(config, rate), workdir, console)
+        except ConfigError as e:
+            raise _by_flags(e) from e
         if code:
             raise SystemExit(code)
         results[task.name] = json.loads((workdir / "results.json").read_text()) | {"learning_rate": rate}
@@ -88,6 +92,33 @@ def main() -> None:
     console.print("dev sets, last epoch; a task's number is the mean of its metrics")
     if args.json:
         args.json.write_text(json.dumps({"model": args.model, "tasks": results, "average": average}, indent=2) + "\n")
+
+
+def _config(args: argparse.Namespace, task: str, model: dict[str, Any]) -> Config:
+    """Returns a task's config; `model` is the checkpoint to start from, or the sizes of a random one."""
+    optimizer = dict(name="adamw", weight_decay=0.01, clip_norm=1.0)
+    try:
+        return from_dict(dict(
+            task="finetune",
+            data=dict(
+                source=f"glue:{task}@{args.glue}", tokenizer="" if "init_from" in model else args.model,
+                seq_len=args.max_length,
+            ),
+            model=model | dict(hidden_dropout=args.dropout, attention_dropout=args.dropout),
+            federated=dict(strategy="centralized", batch_size=args.batch),
+            client_optimizer=optimizer, server_optimizer=optimizer,
+            finetune=dict(epochs=args.epochs, seeds=args.seeds, predict=args.predict),
+        ))  # fmt: skip
+    except ConfigError as e:
+        raise _by_flags(e) from e
+
+
+def _by_flags(error: ConfigError) -> ConfigError:
+    """Names this command's flags where the message names a config's keys."""
+    text = str(error)
+    for key, flag in FLAGS.items():
+        text = text.replace(f"config key {key}", flag).replace(key, flag)
+    return ConfigError(text)
 
 
 def _rates(text: str) -> tuple[float, ...]:

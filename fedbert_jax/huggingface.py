@@ -400,6 +400,8 @@ def sizes_of(hf: dict[str, Any], where: str) -> dict[str, Any]:
     kind = hf.get("model_type")
     if kind is None:
         raise UserError(f"{where}'s config.json has no model_type; accepted: 'bert' (add it if this is a BERT).")
+    if not isinstance(kind, str):
+        raise UserError(f"{where} has model_type={kind!r}; accepted: 'bert'.")
     if kind != "bert":
         name = OTHERS.get(kind, kind)
         article = "an" if name[:1] in "AEIOUaeiou" else "a"
@@ -421,8 +423,10 @@ def sizes_of(hf: dict[str, Any], where: str) -> dict[str, Any]:
     for theirs in names.values():
         if type(hf[theirs]) is not int or hf[theirs] < 1:
             raise UserError(f"{where} has {theirs}={hf[theirs]!r}; accepted: an integer of at least 1.")
-    sizes = {ours: hf[theirs] for ours, theirs in names.items()}
-    return sizes | {"layer_norm_eps": hf.get("layer_norm_eps", 1e-12)}
+    eps = hf.get("layer_norm_eps", 1e-12)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise UserError(f"{where} has layer_norm_eps={eps!r}; accepted: a number between 0 and 1.")
+    return {ours: hf[theirs] for ours, theirs in names.items()} | {"layer_norm_eps": float(eps)}
 
 
 def _canonical(name: str) -> str:

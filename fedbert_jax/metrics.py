@@ -191,11 +191,13 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not a workdir: it holds no config.json.")
+    config = flatten(to_dict(Config())) | flatten(_read_object(workdir / "config.json"))
+    if config["task"] == "finetune":
+        raise UserError(f"{workdir} is a run of fine-tuning: its numbers are in results.json, its model is hf/.")
     path = workdir / "metrics.jsonl"
     metrics = read_metrics(path) if path.is_file() else []
     if not metrics:
         raise UserError(f"{workdir} has no metrics yet: its metrics.jsonl is missing or empty.")
-    config = flatten(to_dict(Config())) | flatten(_read_object(workdir / "config.json"))
     facts = _read_object(workdir / "run.json") if (workdir / "run.json").is_file() else {}
     return Run(workdir, config, metrics, facts)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config
@@ -107,14 +112,19 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
     return Workdir(root), lock
 
 
-def check_same(old: Config, new: Config) -> None:
+def check_same(old: Config, new: Config, free: Collection[str] = ()) -> None:
     """Refuses to go on with an old workdir under a config that would have made other rounds.
+
+    Args:
+      old: the workdir's.
+      new: the one to go on with.
+      free: keys that may change without further ado.
 
     Raises:
       ConfigError: naming the keys that differ.
     """
     before, after = (config_lib.flatten(config_lib.to_dict(c)) for c in (old, new))
-    differ = [k for k in before if before[k] != after.get(k) and k not in ("resume", "profile")]
+    differ = [k for k in before if before[k] != after.get(k) and k not in {"resume", "profile", *free}]
     harmful = [k for k in differ if k not in config_lib.HARMLESS]
     show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731
     if harmful:
@@ -124,6 +134,35 @@ def check_same(old: Config, new: Config) -> None:
             f"this workdir belongs to a run with another config: {show(differ)}; "
             f"--config.resume=force goes on with the new values."
         )
+
+
+def fingerprint(*arrays: Any) -> str:
+    """Returns a SHA-256 over pytrees of arrays: their names, types, shapes and values."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        leaf = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} ".encode())
+        found.update(leaf.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def check_inputs(workdir: Workdir, found: dict[str, str]) -> None:
+    """Refuses to go on with a run whose model or data have changed at their old place.
+
+    Args:
+      workdir: its facts tell what was read when it was begun.
+      found: `fingerprint` of what was read now, by config key.
+
+    Raises:
+      ConfigError: naming the key.
+    """
+    before = workdir.read_facts().get("inputs", {})
+    for key, value in found.items():
+        if before.get(key, value) != value:
+            raise ConfigError(
+                f"what config key {key} names, or the tokenizer, has changed since workdir {workdir.root} was begun; "
+                "give another --workdir."
+            )
 
 
 def write_atomically(path: Path, text: str) -> None:

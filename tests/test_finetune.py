@@ -25,6 +25,8 @@ from fedbert_jax.data import sequences
 from fedbert_jax.data.sequences import ExampleStream, encode, take
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
 from fedbert_jax.interrupts import Interrupts
+from fedbert_jax.metrics import load_run
+from fedbert_jax.workdir import Workdir
 
 WORDS = "the a film play song was is good bad dull bright long short very not never always".split()
 QUIET = Console(quiet=True)
@@ -115,7 +117,7 @@ def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizer
     types = torch.from_numpy(dev.token_types).long()
     with torch.no_grad():
         theirs = ours(torch.from_numpy(dev.tokens).long(), attention_mask=mask.long(), token_type_ids=types).logits
-    np.testing.assert_allclose(tuning.logits(state, dev)[0], theirs, atol=1e-4)
+    np.testing.assert_allclose(tuning.logits(state.model, dev)[0], theirs, atol=1e-4)
 
 
 def test_seeds_side_by_side_are_seeds_one_by_one(
@@ -127,14 +129,16 @@ def test_seeds_side_by_side_are_seeds_one_by_one(
     config = make_config(tokenizer, glue, model=dropout)
     padded: dict[tuple[int, ...], list[int]] = {}
 
+    one = make(config, tokenizer, (0,))
+
     def losses(seeds: tuple[int, ...]) -> np.ndarray:
-        tuning = make(dataclasses.replace(config, seed=seeds[0]), tokenizer, seeds)
+        tuning = one.for_seeds(seeds)  # a program of its own for two
         (state, _), found = tuning.init_state(), []
         for n in range(2):
             state, metrics = tuning.step(state, n)
             found.append(metrics.loss)
             padded.setdefault(seeds, []).append(tuning.batches(n).tokens.shape[-1])
-        return np.stack([*found, tuning.logits(state, tuning.data.dev["dev"]).sum((1, 2))], axis=1)
+        return np.stack([*found, tuning.logits(state.model, tuning.data.dev["dev"]).sum((1, 2))], axis=1)
 
     together = losses((0, 1))
     np.testing.assert_allclose(together[0], losses((0,))[0], rtol=1e-5, atol=1e-4)
@@ -181,8 +185,16 @@ def test_a_classifier_is_trained_across_clients(strategy: str, tokenizer: BertTo
 
 
 def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
+    (tmp_path / "glue" / "SST-2").mkdir(parents=True)
+    for path in (glue / "SST-2").iterdir():
+        (tmp_path / "glue" / "SST-2" / path.name).write_bytes(path.read_bytes())
+    glue, tmp_path = tmp_path / "glue", tmp_path / "workdir"
+    assert ft.finetune(make_config(tokenizer, glue), tmp_path, QUIET) == 0  # one seed; then another, and predictions
+    assert not (tmp_path / "predictions").exists()
+    first = (tmp_path / "metrics-seed-0.jsonl").read_bytes(), (tmp_path / "hf" / "model.safetensors").read_bytes()
     config = make_config(tokenizer, glue, finetune=dict(seeds=2, predict=True))
     assert ft.finetune(config, tmp_path, QUIET) == 0
+    assert first == ((tmp_path / "metrics-seed-0.jsonl").read_bytes(), (tmp_path / "hf" / "model.safetensors").read_bytes())
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["values"]) == 2 and results["median"] == pytest.approx(np.median(results["values"]))
     found = pipeline("text-classification", model=str(tmp_path / "hf"), device="cpu")("a good film")
@@ -199,6 +211,41 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
     assert again["seeds"] == results["seeds"] and (tmp_path / "metrics-seed-1.jsonl").read_bytes() == log
     with pytest.raises(ConfigError, match="batch_size"):
         ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
+    with pytest.raises(UserError, match="is a run of fine-tuning"):
+        load_run(tmp_path)  # as report and compare do
+    with (glue / "SST-2" / "dev.tsv").open("a") as file:
+        file.write("a good song\t1\n")
+    with pytest.raises(ConfigError, match=r"data\.source names, or the tokenizer, has changed"):
+        ft.finetune(config, tmp_path, QUIET)
+
+
+def test_a_group_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
+    """However many seeds this machine would train at once, or the command now asks for."""
+    workdir = Workdir(tmp_path)
+    assert ft._next_group([2, 3, 4], 1, workdir) == (2,) and ft._next_group([2, 3, 4], 8, workdir) == (2, 3, 4)
+    (workdir.checkpoints / "seeds-2-3").mkdir(parents=True)
+    assert ft._next_group([2, 3, 4], 1, workdir) == (2, 3) == ft._next_group([2, 3, 4], 8, workdir)
+    assert ft._next_group([4], 8, workdir) == (4,)
+
+
+@pytest.mark.parametrize("strategy", ["centralized", "parallel", "sequential"])
+def test_epochs_are_trained_to_the_step(strategy: str, tokenizer: BertTokenizerFast, glue: Path) -> None:
+    federated = dict(strategy=strategy, num_clients=2, batch_size=4, local_steps=4)
+    config = make_config(
+        tokenizer, glue, federated=federated, data=dict(partition=dict(kind="iid")), finetune=dict(epochs=1.5),
+        model=dict(num_layers=1), client_optimizer=dict(schedule="linear"), server_optimizer=dict(schedule="linear"),
+    )  # fmt: skip
+    tuning = make(config, tokenizer)
+    examples = 4 if strategy == "centralized" else 8  # a step
+    steps = -(-108 // examples)
+    assert (tuning.steps, tuning.rounds) == (steps, -(-steps // 4))
+    assert tuning.epochs(tuning.rounds) == pytest.approx(steps * examples / 72)
+    assert tuning.batches(0).tokens.shape[1] == 4 and tuning.batches(tuning.rounds - 1).tokens.shape[1] == steps % 4
+    all_steps = steps * (2 if strategy == "sequential" else 1)
+    assert float(tuning.setting.client_tx.schedule(all_steps - 1)) > float(tuning.setting.client_tx.schedule(all_steps)) == 0
+    state, _ = tuning.init_state()
+    state, metrics = tuning.step(state, tuning.rounds - 1)
+    assert np.isfinite(metrics.loss).all()
 
 
 def test_ctrl_c_loses_no_round(
@@ -289,7 +336,8 @@ def test_a_rate_is_chosen_without_the_dev_set(
     assert ft.choose_rate(config, (1e-4, 1e-3, 1e-2), tmp_path, QUIET) == (1e-3, 0)
     assert [c.client_optimizer.learning_rate for c in tried] == [1e-4, 1e-3, 1e-2]
     for c in tried:  # the seed is none of 0, 1, 2, which are to be reported
-        assert (c.seed, c.finetune.seeds, c.finetune.holdout, c.finetune.predict) == (3, 1, 0.1, False)
+        assert c.seed not in (0, 1, 2)
+        assert (c.finetune.seeds, c.finetune.holdout, c.finetune.predict) == (1, 0.1, False)
     assert ft.choose_rate(config, (1e-4,), tmp_path, QUIET) == (1e-4, 0) and len(tried) == 3
 
     def diverging(config: config_lib.Config, root: Path, console: Console) -> int:
@@ -341,6 +389,18 @@ def test_the_glue_command_prints_a_table(
     monkeypatch.setattr("sys.argv", f"glue --model {tmp_path / 'model'} --glue {tmp_path}".split())
     with pytest.raises(UserError, match="no folder of a GLUE task"):
         command.main()
+    model.pooler.dense.weight.data += 1.0
+    model.save_pretrained(tmp_path / "model")
+    for change, message in (
+        ("", "--model names, or the tokenizer, has changed since"),
+        ("--max-length 17", "--max-length=17: accepted: at most"),
+        ("--batch 0", "--batch=0: accepted"), (f"--tasks all --glue {glue / 'SST-2'} --seeds 0", "--seeds=0"),
+        (f"--tasks sst2,rte --workdir {tmp_path / 'other'}", "has neither a folder RTE"),
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.argv", words.split() + change.split())
+        with pytest.raises(UserError, match=message):
+            command.main()
+    assert not (tmp_path / "other").exists()
     found = json.loads((tmp_path / "out.json").read_text())
     assert all(t["learning_rate"] in (1e-4, 1e-3) for t in found["tasks"].values())
     assert found["average"] == pytest.approx(np.mean([t["median"] for t in found["tasks"].values()]))
@@ -369,6 +429,19 @@ def test_a_stream_has_every_example_once_an_epoch() -> None:
     assert spread < 0.5 * np.ptp(lengths)
 
 
+@pytest.mark.parametrize("count", [3, 10, 103, 1000])
+def test_later_epochs_are_sorted_by_length_like_the_first(count: int) -> None:
+    """An epoch that whole rounds don't divide costs one round of mixed lengths, and no example is lost or doubled."""
+    lengths = np.random.default_rng(0).integers(3, 60, count)
+    stream = ExampleStream(0, 0, lengths, steps=2, batch=5)
+    rounds = [stream.round(n) for n in range(-(-3 * count // 10))]
+    examples = np.concatenate([r.ravel() for r in rounds])
+    for epoch in range(3):
+        assert sorted(examples[epoch * count : (epoch + 1) * count]) == list(range(count))
+    spreads = [np.ptp(lengths[r]) for n, r in enumerate(rounds) if n * 10 // count == (n * 10 + 9) // count]
+    assert count < 100 or np.mean(spreads) < 0.3 * np.ptp(lengths)  # of the rounds within one epoch
+
+
 def test_pairs_are_padded_and_cut(tokenizer: BertTokenizerFast) -> None:
     data = encode(tokenizer, ["the film", "a"], ["was good " * 20, "play"], np.array([0, 1], np.int32), 12)
     assert data.tokens.shape == (2, 12) and list(data.lengths) == [12, 5]
@@ -389,6 +462,9 @@ def test_pairs_are_padded_and_cut(tokenizer: BertTokenizerFast) -> None:
         (dict(federated=dict(strategy="parallel", num_clients=2, client_optimizer_state="keep"),
               data=dict(partition=dict(kind="iid"))), "client_optimizer_state"),
         (dict(data=dict(tokenizer="train:1000")), "data.tokenizer"),
+        (dict(federated=dict(rounds=3)), r"federated\.rounds=3: accepted: its default, 140, with task='finetune'"),
+        (dict(checkpoint=dict(keep=5)), "checkpoint.keep"),
+        (dict(client_optimizer=dict(warmup_steps=3)), "client_optimizer.warmup_steps"),
     ],
 )
 def test_what_cannot_be_finetuned(section: dict, message: str, tokenizer: BertTokenizerFast, glue: Path) -> None:

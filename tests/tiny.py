@@ -32,6 +32,10 @@ def tiny_config(**changes: Any) -> config_lib.Config:
         server_optimizer=dict(warmup_steps=2, learning_rate=0.01, eps=1e-3),
         mlm=dict(mask_prob=0.25),
     )
+    if changes.get("task") == "finetune":  # which has none of these
+        del values["federated"]["rounds"]
+        for optimizer in ("client_optimizer", "server_optimizer"):
+            del values[optimizer]["warmup_steps"]
     for section, keys in changes.items():
         values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
     config = config_lib.from_dict(values)

@@ -116,7 +116,16 @@ def test_splits(task: Task) -> tuple[str, ...]:
 
 
 def find_tasks(directory: Path) -> list[Task]:
-    """Returns the tasks that have a folder in the directory, in the order of `TASKS`."""
+    """Returns the tasks that have a folder in the directory, in the order of `TASKS`; of a task's own folder, that task.
+
+    Raises:
+      UserError: if the directory can't be read, or is the folder of a task whose name it doesn't bear.
+    """
+    if (directory / "train.tsv").is_file():
+        try:
+            return [find_task(directory.resolve().name)]
+        except UserError as error:
+            raise UserError(f"{directory} has a train.tsv, so it is one task's folder; say which, with --tasks.") from error
     return [task for task in TASKS.values() if _folder(task, directory)]
 
 
@@ -147,6 +156,15 @@ def load(task: Task, directory: Path | None, splits: Sequence[str]) -> dict[str,
     return {split: read_tsv(task, folder / f"{split}.tsv", not split.startswith("test")) for split in splits}
 
 
+def check(task: Task, directory: Path, tests: bool = False) -> None:
+    """Reads all of a task's files and forgets them: for who wants to know of what is wrong before other work.
+
+    Raises:
+      UserError: as `load` does.
+    """
+    load(task, directory, ("train", *dev_splits(task), *(test_splits(task) if tests else ())))
+
+
 def read_tsv(task: Task, path: Path, labelled: bool) -> Examples:
     """Reads an official file: a row a line, columns found by their header, and quotes that are part of the text.
 
@@ -161,13 +179,15 @@ def read_tsv(task: Task, path: Path, labelled: bool) -> Examples:
     lines = _lines(path)
     has_header = not (labelled and task.headerless)
     header = lines[0].split("\t") if has_header and lines else list(task.headerless)
-    if len(lines) <= has_header:
+    if not lines:
         raise UserError(f"{path} has no examples.")
     wanted = [*task.columns, task.label_column] if labelled else list(task.columns)
     for column in wanted:
         if column not in header:
             there = ", ".join(header)
             raise UserError(f"{path} line 1 names no column {column!r}, which {task.name} needs; there are: {there}.")
+    if len(lines) <= has_header:
+        raise UserError(f"{path} has no examples.")
     at = [header.index(column) for column in wanted]
     index = header.index(task.index_column) if task.index_column in header else None
 
@@ -248,7 +268,7 @@ def _from_hub(task: Task, split: str) -> Examples:
 
 def submission_name(task: Task, split: str) -> str:
     """Returns what gluebenchmark.com wants the split's predictions to be called."""
-    suffix = {"_matched": "-m", "_mismatched": "-mm"}.get(split.removeprefix("test").removeprefix("dev"), "")
+    suffix = {"_matched": "-m", "_mismatched": "-mm"}.get(split.removeprefix("test"), "")
     return f"{task.name}{suffix}.tsv"
 
 

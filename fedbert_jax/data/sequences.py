@@ -55,7 +55,7 @@ def encode(
 
 def padded_length(longest: int, limit: int) -> int:
     """Returns the length that a batch with sequences of up to `longest` tokens is padded to, at most `limit`."""
-    return min(next((b for b in BUCKETS if b >= longest), longest), max(limit, longest))
+    return min(next((b for b in BUCKETS if b >= longest), longest), limit)
 
 
 def take(data: Sequences, index: np.ndarray, length: int) -> MaskedBatch:
@@ -76,7 +76,8 @@ class ExampleStream:
     """A client's endless stream of examples, one shuffled epoch after another: a function of (seed, client).
 
     Within windows of some rounds an epoch is sorted by length and cut into rounds again, whose order is shuffled, so that
-    little of a round is padding.
+    little of a round is padding. The round in which one epoch ends and the next begins is filled up with examples of any
+    length; then the next is cut into whole rounds again.
 
     Args:
       seed: of the order.
@@ -105,14 +106,16 @@ class ExampleStream:
         if epoch not in self._orders:
             rng, unit = np.random.default_rng([self.seed, EPOCH, self.client, epoch]), self.steps * self.batch
             order, units = rng.permutation(len(self.lengths)), []
-            for start in range(0, len(order), WINDOW * unit):
+            filling = -epoch * len(order) % unit  # so many does the round lack in which the epoch before ends
+            for start in range(filling, len(order), WINDOW * unit):
                 window = order[start : start + WINDOW * unit]
                 window = window[np.argsort(self.lengths[window], kind="stable")]
                 units += [rng.permutation(window[n : n + unit]) for n in range(0, len(window), unit)]
             whole, rest = [u for u in units if len(u) == unit], [u for u in units if len(u) < unit]
             if len(self._orders) > 1:
                 self._orders.clear()
-            self._orders[epoch] = np.concatenate([whole[n] for n in rng.permutation(len(whole))] + rest)
+            whole = [whole[n] for n in rng.permutation(len(whole))]
+            self._orders[epoch] = np.concatenate([order[:filling], *whole, *rest])
         return self._orders[epoch]
 
 

@@ -39,6 +39,7 @@ class RoundInputs(NamedTuple):
     """One round's data, C clients. `centralized` gets C * B sequences of the pooled text as one client."""
 
     tokens: Any  # integers [K, C, B, T], blocks to be masked; or a `MaskedBatch` [K, C, B, ...] that is ready
+    # K is `federated.local_steps`; a run's last round may have fewer.
     client_ids: jax.Array  # int32 [C]
     weights: jax.Array  # float32 [C], summing to 1; 0 for a client that pads the cohort
     round: jax.Array  # int32, from 0
@@ -151,7 +152,7 @@ def all_turns(
     s: Setting, grad_fn: GradFn, model: Pair, opt: Pair, inputs: RoundInputs
 ) -> tuple[Pair, Pair, RoundMetrics]:
     """Every client of the cohort trains a model of its own [C, ...] side by side; metrics are the round's."""
-    first = inputs.round * num_steps(inputs.tokens)
+    first = inputs.round * s.config.federated.local_steps
     model, opt, tokens = constrain_clients(model), constrain_clients(opt), clients_first(inputs.tokens)
 
     def one_turn(model: Pair, opt: Pair, tokens: Any, client: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:

@@ -71,7 +71,7 @@ def parallel(s: Setting) -> Strategy:
         # In the first step all clients hold the global segment, so no copies are made of it: they come to be by updating.
         carry = (state.model.client, state.model.server, opt0, state.opt.server)
         carry, first = step(carry, (jnp.int32(0), pick(inputs.tokens, 0)), True)
-        xs = (jnp.arange(1, local_steps), jax.tree.map(lambda x: x[1:], inputs.tokens))
+        xs = (jnp.arange(1, num_steps(inputs.tokens)), jax.tree.map(lambda x: x[1:], inputs.tokens))
         carry, rest = jax.lax.scan(lambda c, x: step(c, x, False), carry, xs)
         metrics = jax.tree.map(lambda a, b: jnp.append(b, a), first, rest)
         clients, server, client_opt, server_opt = carry
@@ -153,7 +153,7 @@ def sequential(s: Setting) -> Strategy:
                 mine = s.client_tx.init(model.client)
             else:  # handed on with the segment, or the client's own
                 mine = pick(client_opt, client) if mode == "keep" else client_opt
-            first = (inputs.round * cohort + n) * local_steps
+            first = inputs.round * cohort * local_steps + n * num_steps(inputs.tokens)
             model, opt, metrics = turn(
                 s, split_grads(s), model, Pair(mine, server_opt), tokens, client, inputs.round, first
             )
@@ -176,11 +176,10 @@ def centralized(s: Setting) -> Strategy:
     """All text pooled, no cut, no federation: the upper bound."""
 
     def round(state: State, inputs: RoundInputs) -> tuple[State, RoundMetrics]:
-        local_steps = num_steps(inputs.tokens)
         tokens = constrain(jax.tree.map(lambda x: x[:, 0], inputs.tokens), None, "data")
         model, opt, metrics = turn(
             s, joined_grads(s), state.model, state.opt, tokens, inputs.client_ids[0], inputs.round,
-            inputs.round * local_steps,
+            inputs.round * s.config.federated.local_steps,
         )  # fmt: skip
         return State(model, opt, ()), jax.tree.map(jnp.mean, metrics)
 

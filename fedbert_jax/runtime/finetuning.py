@@ -19,7 +19,7 @@ from fedbert_jax.data.partition import assign
 from fedbert_jax.data.sampling import client_weights, turn_order
 from fedbert_jax.data.sequences import ExampleStream, Sequences, eval_batches, padded_length, take
 from fedbert_jax.data.tasks import TaskData
-from fedbert_jax.errors import ConfigError
+from fedbert_jax.errors import ConfigError, DivergedError
 from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
 from fedbert_jax.federated.split import joined_logits
 from fedbert_jax.federated.strategies import STRATEGIES
@@ -52,9 +52,10 @@ class Finetuning:
             )
         central = f.strategy == "centralized"
         self.clients = self._deal(1 if central else f.num_clients or 1)
-        self.per_round = len(self.clients) * f.local_steps * f.batch_size
-        self.rounds = math.ceil(config.finetune.epochs * len(data.train) / self.per_round)
-        steps = self.rounds * f.local_steps * (len(self.clients) if f.strategy == "sequential" else 1)
+        self.per_step = len(self.clients) * f.batch_size  # examples
+        self.steps = math.ceil(config.finetune.epochs * len(data.train) / self.per_step)  # of each client
+        self.rounds = math.ceil(self.steps / f.local_steps)  # the last may be short
+        steps = self.steps * (len(self.clients) if f.strategy == "sequential" else 1)
         optimizers = [
             dataclasses.replace(o, warmup_steps=int(config.finetune.warmup * steps), decay_steps=None)
             for o in (config.client_optimizer, config.server_optimizer)
@@ -81,6 +82,11 @@ class Finetuning:
             round = jax.vmap(self._one_round, (0, 0, None, None, 0))
             self._round = jax.jit(round, donate_argnums=0, out_shardings=(self.state_sharding, everywhere))
             self._predict = jax.jit(jax.vmap(self._one_predict, (0, None)), out_shardings=everywhere)
+
+    def epochs(self, rounds: int) -> float:
+        """Returns how many epochs the first so many rounds are."""
+        steps = min(rounds * self.config.federated.local_steps, self.steps)
+        return steps * self.per_step / len(self.data.train)
 
     def for_seeds(self, seeds: tuple[int, ...]) -> Finetuning:
         """Returns the same for other seeds; if they are as many as here, with the same compiled programs."""
@@ -144,11 +150,12 @@ class Finetuning:
         return turn_order(self.config.seed, round, count) if shuffled else np.arange(count)
 
     def batches(self, round: int) -> MaskedBatch:
-        """Returns a round's batches [S, K, C, B, ...]: functions of (seed, round, client)."""
+        """Returns a round's batches [S, K, C, B, ...]: functions of (seed, round, client). The last round may be short."""
+        local_steps = self.config.federated.local_steps
         index = np.stack([
             np.stack([self.clients[c][streams[c].round(round)] for c in self.order(round)], axis=1)
             for streams in self.streams
-        ])  # fmt: skip
+        ])[:, : self.steps - round * local_steps]  # fmt: skip
         longest = int(self.data.train.lengths[index].max())
         return take(self.data.train, index, padded_length(longest, self.config.data.seq_len))
 
@@ -170,14 +177,21 @@ class Finetuning:
     def _one_predict(self, model: Pair, batch: MaskedBatch) -> jax.Array:
         return joined_logits(self.segments, model.client, model.server, batch)[:, 0]
 
-    def logits(self, state: State, data: Sequences) -> np.ndarray:
-        """Returns the outputs for all sequences, float32 [S, n, outputs]."""
-        result = np.zeros((len(self.seeds), len(data), self.data.task.num_outputs), np.float32)
+    def logits(self, model: Pair, data: Sequences) -> np.ndarray:
+        """Returns the outputs of models [S, ...] for all sequences, float32 [S, n, outputs].
+
+        Raises:
+          DivergedError: if one is not finite.
+        """
+        models = jax.tree.leaves(model)[0].shape[0]
+        result = np.zeros((models, len(data), self.data.task.num_outputs), np.float32)
         sharding = self._spread(P("data"), self.config.eval.batch_size)
         for index, batch in eval_batches(data, self.config.eval.batch_size, self.config.data.seq_len):
             with jax.set_mesh(self.mesh):
-                outputs = self._predict(state.model, jax.device_put(batch, sharding))
+                outputs = self._predict(model, jax.device_put(batch, sharding))
             result[:, index] = np.asarray(outputs)[:, : len(index)]
+        if not np.isfinite(result).all():
+            raise DivergedError(f"{self.data.task.name}: the model's outputs are not finite; lower the learning rates.")
         return result
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
@@ -186,7 +200,7 @@ class Finetuning:
 
     def scores(self, state: State) -> list[dict[str, dict[str, float]]]:
         """Returns the official metrics of each seed, by dev split."""
-        found = {split: self.predictions(self.logits(state, d)) for split, d in self.data.dev.items()}
+        found = {split: self.predictions(self.logits(state.model, d)) for split, d in self.data.dev.items()}
         return [
             {split: score(self.data.task, p[s], self.data.dev[split].labels) for split, p in found.items()}
             for s in range(len(self.seeds))

@@ -177,6 +177,7 @@ def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
         ("STS-B", "sentence1\tsentence2\tscore\na\tb\thigh\n", "FILE line 2: 'high' is no score"),
         ("SST-2", "", "FILE has no examples"),
         ("SST-2", "sentence\tlabel\n\n", "FILE has no examples"),
+        ("SST-2", "a fine film\t1\n", "FILE line 1 names no column 'sentence'"),
         ("CoLA", "\n", "FILE has no examples"),
     ],
 )  # fmt: skip
@@ -261,6 +262,11 @@ def test_tasks_are_found_in_glue_s_order(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "RTE").touch()  # a file is no folder
     assert [task.name for task in find_tasks(tmp_path)] == ["CoLA", "SST-2", "MNLI", "WNLI"]
+    for name in ("sst2", "diagnostic"):
+        (tmp_path / name / "train.tsv").touch()
+    assert [task.name for task in find_tasks(tmp_path / "sst2")] == ["SST-2"]
+    with pytest.raises(UserError, match="it is one task's folder; say which, with --tasks"):
+        find_tasks(tmp_path / "diagnostic")
 
 
 # --- hub ---

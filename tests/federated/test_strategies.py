@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_trees_close, make_strategy, random_blocks, tiny_config
+from tiny import assert_trees_close, make_strategy, mask_spec, random_blocks, tiny_config
 
+from fedbert_jax.data.masking import mask_blocks
 from fedbert_jax.federated.setting import RoundInputs, split_grads
 from fedbert_jax.federated.split import joined_loss, split_step
+from fedbert_jax.federated.strategies import STRATEGIES
 
 SGD = dict(name="sgd", learning_rate=0.5, warmup_steps=0, schedule="constant", clip_norm=None, eps=None)
 THREE = jnp.array([0.5, 0.2, 0.3])
@@ -233,6 +237,23 @@ def test_schedules_count_global_steps():
     stays, _ = jax.jit(strategy.round)(state, inputs(config, round=2))
     assert_trees_close(stays.model, state.model)
     assert not np.allclose(moved.model.client["head"]["bias"], state.model.client["head"]["bias"])
+
+
+@pytest.mark.parametrize(
+    "strategy, body",
+    [("parallel", "pooled"), ("parallel", "merged")] + [(s, "pooled") for s in ("sequential", "fedavg", "centralized")],
+)
+def test_a_short_round_is_a_round_of_fewer_steps(strategy, body):
+    """The last round of fine-tuning has fewer steps; its schedules go on from where the round before ended."""
+    models = []
+    for local_steps, round in ((4, 1), (1, 4)):
+        config = tiny(strategy, body=body, local_steps=local_steps)
+        setting, _, state = make_strategy(config)
+        masked = jax.vmap(jax.vmap(lambda b: mask_blocks(jax.random.key(0), b, mask_spec(tiny()))))
+        batch = masked(random_blocks(0, 1, 3, 2))
+        rule = STRATEGIES[strategy](dataclasses.replace(setting, mask=None))
+        models.append(jax.jit(rule.round)(state, RoundInputs(batch, jnp.arange(3), THREE, jnp.int32(round)))[0].model)
+    assert_trees_close(*models)
 
 
 def test_traffic_counts_messages_and_averaging():

@@ -62,7 +62,7 @@ def end_of_finetuning(strategy: str, seeds: tuple[int, ...], data: int, model: i
     assert len(kernel.sharding.device_set) == data * model
     shared_out = {shard.index[0].indices(len(seeds)) for shard in kernel.addressable_shards}
     assert len(shared_out) == (data if len(seeds) % data == 0 else 1), shared_out  # the seeds really lie apart
-    return [*jax.tree.leaves(jax.device_get((state, metrics))), tuning.logits(state, task.dev["dev"])]
+    return [*jax.tree.leaves(jax.device_get((state, metrics))), tuning.logits(state.model, task.dev["dev"])]
 
 
 def main() -> None:
