@@ -125,7 +125,7 @@ def test_seeds_side_by_side_are_seeds_one_by_one(
 ) -> None:
     """Also where a round is padded further for another seed's sake."""
     monkeypatch.setattr(sequences, "BUCKETS", (11, 13))
-    dropout = dict(hidden_dropout=0.1, attention_dropout=0.1, unroll_layers=False)
+    dropout = dict(hidden_dropout=0.1, attention_dropout=0.1, num_layers=1)
     config = make_config(tokenizer, glue, model=dropout)
     padded: dict[tuple[int, ...], list[int]] = {}
 
