@@ -92,6 +92,9 @@ class FederatedConfig:
     body: Literal["pooled", "merged", "private"] = "pooled"  # parallel: what the server does with its part
     num_clients: int | None = None  # None: as many as the natural partition has
     clients_per_round: int | None = None  # None: all of them
+    # parallel, fedavg: how many of the cohort are computed side by side; None is all. The result is the same. What is
+    # saved: activations and logits, and but for a pooled body the clients' copies of what they train.
+    clients_at_once: int | None = None
     local_steps: int = 8
     rounds: int = 140
     batch_size: int = 4  # sequences per client per step
@@ -225,8 +228,8 @@ class Config:
 
 # A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
 HARMLESS = frozenset({
-    "resume", "fill_mask", "federated.rounds", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds",
-    "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
+    "resume", "fill_mask", "federated.rounds", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
+    "eval.every_rounds", "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
 })  # fmt: skip
 
 # Settings that fine-tuning does not have: refused, rather than passed over.
@@ -379,9 +382,9 @@ def validate(config: Config) -> None:
     flat = flatten(to_dict(config))
     at_least_1 = (
         "federated.local_steps", "federated.rounds", "federated.batch_size", "federated.num_clients",
-        "federated.clients_per_round", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds",
-        "eval.batch_size", "eval.max_clients", "eval.max_blocks", "model.hidden_size", "model.num_layers",
-        "model.num_heads", "model.intermediate_size", "model.vocab_size", "model.type_vocab_size",
+        "federated.clients_per_round", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
+        "eval.every_rounds", "eval.batch_size", "eval.max_clients", "eval.max_blocks", "model.hidden_size",
+        "model.num_layers", "model.num_heads", "model.intermediate_size", "model.vocab_size", "model.type_vocab_size",
         "client_optimizer.decay_steps", "server_optimizer.decay_steps", "mesh.model",
     )  # fmt: skip
     for key in at_least_1:
@@ -451,6 +454,13 @@ def validate(config: Config) -> None:
     need(
         f.body == "pooled" or f.strategy == "parallel", "federated.body", f.body,
         f"'pooled' with federated.strategy={f.strategy!r} (merged and private belong to 'parallel')",
+    )  # fmt: skip
+    need(
+        f.clients_at_once is None
+        or (f.strategy in ("parallel", "fedavg") and f.body != "private" and f.client_optimizer_state != "keep"),
+        "federated.clients_at_once", f.clients_at_once,
+        "None, unless clients train side by side and end the round in an average: federated.strategy 'parallel' (body "
+        "'pooled' or 'merged') or 'fedavg', and client_optimizer_state 'average' or 'reset'",
     )  # fmt: skip
     fixed = f.clients_per_round is None or f.clients_per_round == f.num_clients
     keeps_all = f.client_optimizer_state == "keep" or f.body == "private" or f.strategy == "local"

@@ -12,7 +12,7 @@ import optax
 
 from fedbert_jax.config import Config
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
-from fedbert_jax.federated.aggregate import weighted_average
+from fedbert_jax.federated.aggregate import replicate, weighted_average
 from fedbert_jax.federated.split import joined_loss, split_step
 from fedbert_jax.models.bert import Params, Segments
 from fedbert_jax.optim import Optimizer
@@ -160,6 +160,56 @@ def all_turns(
 
     model, opt, metrics = jax.vmap(one_turn)(model, opt, constrain(tokens, "data"), inputs.client_ids)
     return model, opt, jax.tree.map(lambda m: jnp.mean(inputs.weights @ m), metrics)
+
+
+def over_slices(s: Setting, fn: Callable[[Any], tuple[Any, Any]], per_client: Any) -> tuple[Any, Any]:
+    """Runs `fn` on the whole cohort, or on one slice after another, of `clients_at_once` clients at most.
+
+    Args:
+      s: the setting.
+      fn: takes a slice of `per_client`; returns (what each client of it has, [c, ...]; what adds up over clients). Integers
+        in the latter are step counters, everybody's: they don't add up.
+      per_client: pytree of arrays [C, ...].
+
+    Returns:
+      The same pair for the whole cohort.
+    """
+    cohort = jax.tree.leaves(per_client)[0].shape[0]
+    at_once = min(s.config.federated.clients_at_once or cohort, cohort)
+    count = next(n for n in range(-(-cohort // at_once), cohort + 1) if cohort % n == 0)  # of slices, equally large
+    if count == 1:
+        return fn(per_client)
+    # A slice is every count-th client, so that each of the devices that share the cohort out has some.
+    apart = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
+    together = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
+    join = lambda a, b: a + b if jnp.issubdtype(a.dtype, jnp.floating) else b  # noqa: E731
+
+    def add(total: Any, one_slice: Any) -> tuple[Any, Any]:
+        own, part = fn(one_slice)
+        return jax.tree.map(join, total, part), own
+
+    xs = jax.tree.map(apart, per_client)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, pick(xs, 0))[1])
+    total, own = jax.lax.scan(add, zero, xs)
+    return jax.tree.map(together, own), total
+
+
+def averaged_turns(
+    s: Setting, grad_fn: GradFn, start: tuple[Pair, Pair], inputs: RoundInputs
+) -> tuple[tuple[Pair, Pair], RoundMetrics]:
+    """The cohort trains copies of `start`; returns the weighted average of where they end, and the round's metrics.
+
+    Only the copies of a slice of the cohort exist at a time.
+    """
+
+    def train(part: Any) -> tuple[Any, Any]:
+        tokens, clients, weights = part
+        given = RoundInputs(clients_first(tokens), clients, weights, inputs.round)
+        model, opt = replicate(start, clients.shape[0])
+        model, opt, metrics = all_turns(s, grad_fn, model, opt, given)
+        return (), (weighted_average((model, opt), weights), metrics)
+
+    return over_slices(s, train, (clients_first(inputs.tokens), inputs.client_ids, inputs.weights))[1]
 
 
 def opt_at_rest(mode: str, opt: Any, weights: jax.Array) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from fedbert_jax.federated.aggregate import outer_update, replicate, weighted_average
 from fedbert_jax.federated.setting import (
+    GradFn,
     Pair,
     RoundInputs,
     RoundMetrics,
@@ -22,10 +23,12 @@ from fedbert_jax.federated.setting import (
     State,
     Strategy,
     all_turns,
+    averaged_turns,
     clients_first,
     joined_grads,
     num_steps,
     opt_at_rest,
+    over_slices,
     pick,
     segment_traffic,
     split_grads,
@@ -56,17 +59,24 @@ def parallel(s: Setting) -> Strategy:
         def step(carry: Any, x: Any, shared: bool) -> Any:
             clients, server, client_opt, server_opt = carry
             k, tokens = x
-            tokens = constrain(tokens, "data")
-            batch, keys = jax.vmap(s.draw, (0, None, None, 0))(tokens, inputs.round, k, inputs.client_ids)
-            out = split_step(
-                s.segments, s.config.wire, clients, server, batch, inputs.weights, keys, shared_client=shared
-            )
             now = inputs.round * local_steps + k
-            axes = (0, None if shared and mode != "keep" else 0, None if shared else 0, None)
-            clients, client_opt, norms = jax.vmap(s.client_tx.update, axes)(out.client_grads, client_opt, clients, now)
-            server, server_opt, server_norm = s.server_tx.update(out.server_grads, server_opt, server, now)
-            metrics = RoundMetrics(out.loss @ inputs.weights, norms @ inputs.weights, server_norm)
-            return (constrain_clients(clients), server, constrain_clients(client_opt), server_opt), metrics
+
+            def client_side(part: Any) -> Any:
+                """Some clients' step, up to what the server adds up."""
+                tokens, ids, weights, *own = part
+                params, opt = own or (clients, client_opt)
+                tokens = constrain(tokens, "data")
+                batch, keys = jax.vmap(s.draw, (0, None, None, 0))(tokens, inputs.round, k, ids)
+                out = split_step(s.segments, s.config.wire, params, server, batch, weights, keys, shared_client=shared)
+                axes = (0, None if shared and mode != "keep" else 0, None if shared else 0, None)
+                params, opt, norms = jax.vmap(s.client_tx.update, axes)(out.client_grads, opt, params, now)
+                sums = (out.server_grads, out.loss @ weights, norms @ weights)
+                return (constrain_clients(params), constrain_clients(opt)), sums
+
+            per_client = (tokens, inputs.client_ids, inputs.weights) + (() if shared else (clients, client_opt))
+            (clients, client_opt), (grads, loss, norm) = over_slices(s, client_side, per_client)
+            server, server_opt, server_norm = s.server_tx.update(grads, server_opt, server, now)
+            return (clients, server, client_opt, server_opt), RoundMetrics(loss, norm, server_norm)
 
         # In the first step all clients hold the global segment, so no copies are made of it: they come to be by updating.
         carry = (state.model.client, state.model.server, opt0, state.opt.server)
@@ -89,48 +99,38 @@ def parallel(s: Setting) -> Strategy:
 def _parallel_copies(s: Setting, private: bool) -> Strategy:
     """Parallel with a body a client: averaged at the end of the round (SplitFed V1), or, if `private`, never."""
     mode = s.config.federated.client_optimizer_state
+    traffic = step_traffic(s) | segment_traffic(s, s.cohort, "client")
+    if not private and mode != "keep":
+        return _averaging(s, split_grads(s), traffic)
 
     def init(model: Pair) -> State:
         opt = s.init_opt(model)
-        averaged = model.client if private else model
-        outer = s.outer.init(averaged) if s.outer else ()
+        outer = s.outer.init(model.client if private else model) if s.outer else ()
         at_rest = {"average": opt.client, "reset": (), "keep": replicate(opt.client, s.num_clients)}[mode]
-        if private:
-            copies = replicate(Pair(model.server, opt.server), s.num_clients)
-            return State(Pair(model.client, copies.client), Pair(at_rest, copies.server), outer)
-        kept = {"average": opt.server, "reset": (), "keep": replicate(opt.server, s.num_clients)}[mode]
-        return State(model, Pair(at_rest, kept), outer)
+        servers = replicate(Pair(model.server, opt.server), s.num_clients)  # the server's parameters, and its optimizer
+        return State(Pair(model.client, servers.client if private else model.server), Pair(at_rest, servers.server), outer)
 
     def round(state: State, inputs: RoundInputs) -> tuple[State, RoundMetrics]:
-        cohort = inputs.client_ids.shape[0]
-
-        def start(at_rest: Any, fresh: Any) -> Any:
-            if mode == "keep":
-                return at_rest
-            return replicate(fresh() if mode == "reset" else at_rest, cohort)
-
-        client_opt = start(state.opt.client, lambda: s.client_tx.init(state.model.client))
-        if private:
-            server, server_opt = state.model.server, state.opt.server
+        cohort, w = inputs.client_ids.shape[0], inputs.weights
+        if mode == "keep":
+            client_opt = state.opt.client
         else:
-            server = replicate(state.model.server, cohort)
-            server_opt = start(state.opt.server, lambda: s.server_tx.init(state.model.server))
-        model, opt = Pair(replicate(state.model.client, cohort), server), Pair(client_opt, server_opt)
+            fresh = s.client_tx.init(state.model.client)
+            client_opt = replicate(fresh if mode == "reset" else state.opt.client, cohort)
+        server = state.model.server if private else replicate(state.model.server, cohort)
+        model, opt = Pair(replicate(state.model.client, cohort), server), Pair(client_opt, state.opt.server)
         model, opt, metrics = all_turns(s, split_grads(s), model, opt, inputs)
 
-        w = inputs.weights
-        client_rest = opt_at_rest(mode, opt.client, w)
+        opt = Pair(opt_at_rest(mode, opt.client, w), opt.server)
         if private:
-            average = weighted_average(model.client, w)
-            client, outer = outer_update(s.outer, state.model.client, average, state.outer)
-            return State(Pair(client, model.server), Pair(client_rest, opt.server), outer), metrics
+            client, outer = outer_update(s.outer, state.model.client, weighted_average(model.client, w), state.outer)
+            return State(Pair(client, model.server), opt, outer), metrics
         merged, outer = outer_update(s.outer, state.model, weighted_average(model, w), state.outer)
-        return State(merged, Pair(client_rest, opt_at_rest(mode, opt.server, w)), outer), metrics
+        return State(merged, opt, outer), metrics
 
     def model_of(state: State, client: jax.Array) -> Pair:
         return Pair(state.model.client, pick(state.model.server, client)) if private else state.model
 
-    traffic = step_traffic(s) | segment_traffic(s, s.cohort, "client")
     return Strategy(init, round, model_of, s.config.federated.local_steps, traffic)
 
 
@@ -205,6 +205,12 @@ def local(s: Setting) -> Strategy:
 
 def fedavg(s: Setting) -> Strategy:
     """The whole model on each client, averaged every round (McMahan et al. 2017): federation without a cut."""
+    traffic = segment_traffic(s, s.cohort, "client") | segment_traffic(s, s.cohort, "server")
+    return _averaging(s, joined_grads(s), traffic)
+
+
+def _averaging(s: Setting, grad_fn: GradFn, traffic: dict[str, int]) -> Strategy:
+    """Each client trains a copy of everything, and everything is averaged at the end of the round."""
     mode = s.config.federated.client_optimizer_state
 
     def init(model: Pair) -> State:
@@ -212,15 +218,11 @@ def fedavg(s: Setting) -> Strategy:
         return State(model, opt, s.outer.init(model) if s.outer else ())
 
     def round(state: State, inputs: RoundInputs) -> tuple[State, RoundMetrics]:
-        cohort = inputs.client_ids.shape[0]
         opt = state.opt if mode == "average" else s.init_opt(state.model)
-        model, opt = replicate((state.model, opt), cohort)
-        model, opt, metrics = all_turns(s, joined_grads(s), model, opt, inputs)
-        merged, outer = outer_update(s.outer, state.model, weighted_average(model, inputs.weights), state.outer)
-        at_rest = Pair(*(opt_at_rest(mode, o, inputs.weights) for o in opt))
-        return State(merged, at_rest, outer), metrics
+        (average, opt), metrics = averaged_turns(s, grad_fn, (state.model, opt), inputs)
+        model, outer = outer_update(s.outer, state.model, average, state.outer)
+        return State(model, opt if mode == "average" else Pair((), ()), outer), metrics
 
-    traffic = segment_traffic(s, s.cohort, "client") | segment_traffic(s, s.cohort, "server")
     return Strategy(init, round, lambda state, _: state.model, s.config.federated.local_steps, traffic)
 
 

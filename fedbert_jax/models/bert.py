@@ -87,7 +87,7 @@ def make_segments(
         elif config.remat == "dots":
             apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         x, stack, last = h.astype(compute_dtype).reshape(batch * length, size), server_params["layers"], layers - 1
-        if config.unroll_layers:
+        if config.unroll_layers or not last:  # an empty scan, mapped over clients, gives NaN on CPU
             for n in range(last):
                 x = apply(x, jax.tree.map(lambda leaf: leaf[n], stack), jnp.int32(n), None)  # noqa: B023
         else:

@@ -63,10 +63,12 @@ class Simulation:
             cohort=self.cohort,
         )
         self.strategy = STRATEGIES[f.strategy](self.setting)
-        # Clients are spread over `data`: a cohort it doesn't divide is padded with clients of weight 0.
+        # Clients are spread over `data`, slice by slice: a cohort that doesn't divide is padded with clients of weight 0.
         data = mesh.shape["data"]
+        at_once = min(f.clients_at_once or self.cohort, self.cohort)
         own_state = f.body == "private" or f.client_optimizer_state == "keep"  # [N, ...], which must stay N
-        self.padding = -self.cohort % data if f.strategy in ("parallel", "fedavg") and not own_state else 0
+        padded = f.strategy in ("parallel", "fedavg") and not own_state
+        self.padding = -self.cohort % (at_once + -at_once % data) if padded else 0
         self.blocks_per_client = f.batch_size * (self.cohort if pooled else 1)
         self.offsets = np.array([0, train.offsets[-1]]) if pooled else train.offsets
         self.tokens_per_round = self.cohort * f.local_steps * f.batch_size * config.data.seq_len

@@ -239,6 +239,24 @@ def test_schedules_count_global_steps():
     assert not np.allclose(moved.model.client["head"]["bias"], state.model.client["head"]["bias"])
 
 
+@pytest.mark.parametrize("mode", ["average", "reset"])
+@pytest.mark.parametrize("strategy, body", [("parallel", "pooled"), ("parallel", "merged"), ("fedavg", "pooled")])
+def test_a_cohort_in_slices_is_the_cohort_at_once(strategy, body, mode):
+    """Five clients, two at a time, padded to six by one of weight 0; the momentum of an outer update included."""
+    ends = []
+    for at_once in (None, 2, 1):
+        config = tiny_config(
+            federated=dict(
+                strategy=strategy, body=body, num_clients=6, clients_at_once=at_once, client_optimizer_state=mode
+            ),
+            model=dict(hidden_dropout=0.1, num_layers=1), aggregator=dict(momentum=0.9),
+        )  # fmt: skip
+        end = run(config, rounds=2, clients=6, weights=[0.1, 0.3, 0.2, 0.15, 0.25, 0.0])
+        ends.append((end[2], end[3]))
+    assert_trees_close(ends[1], ends[0], atol=3e-6)
+    assert_trees_close(ends[2], ends[0], atol=3e-6)
+
+
 @pytest.mark.parametrize(
     "strategy, body",
     [("parallel", "pooled"), ("parallel", "merged")] + [(s, "pooled") for s in ("sequential", "fedavg", "centralized")],
