@@ -18,8 +18,8 @@ Runs fedbert_jax.main on this machine's CPU as if it had several devices, to try
   --dry-run         print the commands, run none
   --help
 
-If one process fails, the others are ended (SIGTERM, and SIGKILL FEDBERT_GRACE seconds later; 10), and its exit code is this
-script's. Ctrl-C ends the run after the round under way, with a checkpoint; a second one ends it at once.
+If one process fails, its exit code is this script's; the others have FEDBERT_GRACE seconds (10) to end by themselves, as many
+after a SIGTERM, and then get SIGKILL. Ctrl-C ends the run after the round under way, with a checkpoint; a second one ends it at once.
 FEDBERT_PYTHON: the Python to use, instead of .venv's.
 HELP
 }
@@ -118,16 +118,17 @@ while ((${#pids[@]})); do
         ((code == 0 || status != 0)) || status=$code
         # 130 and 143: it was asked to stop, and the others stop after the same round.
         if ((code != 0 && code != 130 && code != 143)) && [[ ! $killer && ! $stopping ]]; then
-            note "a process ended with exit code $code; the others are ended"
+            note "a process ended with exit code $code; the others have to end, too"
             killer=begun
         fi
     done
     pids=("${running[@]}")
     if [[ $killer == begun ]] && ((${#pids[@]})); then
-        signal_all TERM
         (
             sleep "${FEDBERT_GRACE:-10}"
-            for pid in "${pids[@]}"; do kill -s KILL -- "-$pid" 2>/dev/null || true; done
+            signal_all TERM
+            sleep "${FEDBERT_GRACE:-10}"
+            signal_all KILL
         ) >/dev/null 2>&1 &
         killer=$!
     fi

@@ -11,7 +11,7 @@ launch/tpu_vm.sh [run]  --name NAME --zone ZONE --type TYPE --version VERSION --
 launch/tpu_vm.sh stop   --name NAME --zone ZONE [flags]
 launch/tpu_vm.sh delete --name NAME --zone ZONE [flags]
 
-run     makes the TPU unless it is there, installs on all its workers, copies this checkout to them (tracked and untracked
+run     makes the TPU unless it is there, installs on_all its workers, copies this checkout to them (tracked and untracked
         files, none that git ignores), runs fedbert_jax.main on all, shows their output, and makes everything again if the TPU is
         preempted. The run is detached: if this script is killed or loses its connections, the same command finds the run again.
 stop    ends the run after the round under way, with a checkpoint; Ctrl-C during a run does the same
@@ -25,8 +25,8 @@ delete  deletes the TPU, and its disks
   --spot            cheaper, and may be preempted at any time
   --queued          asks for a queued resource, and waits for its turn
   --config FILE     a config in this checkout
-  --workdir DIR     an absolute path on the workers. On a slice of several hosts it must be a directory they all mount, which is
-                    checked. A preempted TPU's own disk is lost: only a workdir on storage that outlives it (NFS, say) resumes.
+  --workdir DIR     an absolute path on the workers. On a slice of several hosts it must be a directory they all mount. A
+                    preempted TPU's own disk is lost: only a workdir on storage that outlives it (NFS, say) resumes.
   --setup COMMAND   run on every worker before each run, to mount that storage, say; it must bear being repeated
   --env NAME=VALUE  for the run, on every worker; may be repeated
   --create-flag F   passed on to gcloud's create (--create-flag=--network=NAME); may be repeated
@@ -194,8 +194,8 @@ make_ready() {
 
 # --- the workers ---
 
-# on WORKERS COMMAND: runs a shell command on worker 0, or on all.
-on() { run "${tpu[@]}" ssh "$name" "${where[@]}" "--worker=$1" "${keepalive[@]}" "${connect_flags[@]}" "--command=$2"; }
+# on_all COMMAND: runs a shell command on_all workers.
+on_all() { run "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all "${keepalive[@]}" "${connect_flags[@]}" "--command=$1"; }
 
 worker='bash .fedbert_jax/tree/launch/tpu_worker.sh'
 
@@ -218,18 +218,18 @@ pack() {
 
 # Copies the checkout to all workers, and installs. A run that is under way keeps the code it has.
 install() {
-    on all 'mkdir -p .fedbert_jax' || return
+    on_all 'mkdir -p .fedbert_jax' || return
     run "${tpu[@]}" scp "$scratch/fedbert_jax.tar.gz" "$name:.fedbert_jax/tree.tar.gz" "${where[@]}" --worker=all "${connect_flags[@]}" || return
-    on all "cd .fedbert_jax && if flock -n lock true; then rm -rf tree && mkdir tree && tar -xzf tree.tar.gz -C tree; else echo 'A run is under way: its code stays as it is.'; fi && cd && $worker install"
+    on_all "cd .fedbert_jax && if flock -n lock true; then rm -rf tree && mkdir tree && tar -xzf tree.tar.gz -C tree; else echo 'A run is under way: its code stays as it is.'; fi && cd && $worker install"
 }
 
-# Sets `hosts`, and `distributed` if there are several.
+# Sets `distributed` if the TPU has several hosts.
 count_hosts() {
     local query=("${tpu[@]}" describe "$name" "${where[@]}" '--format=value(networkEndpoints.len())')
+    local hosts
     distributed=(--distributed)
     if [[ $DRY_RUN ]]; then
         run "${query[@]}"
-        hosts=2
         return
     fi
     hosts=$(ask "${query[@]}")
@@ -237,19 +237,11 @@ count_hosts() {
     ((hosts > 1)) || distributed=()
 }
 
-check_shared() {
-    local token directory
-    token=$$-$(date +%s)
-    directory=$(quote "$WORKDIR")
-    on 0 "$worker mark $directory $token" && on all "$worker see $directory $token" && on 0 "$worker unmark $directory $token"
-}
-
 # Everything between a TPU that is READY and the run; fails if it went away in between.
 prepare() {
     count_hosts || return
-    if [[ $setup ]]; then on all "$setup" || return; fi
-    install || return
-    if ((hosts > 1)); then check_shared || return; fi
+    if [[ $setup ]]; then on_all "$setup" || return; fi
+    install
 }
 
 # Sets STATUS to how the run ended.
@@ -258,9 +250,9 @@ train() {
     ((${#environment[@]} == 0)) || command=(env "${environment[@]}")
     command+=(../venv/bin/python -m fedbert_jax.main "${distributed[@]}" --config "${CONFIG#"$ROOT"/}" --workdir "$WORKDIR" "${EXTRA[@]}")
     # The attempt: gcloud runs a command again whose connection was lost, which must not start the run again.
-    command=(on all "$worker run $(date +%s).$attempt $(quote "${command[@]}")")
+    command=(on_all "$worker run $$-$(date +%s)-$attempt $(quote "${command[@]}")")
     if [[ $DRY_RUN ]]; then
-        echo '# a TPU of one host: without --distributed, and without the three commands above'
+        echo '# a TPU of one host: without --distributed'
         "${command[@]}"
         return
     fi
@@ -269,7 +261,7 @@ train() {
     training=
 }
 
-stop() { on all "$worker stop"; }
+stop() { on_all "$worker stop"; }
 
 # --- signals ---
 
@@ -298,7 +290,7 @@ stop) stop && exit ;;
 delete) delete && exit ;;
 esac
 
-attempt=0 distributed=() hosts=1
+attempt=0 distributed=()
 scratch=${TMPDIR:-/tmp}
 if [[ ! $DRY_RUN ]]; then
     scratch=$(mktemp -d)
@@ -343,7 +335,8 @@ while :; do
     sleep "${FEDBERT_SETTLE:-60}"
     now=$(state)
     if [[ $now == READY ]]; then # it, or the connection, failed; not the TPU
-        ((failures < restarts)) || finish "$STATUS"
+        # 130 and 143: it was asked to stop, from elsewhere.
+        ((STATUS != 130 && STATUS != 143 && failures < restarts)) || finish "$STATUS"
         failures=$((failures + 1))
         note "started again on the same TPU ($failures of $restarts)"
     else

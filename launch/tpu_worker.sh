@@ -2,10 +2,9 @@
 # What launch/tpu_vm.sh runs on each worker of a TPU: the installation, and the run, detached from the connection, so that a lost
 # connection loses the view of a run and not the run.
 #
-#   tpu_worker.sh install                     packages into venv/, once for each requirements-tpu.txt and constraints.txt
-#   tpu_worker.sh mark|see|unmark DIR TOKEN   whether DIR is the same directory on all workers: one marks it, all see it
-#   tpu_worker.sh run ATTEMPT COMMAND ...     starts the command, or follows it if it is already there; its log, its exit code
-#   tpu_worker.sh stop                        SIGTERM to the command
+#   tpu_worker.sh install                 packages into venv/, once for each requirements-tpu.txt and constraints.txt
+#   tpu_worker.sh run ATTEMPT COMMAND ... starts the command, or follows it if it is already there; its log, its exit code
+#   tpu_worker.sh stop                    SIGTERM to the command
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -28,15 +27,6 @@ install() {
     "$home/venv/bin/python" -m pip install --quiet -c "$ROOT/constraints.txt" -r "$ROOT/requirements-tpu.txt"
     cp -- "$ROOT/requirements-tpu.txt" "$home/venv/requirements"
     cp -- "$ROOT/constraints.txt" "$home/venv/constraints"
-}
-
-see() {
-    local tries=0
-    until [[ -e $1/.shared-$2 ]]; do # NFS may show a new file some seconds later
-        ((++tries < ${FEDBERT_SEE_TRIES:-30})) ||
-            mistake "$(hostname): the workdir $1 is not the directory that the first worker has under this name; on several hosts it must be on storage that all of them mount (--setup)."
-        sleep 1
-    done
 }
 
 # Whoever supervises a command holds the lock as long as the command runs, and no longer, however it ends.
@@ -66,7 +56,7 @@ start_or_follow() {
         until [[ -s $home/pid ]] || ! kill -0 $! 2>/dev/null; do sleep 0.05; done
     fi
     # --pid: until the supervisor has ended, and with it everything it will write.
-    tail -n "$lines" -s 0.2 -f --pid="$(cut -d ' ' -f 1 "$home/pid")" "$home/log"
+    tail -n "$lines" -s 0.1 -f --pid="$(cut -d ' ' -f 1 "$home/pid")" "$home/log"
     exit "$(cat "$home/exit_code" 2>/dev/null || echo 1)"
 }
 
@@ -93,9 +83,6 @@ stop() {
 
 case $1 in
 install) install ;;
-mark) mkdir -p -- "$2" && : >"$2/.shared-$3" ;;
-see) see "$2" "$3" ;;
-unmark) rm -f -- "$2/.shared-$3" ;;
 run) shift && start_or_follow "$@" ;;
 supervise) shift && supervise "$@" ;;
 stop) stop ;;
