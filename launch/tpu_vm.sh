@@ -11,7 +11,7 @@ launch/tpu_vm.sh [run]  --name NAME --zone ZONE --type TYPE --version VERSION --
 launch/tpu_vm.sh stop   --name NAME --zone ZONE [flags]
 launch/tpu_vm.sh delete --name NAME --zone ZONE [flags]
 
-run     makes the TPU unless it is there, installs on_all its workers, copies this checkout to them (tracked and untracked
+run     makes the TPU unless it is there, installs on all its workers, copies this checkout to them (tracked and untracked
         files, none that git ignores), runs fedbert_jax.main on all, shows their output, and makes everything again if the TPU is
         preempted. The run is detached: if this script is killed or loses its connections, the same command finds the run again.
 stop    ends the run after the round under way, with a checkpoint; Ctrl-C during a run does the same
@@ -36,7 +36,7 @@ delete  deletes the TPU, and its disks
   --dry-run         print the commands, run none
   --help
 
-Exit code: the run's. One that ends with 0, with your mistake (2) or because it diverged (3) is not started again.
+Exit code: the run's. One that ends with 0, with your mistake (2), because it diverged (3) or was stopped (130, 143) is not started again.
 Seconds, from the environment: FEDBERT_POLL between two looks at the TPU's state (15), FEDBERT_SETTLE from a failure to such a look
 (60: a preemption shows late), FEDBERT_PAUSE before a TPU that could not be made is asked for again (60).
 HELP
@@ -194,7 +194,7 @@ make_ready() {
 
 # --- the workers ---
 
-# on_all COMMAND: runs a shell command on_all workers.
+# on_all COMMAND: runs a shell command on all workers.
 on_all() { run "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all "${keepalive[@]}" "${connect_flags[@]}" "--command=$1"; }
 
 worker='bash .fedbert_jax/tree/launch/tpu_worker.sh'
