@@ -48,6 +48,8 @@ class ModelConfig:
     type_vocab_size: int = 2
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0  # non-zero leaves the fused attention for an explicit one
+    # cudnn: flash attention on NVIDIA GPUs, in bfloat16; auto takes it where it compiles, if clients have no own bodies.
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     unroll_layers: bool = True  # False scans over the layers: smaller programs, quicker compiles, slower steps on CPU
@@ -230,6 +232,7 @@ class Config:
 HARMLESS = frozenset({
     "resume", "fill_mask", "federated.rounds", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
     "eval.every_rounds", "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
+    "model.attention",
 })  # fmt: skip
 
 # Settings that fine-tuning does not have: refused, rather than passed over.
@@ -440,6 +443,10 @@ def validate(config: Config) -> None:
         f"a multiple of model.num_heads={sizes.num_heads}",
     )  # fmt: skip
 
+    need(
+        m.attention != "cudnn" or (m.attention_dropout == 0 and not tuning), "model.attention", m.attention,
+        "'auto' or 'xla' with task='finetune' or model.attention_dropout",
+    )  # fmt: skip
     if tuning:
         _validate_finetune(config, need)
     need(

@@ -91,6 +91,7 @@ class SelfAttention(nnx.Module):
         size, init = config.hidden_size, nnx.initializers.normal(config.initializer_range)
         assert size is not None and config.num_heads is not None
         self.num_heads, self.dropout_rate = config.num_heads, config.attention_dropout
+        self.flash = config.attention == "cudnn"  # "auto" has been resolved, or means the compiler's own
         # [D, 3, D] rather than [D, 3D]: the last axis splits by heads over devices without mixing q, k and v.
         self.qkv = nnx.LinearGeneral(size, (3, size), kernel_init=init, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(size, size, kernel_init=init, dtype=dtype, rngs=rngs)
@@ -110,7 +111,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (r.reshape(batch, r.shape[0] // batch, self.num_heads, -1) for r in rows)  # [B, M or T, H, D/H]
         mask = None if mask is None else mask[:, None, None, :].astype(bool)  # [B, 1, 1, T]
         if keys is None or self.dropout_rate == 0.0:
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if self.flash else None)
         else:  # the fused kernels have no dropout on the probabilities
             scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
             if mask is not None:

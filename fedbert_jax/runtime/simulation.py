@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from fedbert_jax.config import Config
 from fedbert_jax.data import sampling
 from fedbert_jax.data.blocks import TokenBlocks
-from fedbert_jax.data.masking import MaskSpec
+from fedbert_jax.data.masking import MaskSpec, num_masked
+from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.evaluation import EvalSet, Scores, make_eval_set, make_evaluate, scores
 from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
 from fedbert_jax.federated.strategies import STRATEGIES
@@ -32,6 +34,34 @@ def compute_dtype(config: Config) -> Any:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def resolve_attention(config: Config) -> Config:
+    """Returns the config with `model.attention` "xla" or "cudnn": "auto" becomes cudnn where that compiles.
+
+    Raises:
+      ConfigError: if cudnn is asked for and doesn't compile here.
+    """
+    model, f = config.model, config.federated
+    # Where clients have bodies of their own, attention is vmapped over them, which cuDNN's doesn't take.
+    mapped = f.strategy in ("local", "fedavg") or f.body != "pooled"
+    if model.attention == "auto" and (mapped or model.attention_dropout > 0 or jax.default_backend() != "gpu"):
+        return dataclasses.replace(config, model=dataclasses.replace(model, attention="xla"))
+    if model.attention != "xla":
+        assert model.hidden_size is not None and model.num_heads is not None
+        sizes, length = (model.num_heads, model.hidden_size // model.num_heads), config.data.seq_len
+        attend = lambda q, k, v: jnp.sum(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"))  # noqa: E731
+        try:
+            for rows in (length, num_masked(config.mlm.mask_prob, length)):  # of all layers but the last, and of the last
+                q, kv = (jax.ShapeDtypeStruct((2, n, *sizes), compute_dtype(config)) for n in (rows, length))
+                jax.jit(jax.grad(attend, (0, 1, 2))).lower(q, kv, kv).compile()
+        except Exception as e:  # each version has its own ways to refuse
+            if model.attention == "cudnn":
+                reason = " ".join(str(e).split())[:200].rstrip(".")
+                raise ConfigError(f"config key model.attention='cudnn': accepted here: 'auto' or 'xla' ({reason}).") from e
+            return dataclasses.replace(config, model=dataclasses.replace(model, attention="xla"))
+        return dataclasses.replace(config, model=dataclasses.replace(model, attention="cudnn"))
+    return config
 
 
 class Simulation:
@@ -54,7 +84,7 @@ class Simulation:
         steps = f.local_steps * (self.cohort if f.strategy == "sequential" else 1)
         self.setting = Setting(
             config=config,
-            segments=make_segments(config.model, compute_dtype(config)),
+            segments=make_segments(resolve_attention(config).model, compute_dtype(config)),
             mask=mask,
             client_tx=make_optimizer(config.client_optimizer, "client_optimizer", f.rounds * steps),
             server_tx=make_optimizer(config.server_optimizer, "server_optimizer", f.rounds * steps),

@@ -7,9 +7,11 @@ import logging
 import jax
 import numpy as np
 import pytest
-from tiny import VOCAB, make_simulation, random_blocks, tiny_config
+from tiny import VOCAB, assert_trees_close, make_simulation, random_blocks, tiny_config
 
+from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.evaluation import make_eval_set, scores
+from fedbert_jax.runtime.simulation import resolve_attention
 
 
 def rounds(simulation, count=3):
@@ -52,6 +54,25 @@ def test_one_program_a_run_over_changing_cohorts_and_evaluations(caplog):
     simulation.close()
     assert compiled == []
     assert simulation.compiled() == 1
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "fedavg"])
+def test_a_cohort_in_slices_of_any_size(strategy):
+    """Five of nine clients, two at a time: three slices, the last filled up."""
+    whole, sliced = (
+        rounds(make_simulation(tiny_config(federated=dict(
+            strategy=strategy, num_clients=9, clients_per_round=5, clients_at_once=at_once
+        )), clients=9), 2)
+        for at_once in (None, 2)
+    )  # fmt: skip
+    np.testing.assert_allclose(sliced[1], whole[1], rtol=1e-6)
+    assert_trees_close(sliced[0], whole[0], atol=3e-6)
+
+
+def test_attention_is_the_compilers_where_cudnn_is_not():
+    assert resolve_attention(tiny_config()).model.attention == "xla"
+    with pytest.raises(ConfigError, match=r"model\.attention='cudnn': accepted here: 'auto' or 'xla' \("):
+        make_simulation(tiny_config(model=dict(attention="cudnn")))
 
 
 @pytest.mark.parametrize("strategy", ["parallel", "sequential", "centralized", "local", "fedavg"])
