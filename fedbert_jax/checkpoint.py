@@ -104,7 +104,7 @@ def checksums(state: Any) -> dict[str, int]:
     """Returns a CRC-32 of each array, by path.
 
     It covers the arrays whose every element this process has: with one process all of them, with several those that are
-    replicated, or that are split only over devices of the same process. It leaves out what is spread over processes: what each
+    replicated, or split only over devices of the same process. It leaves out what is spread over processes: what each
     client has of its own (`local`, a `private` body, `client_optimizer_state=keep`), and what `mesh.model` splits where
     that axis goes across processes.
 

@@ -189,8 +189,10 @@ def _tell_of(outcome: dict[str, Any]) -> int:
 
 
 def _leave(client: Any, me: int, code: int) -> None:
-    """Ends the process without the meeting at JAX's exit, to which not all would come. Process 0 keeps the coordinator
-    up until the others have gone."""
+    """Ends the process without the meeting at JAX's exit, to which not all would come.
+
+    Process 0 keeps the coordinator up until the others have gone.
+    """
     with contextlib.suppress(Exception):
         client.key_value_set(f"{LEFT}/{me}", "")
         until = time.monotonic() + GRACE + 5
@@ -251,7 +253,7 @@ def await_file(path: Path, content: str | None = None, seconds: float = 10.0) ->
     until = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
-            if content is None and path.exists() or content is not None and path.read_text() == content:
+            if path.exists() if content is None else path.read_text() == content:
                 return True
         if time.monotonic() > until:
             return False

@@ -41,8 +41,11 @@ class Interrupts:
         self.received = number
 
     def stop(self) -> bool:
-        """Whether to begin no other round. Several processes hear of a signal one call late: what is read here was
-        asked before the round under way, so nobody waits for that round."""
+        """Whether to begin no other round.
+
+        Several processes hear of a signal one call late: what is read here was asked before the round under way, so that
+        nobody waits for that round.
+        """
         if self._consensus is None:
             return self.received is not None
         asked, self._asked = self._asked, self._consensus.ask(self.received or 0)

@@ -20,10 +20,10 @@ EVAL = 0x6576616C  # keeps evaluation's masks apart from training's
 class EvalSet(NamedTuple):
     """Held-out blocks in batches of one client each; the masks are the same at every evaluation."""
 
-    tokens: jax.Array  # integers [S, B, T]; as `make_eval_set` returns it, the blocks' numbers [S, B]
-    real: jax.Array  # float32 [S, B], 0 for a row that fills a batch up
-    batch_ids: jax.Array  # int32 [S], seeds a batch's masks
-    clients: jax.Array  # int32 [S], whose text it is
+    tokens: Any  # integers [S, B, T]; as `make_eval_set` returns it, the blocks' numbers [S, B]
+    real: Any  # float32 [S, B], 0 for a row that fills a batch up
+    batch_ids: Any  # int32 [S], seeds a batch's masks
+    clients: Any  # int32 [S], whose text it is
 
 
 class Scores(NamedTuple):
@@ -59,7 +59,7 @@ def make_eval_set(offsets: np.ndarray, clients: np.ndarray, max_blocks: int, bat
             owners.append(c)
     ids = np.arange(len(rows), dtype=np.int32)
     shape = (len(rows), size)
-    return EvalSet(  # type: ignore[arg-type]
+    return EvalSet(
         np.array(rows, np.int64).reshape(shape), np.array(real, np.float32).reshape(shape), ids, np.array(owners, np.int32)
     )
 

@@ -168,8 +168,9 @@ class Simulation:
                 tokens = self._gather(self._store, put(index.astype(np.int32), self._by_blocks))
             else:
                 tokens = self._blocks(self.train, index, self._by_blocks)
-            ids, weights = put(clients.astype(np.int32), self._by_client), put(weights, self._by_client)
-            return RoundInputs(tokens, ids, weights, put(np.asarray(round, np.int32), self._everywhere))
+            client_ids = put(clients.astype(np.int32), self._by_client)
+            number = put(np.asarray(round, np.int32), self._everywhere)
+            return RoundInputs(tokens, client_ids, put(weights, self._by_client), number)
 
     def _blocks(self, source: TokenBlocks, index: np.ndarray, sharding: NamedSharding) -> jax.Array:
         """Returns the token blocks [..., T] of an index [...] that is laid out by `sharding`."""
@@ -184,14 +185,10 @@ class Simulation:
             rng = np.random.default_rng([self.config.seed, 0x65766C])
             chosen = np.sort(rng.choice(chosen, e.max_clients, replace=False))
         data = make_eval_set(heldout.offsets, chosen, e.max_blocks, e.batch_size, self.mesh.shape["data"])
-        index: np.ndarray = data.tokens  # type: ignore[assignment]
-        by_rows = place(self.mesh, index.shape, None, "data")  # [S, B]
-        everywhere = lambda x: put(x, self._everywhere)  # noqa: E731
-        self._evaluated = np.asarray(data.clients)
-        return EvalSet(
-            self._blocks(heldout, index, by_rows), put(np.asarray(data.real), by_rows), everywhere(data.batch_ids),
-            everywhere(data.clients),
-        )  # fmt: skip
+        by_rows = place(self.mesh, data.tokens.shape, None, "data")  # [S, B]
+        ids, clients = put(data.batch_ids, self._everywhere), put(data.clients, self._everywhere)
+        self._evaluated = data.clients
+        return EvalSet(self._blocks(heldout, data.tokens, by_rows), put(data.real, by_rows), ids, clients)
 
     def evaluate(self, state: State) -> Scores | None:
         """Scores the state on held-out text; None if there is none. Waits for the result."""
@@ -202,9 +199,9 @@ class Simulation:
         return scores(np.asarray(sums), self._evaluated)
 
     def model_of(self, state: State, client: int = 0) -> Pair:
-        """Returns the model that a client would use (for most strategies, everyone's), whole, on this process's first device.
+        """Returns the model that a client would use (for most strategies, everyone's).
 
-        Every process has to call it.
+        It is whole, and on this process's first device. Every process has to call it.
         """
         with jax.set_mesh(self.mesh):
             model = self._model_of(state, np.int32(client))
