@@ -52,7 +52,7 @@ class Checkpoints:
             return
         if jax.default_backend() == "cpu":
             # On CPU orbax may write from the very buffers that the next round is given to overwrite.
-            state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            state = jax.block_until_ready(_copy(state))
         if distributed.first():  # what orbax writes of `meta` is process 0's
             meta = {**meta, CHECKSUMS: checksums(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -98,6 +98,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and closes."""
         self._manager.close()
+
+
+@jax.jit
+def _copy(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)
 
 
 def checksums(state: Any) -> dict[str, int]:

@@ -28,7 +28,7 @@ from fedbert_jax.errors import ConfigError, UserError
 
 OUTCOME, LEFT, SHARED = "fedbert_jax/outcome", "fedbert_jax/left", "fedbert_jax/shared"  # keys at the coordinator
 DONE = "done"  # the outcome of a run that went well
-GRACE = 10.0  # seconds a process has to end by itself after another has failed
+GRACE = 5.0  # seconds a process has to end by itself after another has failed
 FOREVER = 24 * 3600 * 1000  # milliseconds
 
 
@@ -86,9 +86,9 @@ def first() -> bool:
 def joined(join: Join, tell: Callable[[BaseException], int]) -> Iterator[None]:
     """Joins the other processes; whatever ends one of them early ends all, with the same exit code.
 
-    Within, SIGTERM raises SystemExit, until somebody else takes the signal. A process that fails tells the others, whose
-    own program may be waiting for it in the midst of a collective: there, a thread ends the process. One that is killed
-    can tell nobody; JAX ends the others when its heartbeats have stayed away for 100 s.
+    A process that fails tells the others, whose own program may be waiting for it in the midst of a collective: there, a
+    thread ends the process. So does one that gets SIGINT or SIGTERM when nobody else (`Interrupts`) handles these. One that
+    is killed can tell nobody; JAX ends the others when its heartbeats have stayed away for 100 s.
 
     Args:
       join: who and where.
@@ -104,9 +104,13 @@ def joined(join: Join, tell: Callable[[BaseException], int]) -> Iterator[None]:
     watch.start()
 
     def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        # Not by an exception, which is lost where a library's callback is under way.
+        leaving.set()
+        print("interrupted", file=sys.stderr)
+        _leave(client, me, _told(client, me, 128 + number, f"interrupted by {signal.Signals(number).name}"))
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         yield
         if me == 0:
@@ -115,16 +119,10 @@ def joined(join: Join, tell: Callable[[BaseException], int]) -> Iterator[None]:
     except BaseException as error:
         leaving.set()
         outcome = _outcome(client)
-        if outcome is not None and not isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
-            code = _tell_of(outcome)  # what failed here failed because the other was gone
-        else:
-            code = int(error.code or 0) if isinstance(error, SystemExit) else tell(error)
-            text = f"signal {code - 128}" if isinstance(error, SystemExit) else " ".join(str(error).split())
-            mine = {"process": me, "code": code, "text": text or type(error).__name__}
-            with contextlib.suppress(Exception):  # another was faster, or the coordinator has gone
-                client.key_value_set(OUTCOME, json.dumps(mine))
-            code = (_outcome(client) or mine)["code"]
-        _leave(client, me, code)
+        if outcome is not None and not isinstance(error, UserError):
+            _leave(client, me, _tell_of(outcome))  # what failed here failed because the other was gone
+        text = " ".join(str(error).split()) or type(error).__name__
+        _leave(client, me, _told(client, me, tell(error), text))
 
 
 def _connect(join: Join) -> None:
@@ -181,6 +179,14 @@ def _outcome(client: Any) -> dict[str, Any] | None:
         value = client.key_value_try_get(OUTCOME)
         return None if value == DONE else json.loads(value)
     return None
+
+
+def _told(client: Any, me: int, code: int, text: str) -> int:
+    """Tells the others why this process ends, and returns the exit code of whoever was the first to fail."""
+    mine = {"process": me, "code": code, "text": text}
+    with contextlib.suppress(Exception):  # another was faster, or the coordinator has gone
+        client.key_value_set(OUTCOME, json.dumps(mine))
+    return int((_outcome(client) or mine)["code"])
 
 
 def _tell_of(outcome: dict[str, Any]) -> int:
@@ -248,7 +254,7 @@ def check_same(what: str, values: dict[str, Any]) -> None:
         raise ConfigError(f"process {jax.process_index()} has another {what} than process 0: {', '.join(differ)}.")
 
 
-def await_file(path: Path, content: str | None = None, seconds: float = 10.0) -> bool:
+def await_file(path: Path, content: str | None = None, seconds: float = 5.0) -> bool:
     """Waits until a file that process 0 wrote is seen here, with that content; False if it isn't after so many seconds."""
     until = time.monotonic() + seconds
     while True:
