@@ -183,10 +183,10 @@ def _outcome(client: Any) -> dict[str, Any] | None:
 
 def _told(client: Any, me: int, code: int, text: str) -> int:
     """Tells the others why this process ends, and returns the exit code of whoever was the first to fail."""
-    mine = {"process": me, "code": code, "text": text}
+    mine: dict[str, Any] = {"process": me, "code": code, "text": text}
     with contextlib.suppress(Exception):  # another was faster, or the coordinator has gone
         client.key_value_set(OUTCOME, json.dumps(mine))
-    return int((_outcome(client) or mine)["code"])
+    return (_outcome(client) or mine)["code"]
 
 
 def _tell_of(outcome: dict[str, Any]) -> int:

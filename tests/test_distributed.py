@@ -23,7 +23,7 @@ RUN = (
     "client_optimizer.eps=1e-3", "server_optimizer.eps=1e-3",
 )  # fmt: skip
 
-# The command, in a process that writes down which token blocks it reads. Its blocks are no arrays: read otherwise, they fail.
+# The command, in a process that writes down which token blocks it reads. They are no arrays: read otherwise, they fail.
 RECORDED = """
 import json, sys
 import jax, numpy as np
