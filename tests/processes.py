@@ -1,4 +1,4 @@
-"""The training command in two processes on the loopback, each with two of XLA's fake CPU devices."""
+"""The training command, started and waited for: alone, or in two processes on the loopback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from corpus import environment
 
-DEVICES = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+# Without fusion emitters XLA compiles in half the time.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def free_port() -> int:
@@ -20,23 +21,29 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(args: list[str], *more: list[str], program: str | None = None) -> list[subprocess.Popen]:
-    """Starts `args` as processes 0 and 1; `more` are arguments of each alone, `program` is Python to run for `-m ...`."""
+def start_alone(args: list[str], devices: int = 1) -> list[subprocess.Popen]:
+    """Starts a command in one process, with so many of XLA's fake CPU devices."""
+    env = environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}"}
+    return [subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
+
+
+def start_two(args: list[str], *more: list[str], program: str | None = None) -> list[subprocess.Popen]:
+    """Starts `args` as processes 0 and 1, with two devices each.
+
+    Args:
+      args: the training command.
+      more: further arguments, of each process alone.
+      program: Python to run for `-m fedbert_jax.main`.
+    """
     flags = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     if program:
         args = [sys.executable, "-c", program, *args[3:]]
-    env = environment() | {"XLA_FLAGS": DEVICES}
-    return [
-        subprocess.Popen(
-            [*args, *flags, "--process", str(n), *(more[n] if more else [])],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for n in range(2)
-    ]  # fmt: skip
+    each = [[*args, *flags, "--process", str(n), *(more[n] if more else [])] for n in range(2)]
+    return [process for a in each for process in start_alone(a, devices=2)]
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list[int], list[str], list[str]]:
-    """Waits for both; returns their exit codes, what they said, and their errors."""
+def finish(processes: list[subprocess.Popen], timeout: float = 240) -> tuple[list[int], list[str], list[str]]:
+    """Waits for all; returns their exit codes, what they said, and their errors."""
     try:
         ends = [p.communicate(timeout=timeout) for p in processes]
     finally:

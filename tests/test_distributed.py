@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import command, run, write_corpus
-from processes import finish, free_port, rounds_in, start, wait_until
+from processes import finish, free_port, rounds_in, start_alone, start_two, wait_until
 from safetensors.numpy import load_file
 
 from fedbert_jax import distributed
@@ -83,21 +83,20 @@ def assert_close(ours: list[dict], theirs: list[dict]) -> None:
 @pytest.mark.slow
 def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_path):
     config = write_corpus(tmp_path, clients=4)
-    reference = tmp_path / "one"
-    done = run(*command(config, reference, *RUN))
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected = lines(reference)
+    reference, workdir = tmp_path / "one", tmp_path / "two"
+    args = command(config, workdir, *RUN)
+    alone = start_alone(command(config, reference, *RUN))
 
     # From nothing; killed with no time to say goodbye.
-    workdir = tmp_path / "two"
-    args = command(config, workdir, *RUN)
-    processes = start(args, program=RECORDED)
+    processes = start_two(args, program=RECORDED)
     wait_until(lambda: rounds_in(workdir) >= 6, processes)
     for p in processes:
         p.kill()
     codes, _, errors = finish(processes)
     assert codes == [-signal.SIGKILL] * 2, errors
-    before = lines(workdir)[:7]
+    codes, said, errors = finish(alone)
+    assert codes == [0], (said, errors)
+    before, expected = lines(workdir)[:7], lines(reference)
     assert_close(before, expected[:7])
 
     # Each has read its own clients' training blocks, and of a held-out batch its own rows.
@@ -110,7 +109,7 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
     assert len(rows_read(workdir, "heldout", 1)) < sum(c["heldout_blocks"] for c in clients)
 
     # Again: the rounds since the last checkpoint come out as they did, to the bit. Then one is told to stop, and both do.
-    processes = start(args)
+    processes = start_two(args)
     wait_until(lambda: rounds_in(workdir) >= 9, processes)
     processes[1].send_signal(signal.SIGTERM)
     codes, said, errors = finish(processes)
@@ -121,23 +120,21 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
     stopped = int(said[0].split("stopped after round ")[1].split(";")[0])
     assert stopped == rounds_in(workdir) < 20
 
-    # The rest in one process.
-    done = run(*args)
-    assert f"resuming after round {stopped} of 20" in done.stdout, done.stdout + done.stderr
-    assert_close(lines(workdir), expected)
-    ours, theirs = (load_file(d / "hf" / "model.safetensors") for d in (workdir, reference))
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=2e-6, err_msg=name)
-
-    # And one process's run in two: nothing is left but to export, and that gives the same file.
+    # The rest in one process. And one process's run in two, where nothing is left but to export.
     again = tmp_path / "again"
     shutil.copytree(reference, again)
     shutil.rmtree(again / "hf")
-    codes, said, errors = finish(start(command(config, again, *RUN)))
-    assert codes == [0, 0], (said, errors)
-    assert (again / "hf" / "model.safetensors").read_bytes() == (reference / "hf" / "model.safetensors").read_bytes()
-    assert "model  " in said[0] and "model  " not in said[1]
+    alone, processes = start_alone(args), start_two(command(config, again, *RUN))
+    codes, said, errors = finish(alone + processes)
+    assert codes == [0, 0, 0], (said, errors)
+    assert f"resuming after round {stopped} of 20" in said[0]
+    assert_close(lines(workdir), expected)
+    ours, exported, theirs = (load_file(d / "hf" / "model.safetensors") for d in (workdir, again, reference))
+    assert ours.keys() == exported.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=2e-6, err_msg=name)
+        np.testing.assert_array_equal(exported[name], theirs[name])
+    assert "model  " in said[1] and "model  " not in said[2]
     assert [plain(r) for r in lines(again)] == [plain(r) for r in expected]
 
 
@@ -145,7 +142,7 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
 def test_a_process_that_fails_ends_the_other_with_its_exit_code(tmp_path):
     """Here the second sees another directory, as on machines that share no file system."""
     config = write_corpus(tmp_path)
-    codes, _, errors = finish(start(command(config, tmp_path / "w"), [], ["--workdir", str(tmp_path / "elsewhere")]))
+    codes, _, errors = finish(start_two(command(config, tmp_path / "w"), [], ["--workdir", str(tmp_path / "elsewhere")]))
     assert codes == [2, 2]
     assert "process 1 doesn't see what process 0 writes" in errors[1] and "file system that all processes share" in errors[1]
     assert errors[0].startswith("error: process 1 stopped: ")
