@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fedbert_jax import distributed
 from fedbert_jax.errors import UserError
 
 CHECKSUMS = "checksums"
@@ -51,8 +52,9 @@ class Checkpoints:
             return
         if jax.default_backend() == "cpu":
             # On CPU orbax may write from the very buffers that the next round is given to overwrite.
-            state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
-        meta = {**meta, CHECKSUMS: checksums(state)}
+            state = jax.block_until_ready(_copy(state))
+        if distributed.first():  # what orbax writes of `meta` is process 0's
+            meta = {**meta, CHECKSUMS: checksums(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._manager.save(round, args=args)
 
@@ -98,14 +100,41 @@ class Checkpoints:
         self._manager.close()
 
 
+@jax.jit
+def _copy(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)
+
+
 def checksums(state: Any) -> dict[str, int]:
-    """Returns a CRC-32 of each array, by path; of those only that this process holds entirely.
+    """Returns a CRC-32 of each array, by path.
+
+    It covers the arrays whose every element this process has: with one process all of them, with several those that are
+    replicated, or split only over devices of the same process. It leaves out what is spread over processes: what each
+    client has of its own (`local`, a `private` body, `client_optimizer_state=keep`), and what `mesh.model` splits where
+    that axis goes across processes.
 
     Orbax notices a file that is cut short, but reads a flipped bit as a number like any other.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    whole = [(jax.tree_util.keystr(path), x) for path, x in leaves if getattr(x, "is_fully_addressable", True)]
-    return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data) for name, x in whole}
+    sums = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        whole = _whole(x)
+        if whole is not None:
+            data = np.ascontiguousarray(whole).reshape(-1).view(np.uint8).data
+            sums[jax.tree_util.keystr(path)] = zlib.crc32(data)
+    return sums
+
+
+def _whole(x: Any) -> np.ndarray | None:
+    """Returns the array as this process has it; None if a part of it is elsewhere only."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    parts = {str(shard.index): shard for shard in x.addressable_shards}.values()  # without replicas
+    if sum(part.data.size for part in parts) < x.size:
+        return None
+    whole = np.empty(x.shape, x.dtype)
+    for part in parts:
+        whole[part.index] = np.asarray(part.data)
+    return whole
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +19,25 @@ def run(command: Callable[[], None]) -> None:
     _quieten()
     try:
         command()
-    except UserError as e:
+    except (UserError, KeyboardInterrupt, BrokenPipeError) as e:
+        sys.exit(tell(e))
+
+
+def tell(error: BaseException) -> int:
+    """Prints what ended a command and returns its exit code; only an error that nobody foresaw gets a traceback."""
+    if isinstance(error, UserError):
         _tell_no_more()
         sys.stdout.flush()
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
-    except KeyboardInterrupt:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has gone: nobody to tell
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    else:
+        traceback.print_exception(error)
+    return 1
 
 
 def _tell_no_more() -> None:

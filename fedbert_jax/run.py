@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import huggingface
+from fedbert_jax import distributed, huggingface
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.data.dataset import Dataset, prepare
@@ -38,9 +38,23 @@ def build(
     config: Config, workdir: Workdir, progress: Callable[[str], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Run:  # fmt: skip
-    """Prepares the data (or takes what the workdir has) and compiles nothing yet."""
+    """Prepares the data (or takes what the workdir has) and compiles nothing yet.
+
+    Of several processes the first prepares it; the others map the same files into memory.
+    """
     mesh = make_mesh(config.mesh)
-    dataset, tokenizer = prepare(config, workdir.data, progress=progress, warn=warn)
+    data: list[tuple[Dataset, Any]] = []
+
+    def prepared() -> str:
+        data.append(prepare(config, workdir.data, progress=progress, warn=warn))
+        return ""
+
+    distributed.share(prepared)
+    if not data:
+        if not distributed.await_file(workdir.data / "meta.json", seconds=60):
+            raise UserError(f"process {jax.process_index()} doesn't see the data that process 0 prepared in {workdir.data}.")
+        data.append(prepare(config, workdir.data, progress=progress, warn=warn))
+    ((dataset, tokenizer),) = data
     config = resolve(config, dataset.vocab_size)
     if dataset.train.num_clients == 1 and config.federated.strategy != "centralized":
         keys = "data.client_field, data.client_pattern and data.partition"
@@ -105,6 +119,8 @@ def restore(run: Run, checkpoints: Checkpoints, round: int) -> tuple[State, dict
 def export(run: Run, state: State, directory: Path, facts: dict[str, Any], client: str = "") -> str:
     """Writes a Hugging Face directory of the model that a client would use.
 
+    Every process has to call it, since the model may be spread over them; the first writes.
+
     Args:
       run: the run.
       state: its state.
@@ -125,9 +141,10 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     own = f.strategy == "local" or f.body == "private"
     name = (client or names[0]) if own else ""
     model = run.simulation.model_of(state, names.index(name) if name else 0)
-    card = huggingface.model_card(run.config, facts | ({"client": name} if name else {}))
-    client_params, server_params = jax.device_get(model)
-    huggingface.save(directory, client_params, server_params, run.config.model, run.tokenizer, card)
+    if distributed.first():
+        card = huggingface.model_card(run.config, facts | ({"client": name} if name else {}))
+        client_params, server_params = jax.device_get(model)
+        huggingface.save(directory, client_params, server_params, run.config.model, run.tokenizer, card)
     return name
 
 

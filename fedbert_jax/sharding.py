@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,6 +48,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     devices = len(jax.devices())
     data = devices // config.model if config.data == -1 else config.data
+    if jax.process_count() > 1 and data * config.model != devices:
+        raise ConfigError(
+            f"config keys mesh.data={config.data}, mesh.model={config.model}: accepted with several processes: sizes whose "
+            f"product is all their {devices} devices."
+        )
     if data < 1 or data * config.model > devices or (config.data == -1 and data * config.model != devices):
         raise ConfigError(
             f"config keys mesh.data={config.data}, mesh.model={config.model}: accepted: sizes whose product is at most "
@@ -82,6 +88,16 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     if missing:
         raise ValueError("no sharding rule covers: " + ", ".join(missing))
     return shardings
+
+
+def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Lays an array that every process has over the devices. `device_put` would first compare the processes' arrays."""
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
+def place(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
+    """Returns the sharding whose leading dimensions lie on these mesh axes, those that don't divide being replicated."""
+    return NamedSharding(mesh, P(*_divisible(axes, shape, mesh)))
 
 
 def constrain(tree: Any, *axes: str | None) -> Any:

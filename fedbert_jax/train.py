@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedbert_jax import optim
+from fedbert_jax import config as config_lib
+from fedbert_jax import distributed, optim
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
@@ -36,7 +37,7 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     Args:
       config: validated.
       root: the workdir.
-      console: where to speak; the terminal by default.
+      console: where to speak; the terminal by default, and of several processes only the first's.
 
     Returns:
       The exit code: 0, or 128 + the signal that interrupted it.
@@ -44,8 +45,9 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     Raises:
       UserError: for what the user can mend.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, quiet=not distributed.first())
     optim.check(config)
+    distributed.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
     workdir, _lock = open_workdir(root)
     old = workdir.read_config() if workdir.exists() else None
     if old is not None:
@@ -54,13 +56,14 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
         config, workdir, progress=lambda text: console.print(text, style="dim"),
         warn=lambda text: console.print(f"warning: {text}", style="yellow"),
     )  # fmt: skip
-    workdir.write_config(run.config)
+    if distributed.first():
+        workdir.write_config(run.config)
     loop = Loop(run, console)
     loop.introduce()
     state = loop.begin()
     with Interrupts() as interrupts:
         state = loop.rounds(state, interrupts)
-        if interrupts.received:
+        if interrupts.settle():
             console.print(f"stopped after round {loop.round}; the same command goes on from there")
             return interrupts.exit_code
     loop.finish(state)
@@ -82,14 +85,18 @@ def _finished(metrics: RoundMetrics) -> tuple[dict[str, float], float]:
 
 
 class Loop:
-    """One run's loop, with its open files: the metrics log and the checkpoints."""
+    """One run's loop, with its open files: the metrics log and the checkpoints.
+
+    Of several processes, each goes through all of it, and the first alone `writes`.
+    """
 
     def __init__(self, run: Run, console: Console):
         self.run, self.console, self.sim = run, console, run.simulation
+        self.writes = distributed.first()
         self.round = 0  # rounds finished, whose lines are in the log
         self.scores: dict[str, float | None] = dict.fromkeys(("best_eval_loss", "eval_loss", "eval_accuracy"))
         self.checkpoints = Checkpoints(run.workdir.checkpoints, run.config.checkpoint.keep)
-        self.baselines = baselines(run.dataset)
+        self.log: MetricsLog | None = None
         self.per_round = self.sim.traffic()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fedbert-metrics")
         self._finished = 0.0  # when the last round whose numbers were read had ended
@@ -98,7 +105,10 @@ class Loop:
 
     def introduce(self) -> None:
         """Prints who takes part and what has to be beaten, and writes the run's facts."""
+        if not self.writes:
+            return
         run, f, sim = self.run, self.run.config.federated, self.sim
+        self.baselines = baselines(run.dataset)
         client, server = (count_parameters(part) for part in jax.eval_shape(sim.setting.segments.init, jax.random.key(0)))
         self.console.print(client_table(run.dataset))
         body = f" ({f.body} body)" if f.strategy == "parallel" else ""
@@ -127,7 +137,8 @@ class Loop:
                 "commonest_accuracy": self.baselines.commonest_accuracy, "unigram_loss": self.baselines.unigram_loss,
             },
             "parameters": {"client": client, "server": server},
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions,
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""), "versions": versions,
             "bytes_per_round": sim.strategy.traffic, "num_clients": sim.num_clients, "clients_per_round": sim.cohort,
         }  # fmt: skip
         run.workdir.write_facts(self.facts)
@@ -138,17 +149,19 @@ class Loop:
         if done:
             state, meta = run_lib.restore(self.run, self.checkpoints, done[-1])
             self.round, self.scores = done[-1], {k: meta[k] for k in self.scores}
-            truncate(workdir.metrics, self.round)
             self.console.print(f"resuming after round {self.round} of {self.run.config.federated.rounds}")
-            self.log = MetricsLog(workdir.metrics)
+            if self.writes:
+                truncate(workdir.metrics, self.round)
+                self.log = MetricsLog(workdir.metrics)
             return state
-        workdir.metrics.unlink(missing_ok=True)
-        self.log = MetricsLog(workdir.metrics)
+        if self.writes:
+            workdir.metrics.unlink(missing_ok=True)
+            self.log = MetricsLog(workdir.metrics)
         state, missing = run_lib.initial_state(self.run)
         if missing:
             self.console.print(f"warning: the checkpoint lacks, so it starts fresh: {', '.join(missing)}", style="yellow")
         record = {"round": 0, "step": 0, "tokens": 0} | self._evaluate(state)
-        self.log.append(record)
+        self._append(record)
         self._say(record)
         return state
 
@@ -157,7 +170,7 @@ class Loop:
     def rounds(self, state: State, interrupts: Interrupts) -> State:
         """Runs the rounds that are left; a signal stops it after the round under way, with a checkpoint."""
         c, last = self.run.config, self.run.config.federated.rounds
-        profile = Profile(c.profile, self.run.workdir.profile)
+        profile = Profile(c.profile if self.writes else "", self.run.workdir.profile)
         with self._progress() as progress:
             task = progress.add_task("rounds", total=last, completed=self.round, loss="", rate="")
 
@@ -167,7 +180,7 @@ class Loop:
 
             waiting: Dispatched | None = None
             for n in range(self.round, last):
-                if interrupts.received:
+                if interrupts.stop():
                     break
                 profile.before(n + 1, state)
                 started = time.perf_counter()
@@ -190,7 +203,7 @@ class Loop:
                 self.console.print(f"profile      {profile.directory} (tensorboard --logdir, or perfetto.dev)")
             if waiting is not None:
                 show(self._record(waiting))
-            if interrupts.received and self.round:
+            if interrupts.settle() and self.round:
                 self.checkpoints.save(self.round, state, self._meta())
             self.checkpoints.wait()
         return state
@@ -228,9 +241,13 @@ class Loop:
         if state is not None:
             record |= self._evaluate(state)
             self._say(record)
-        self.log.append(record)
+        self._append(record)
         self.round = round
         return record
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.append(record)
 
     def _evaluate(self, state: State) -> dict[str, Any]:
         """Returns the eval fields of a metrics line; none if no client has held-out text."""
@@ -272,10 +289,14 @@ class Loop:
     def finish(self, state: State) -> None:
         """Exports the model, fills in the examples, writes the report, and says where everything is."""
         run, workdir, config = self.run, self.run.workdir, self.run.config
-        self.log.close()
         self.checkpoints.close()
         name = run_lib.export(run, state, workdir.hf, self._meta())
         model = self.sim.model_of(state)
+        self.sim.close()
+        self._reader.shutdown()
+        if self.log is None:
+            return
+        self.log.close()
         segments = self.sim.setting.segments
         filled = fill_mask(segments, model.client, model.server, run.tokenizer, list(config.fill_mask))
         self.facts |= {
@@ -285,8 +306,6 @@ class Loop:
         }
         workdir.write_facts(self.facts)
         report = write_report(workdir.root)
-        self.sim.close()
-        self._reader.shutdown()
         self.console.print()
         for text, predictions in zip(config.fill_mask, filled, strict=True):
             self.console.print(f"  {text}", style="bold", markup=False)

@@ -7,14 +7,16 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
 from fedbert_jax import config as config_lib
+from fedbert_jax import distributed
 from fedbert_jax.config import Config
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.metrics import to_json
@@ -92,24 +94,48 @@ class Workdir:
 
 
 def open_workdir(root: Path) -> tuple[Workdir, Any]:
-    """Makes the directory if need be and locks it for this process (a killed process's lock is gone with it).
+    """Makes the directory if need be and locks it for this run (a killed process's lock is gone with it).
+
+    Of several processes only the first locks it; the others check that they see the same directory.
 
     Returns:
-      The workdir, and the lock: an open file to keep.
+      The workdir, and the lock: an open file to keep, or None.
 
     Raises:
-      UserError: if it can't be written, or another run holds it.
+      UserError: if it can't be written, another run holds it, or this process sees another directory than the first.
     """
+    lock: Any = None
+
+    def locked() -> str:
+        nonlocal lock
+        lock = _lock(root)
+        nonce = secrets.token_hex(16)
+        lock.truncate(0)
+        lock.write(nonce)
+        lock.flush()
+        os.fsync(lock.fileno())
+        return nonce
+
+    nonce = distributed.share(locked)
+    if lock is None and not distributed.await_file(root / ".lock", nonce):
+        raise UserError(
+            f"process {jax.process_index()} doesn't see what process 0 writes to workdir {root}; "
+            "give a --workdir on a file system that all processes share."
+        )
+    return Workdir(root), lock
+
+
+def _lock(root: Path) -> TextIO:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
+        lock = (root / ".lock").open("a")  # not "w": who finds it locked must leave it as it is
     except OSError as e:
         raise UserError(f"workdir {root} can't be written ({e.strerror}); give another --workdir.") from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise UserError(f"workdir {root} is in use by another run; wait for it or give another --workdir.") from e
-    return Workdir(root), lock
+    return lock
 
 
 def check_same(old: Config, new: Config, free: Collection[str] = ()) -> None:

@@ -69,8 +69,7 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec) -> MaskedBatc
         start = jax.lax.cummax(jnp.where(begins, jnp.arange(length)[None], 0), axis=1)  # [B, T]
         scores = jnp.take_along_axis(scores, start, axis=1)
     scores = jnp.where(maskable, scores, 2.0)  # past every draw, so chosen last
-    _, positions = jax.lax.top_k(-scores, m)
-    positions = jnp.sort(positions, axis=1)  # in reading order: the order of the draw is nobody's business
+    positions = jnp.sort(_smallest(scores, m), axis=1)  # in reading order: the order of the draw is nobody's business
     weights = jnp.take_along_axis(maskable, positions, axis=1)
     if spec.continuation is not None:
         rank = jnp.sum(scores[:, None, :] <= scores[:, :, None], axis=2)  # [B, T]: size of all words up to this one's
@@ -79,5 +78,14 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec) -> MaskedBatc
     labels = jnp.take_along_axis(tokens, positions, axis=1)
     replaced = jnp.where(draw < 0.8, spec.mask_id, jnp.where(draw < 0.9, random_ids, labels))
     replaced = jnp.where(weights, replaced, labels)
-    masked = tokens.at[jnp.arange(rows)[:, None], positions].set(replaced)
+    # Mapped over the rows, which the compiler then leaves where they are; of row numbers in an index it'd gather all.
+    masked = jax.vmap(lambda row, where, what: row.at[where].set(what))(tokens, positions, replaced)
     return MaskedBatch(masked, positions, labels, weights.astype(jnp.float32))
+
+
+def _smallest(scores: jax.Array, count: int) -> jax.Array:
+    """Returns the places int32 [B, count] of each row's smallest scores [B, T]; of equal ones, the first are taken."""
+    if jax.sharding.get_abstract_mesh().size > 1:  # rows on several devices: top_k would gather all of them on each
+        places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        return jax.lax.sort_key_val(scores, places)[1][:, :count]
+    return jax.lax.top_k(-scores, count)[1]  # two to four times as fast on a CPU

@@ -20,10 +20,10 @@ EVAL = 0x6576616C  # keeps evaluation's masks apart from training's
 class EvalSet(NamedTuple):
     """Held-out blocks in batches of one client each; the masks are the same at every evaluation."""
 
-    tokens: jax.Array  # integers [S, B, T]
-    real: jax.Array  # float32 [S, B], 0 for a row that fills a batch up
-    batch_ids: jax.Array  # int32 [S], seeds a batch's masks
-    clients: jax.Array  # int32 [S], whose text it is
+    tokens: Any  # integers [S, B, T]; as `make_eval_set` returns it, the blocks' numbers [S, B]
+    real: Any  # float32 [S, B], 0 for a row that fills a batch up
+    batch_ids: Any  # int32 [S], seeds a batch's masks
+    clients: Any  # int32 [S], whose text it is
 
 
 class Scores(NamedTuple):
@@ -34,30 +34,34 @@ class Scores(NamedTuple):
     clients: dict[int, tuple[float, float]]  # client id -> (loss, accuracy)
 
 
-def make_eval_set(tokens: np.ndarray, offsets: np.ndarray, clients: np.ndarray, max_blocks: int, batch: int) -> EvalSet:
-    """Gathers the first `max_blocks` held-out blocks of each given client.
+def make_eval_set(offsets: np.ndarray, clients: np.ndarray, max_blocks: int, batch: int, multiple: int = 1) -> EvalSet:
+    """Chooses the first `max_blocks` held-out blocks of each given client.
 
     Args:
-      tokens: [num_blocks, T], all held-out blocks; client c's are offsets[c]:offsets[c+1].
-      offsets: int [N+1].
+      offsets: int [N+1]; client c's held-out blocks are offsets[c]:offsets[c+1].
       clients: int [E], the clients to evaluate; those without held-out blocks are passed over.
       max_blocks: a client's share in the cost.
-      batch: rows a batch.
+      batch: rows a batch; its masks depend on that.
+      multiple: B is filled up to a multiple of this, so that devices divide it. Masks are drawn row by row, so that
+        changes no score.
+
+    Returns:
+      NumPy arrays, with the blocks' numbers int64 [S, B] for `tokens`.
     """
     rows, real, owners = [], [], []
+    size = batch + -batch % multiple
     for c in clients:
-        blocks = np.asarray(tokens[offsets[c] : min(offsets[c + 1], offsets[c] + max_blocks)])
+        blocks = np.arange(offsets[c], min(offsets[c + 1], offsets[c] + max_blocks))
         for start in range(0, len(blocks), batch):
             part = blocks[start : start + batch]
-            full = np.resize(part, (batch, part.shape[1]))  # repeats rows to fill the batch up; they count 0
-            rows.append(full)
-            real.append((np.arange(batch) < len(part)).astype(np.float32))
+            rows.append(np.resize(part, size))  # repeats rows to fill the batch up; they count 0
+            real.append((np.arange(size) < len(part)).astype(np.float32))
             owners.append(c)
-    if not rows:
-        empty = np.zeros((0, batch, tokens.shape[1]), tokens.dtype)
-        return EvalSet(empty, np.zeros((0, batch), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int32))  # type: ignore[arg-type]
     ids = np.arange(len(rows), dtype=np.int32)
-    return EvalSet(np.stack(rows), np.stack(real), ids, np.array(owners, np.int32))  # type: ignore[arg-type]
+    shape = (len(rows), size)
+    return EvalSet(
+        np.array(rows, np.int64).reshape(shape), np.array(real, np.float32).reshape(shape), ids, np.array(owners, np.int32)
+    )
 
 
 def eval_batch(seed: int, blocks: jax.Array, batch_id: jax.Array, spec: MaskSpec) -> MaskedBatch:

@@ -1,4 +1,7 @@
-"""One process simulates every client: it compiles a strategy's round and feeds it, on whatever devices there are."""
+"""Simulates every client: compiles a strategy's round and feeds it, on whatever devices there are.
+
+Several processes simulate together: each runs this same program, and gathers the token blocks of its own devices alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from fedbert_jax.config import Config
 from fedbert_jax.data import sampling
@@ -22,7 +24,7 @@ from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setti
 from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
-from fedbert_jax.sharding import tree_shardings
+from fedbert_jax.sharding import place, put, tree_shardings
 from fedbert_jax.wire import Traffic
 
 ON_DEVICE_LIMIT = 2**30  # bytes of token blocks that `data.store=auto` puts on the device
@@ -73,6 +75,9 @@ class Simulation:
       heldout: held-out blocks of the same clients.
       mask: the vocabulary's facts for masking.
       mesh: the devices.
+
+    Raises:
+      ConfigError: for data.store=device with several processes, none of which may read everybody's text.
     """
 
     def __init__(self, config: Config, train: TokenBlocks, heldout: TokenBlocks, mask: MaskSpec, mesh: Mesh):
@@ -99,9 +104,22 @@ class Simulation:
         own_state = f.body == "private" or f.client_optimizer_state == "keep"  # [N, ...], which must stay N
         padded = f.strategy in ("parallel", "fedavg") and not own_state
         self.padding = -self.cohort % (at_once + -at_once % data) if padded else 0
+        store = config.data.store
+        if store == "device" and jax.process_count() > 1:
+            raise ConfigError("config key data.store='device': accepted with several processes: 'auto' or 'memmap'.")
+        small = store == "auto" and train.tokens.nbytes <= ON_DEVICE_LIMIT and jax.process_count() == 1
+        self._on_device = store == "device" or small
         self.blocks_per_client = f.batch_size * (self.cohort if pooled else 1)
         self.offsets = np.array([0, train.offsets[-1]]) if pooled else train.offsets
         self.tokens_per_round = self.cohort * f.local_steps * f.batch_size * config.data.seq_len
+
+        # A round's data lies by clients where these train side by side, else by the rows of a batch.
+        by_client = f.strategy in ("parallel", "fedavg", "local")
+        clients = 1 if pooled else self.cohort + self.padding
+        axes = (None, "data", None) if by_client else (None, None, "data")
+        self._by_blocks = place(mesh, (f.local_steps, clients, self.blocks_per_client), *axes)  # of tokens [K, C, B, T]
+        self._by_client = place(mesh, (clients,), "data" if by_client else None)  # of weights [C]
+        self._everywhere = place(mesh, ())
 
         with jax.set_mesh(mesh):
             self.state_shape = jax.eval_shape(self._fresh_state)
@@ -109,16 +127,16 @@ class Simulation:
             # Parameters are born sharded; a round's state takes the place of the last one's.
             self._init = jax.jit(self._fresh_state, out_shardings=self.state_sharding)
             self._round = jax.jit(
-                self.strategy.round, donate_argnums=0, out_shardings=(self.state_sharding, NamedSharding(mesh, P()))
+                self.strategy.round, donate_argnums=0, out_shardings=(self.state_sharding, self._everywhere)
             )
-            self._evaluate = jax.jit(make_evaluate(self.setting.segments, mask, config.seed, self.strategy.model_of))
-            self._model_of = jax.jit(self.strategy.model_of)
-        self._everywhere = NamedSharding(mesh, P())
+            self._evaluate = jax.jit(
+                make_evaluate(self.setting.segments, mask, config.seed, self.strategy.model_of),
+                out_shardings=self._everywhere,
+            )
+            self._model_of = jax.jit(self.strategy.model_of, out_shardings=self._everywhere)
         self._eval_set = self._make_eval_set(heldout)
-        store = config.data.store
-        self._on_device = store == "device" or (store == "auto" and train.tokens.nbytes <= ON_DEVICE_LIMIT)
         self._store: jax.Array | None = None  # put on the device when the first round asks for it
-        self._gather = jax.jit(lambda blocks, index: blocks[index])
+        self._gather = jax.jit(lambda blocks, index: blocks[index], out_shardings=self._by_blocks)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fedbert-feed")
         self._next: tuple[int, Future[RoundInputs]] | None = None
 
@@ -132,9 +150,9 @@ class Simulation:
 
     def state_of(self, client_params: Any, server_params: Any) -> State:
         """Returns the state before round 0 of a run that starts from given parameters (a checkpoint's)."""
+        params = jax.device_get(Pair(client_params, server_params))  # the same in every process
         with jax.set_mesh(self.mesh):
-            init = jax.jit(self.strategy.init, out_shardings=self.state_sharding)
-            return init(Pair(client_params, server_params))
+            return jax.jit(self.strategy.init, out_shardings=self.state_sharding)(params)
 
     def run_round(self, state: State, round: int) -> tuple[State, RoundMetrics]:
         """Dispatches a round and returns at once; `state` is used up. The next round's data is fetched meanwhile."""
@@ -152,7 +170,10 @@ class Simulation:
         return self.round_inputs(round)
 
     def round_inputs(self, round: int) -> RoundInputs:
-        """Draws a round's cohort and blocks: a function of (seed, round)."""
+        """Draws a round's cohort and blocks: a function of (seed, round).
+
+        Reads only the blocks that this process's devices are to hold, unless all blocks lie on the device anyway.
+        """
         f, seed = self.config.federated, self.config.seed
         if f.strategy == "centralized":
             clients, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
@@ -165,7 +186,7 @@ class Simulation:
             clients = np.concatenate([clients, np.repeat(clients[:1], self.padding)])
             weights = np.concatenate([weights, np.zeros(self.padding, np.float32)])
         per_step = self.blocks_per_client
-        index = np.empty((f.local_steps, len(clients), per_step), np.int64)
+        index = np.empty((f.local_steps, len(clients), per_step), np.int64)  # of blocks in `train`, [K, C, B]
         for n, c in enumerate(clients):
             start, stop = self.offsets[c], self.offsets[c + 1]
             first = round * f.local_steps * per_step
@@ -175,11 +196,18 @@ class Simulation:
             if self._on_device:
                 if self._store is None:
                     self._store = jax.device_put(np.asarray(self.train.tokens), self._everywhere)
-                tokens = self._gather(self._store, jax.device_put(index.astype(np.int32), self._everywhere))
+                tokens = self._gather(self._store, put(index.astype(np.int32), self._by_blocks))
             else:
-                tokens = jax.device_put(self.train.tokens[index], self._everywhere)
-            small = (clients.astype(np.int32), weights, np.int32(round))
-            return RoundInputs(tokens, *jax.device_put(small, self._everywhere))
+                tokens = self._blocks(self.train, index, self._by_blocks)
+            client_ids = put(clients.astype(np.int32), self._by_client)
+            number = put(np.asarray(round, np.int32), self._everywhere)
+            return RoundInputs(tokens, client_ids, put(weights, self._by_client), number)
+
+    def _blocks(self, source: TokenBlocks, index: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """Returns the token blocks [..., T] of an index [...] that is laid out by `sharding`."""
+        shape = (*index.shape, source.tokens.shape[1])
+        rows = lambda part: source.tokens[index[part[:-1]]]  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding, rows, dtype=source.tokens.dtype)
 
     def _make_eval_set(self, heldout: TokenBlocks) -> EvalSet:
         e = self.config.eval
@@ -187,21 +215,28 @@ class Simulation:
         if len(chosen) > e.max_clients:
             rng = np.random.default_rng([self.config.seed, 0x65766C])
             chosen = np.sort(rng.choice(chosen, e.max_clients, replace=False))
-        data = make_eval_set(heldout.tokens, heldout.offsets, chosen, e.max_blocks, e.batch_size)
-        return jax.device_put(data, self._everywhere)
+        data = make_eval_set(heldout.offsets, chosen, e.max_blocks, e.batch_size, self.mesh.shape["data"])
+        by_rows = place(self.mesh, data.tokens.shape, None, "data")  # [S, B]
+        ids, clients = put(data.batch_ids, self._everywhere), put(data.clients, self._everywhere)
+        self._evaluated = data.clients
+        return EvalSet(self._blocks(heldout, data.tokens, by_rows), put(data.real, by_rows), ids, clients)
 
     def evaluate(self, state: State) -> Scores | None:
         """Scores the state on held-out text; None if there is none. Waits for the result."""
-        if not len(self._eval_set.clients):
+        if not len(self._evaluated):
             return None
         with jax.set_mesh(self.mesh):
             sums = self._evaluate(state, self._eval_set)
-        return scores(np.asarray(sums), np.asarray(self._eval_set.clients))
+        return scores(np.asarray(sums), self._evaluated)
 
     def model_of(self, state: State, client: int = 0) -> Pair:
-        """Returns the model that a client would use (for most strategies, everyone's)."""
+        """Returns the model that a client would use (for most strategies, everyone's).
+
+        It is whole, and on this process's first device. Every process has to call it.
+        """
         with jax.set_mesh(self.mesh):
-            return self._model_of(state, jnp.int32(client))
+            model = self._model_of(state, np.int32(client))
+        return jax.tree.map(lambda x: x.addressable_data(0), model)
 
     def traffic(self) -> Traffic:
         """Returns the bytes that a round would move between clients and server."""

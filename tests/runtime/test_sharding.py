@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import FLAGS
 from tiny import make_setting, tiny_config
 
 from fedbert_jax.config import MeshConfig
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 def test_eight_devices_give_what_one_gives():
     """In a process of its own: XLA takes its number of devices at the start."""
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FLAGS}",
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
         "JAX_PLATFORMS": "cpu",
     }
@@ -33,7 +34,7 @@ def test_eight_devices_give_what_one_gives():
         [sys.executable, HERE / "eight_devices.py"], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.count("equal:") == 8
+    assert done.stdout.count("equal:") == 10
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "lamb", "yogi", "adagrad", "nadamw", "adam"])

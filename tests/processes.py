@@ -1,0 +1,65 @@
+"""The training command, started and waited for: alone, or in two processes on the loopback."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from corpus import environment
+
+# Without fusion emitters XLA compiles in half the time.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_alone(args: list[str], devices: int = 1) -> list[subprocess.Popen]:
+    """Starts a command in one process, with so many of XLA's fake CPU devices."""
+    env = environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}"}
+    return [subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
+
+
+def start_two(args: list[str], *more: list[str], program: str | None = None) -> list[subprocess.Popen]:
+    """Starts `args` as processes 0 and 1, with two devices each.
+
+    Args:
+      args: the training command.
+      more: further arguments, of each process alone.
+      program: Python to run for `-m fedbert_jax.main`.
+    """
+    flags = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+    if program:
+        args = [sys.executable, "-c", program, *args[3:]]
+    each = [[*args, *flags, "--process", str(n), *(more[n] if more else [])] for n in range(2)]
+    return [process for a in each for process in start_alone(a, devices=2)]
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 240) -> tuple[list[int], list[str], list[str]]:
+    """Waits for all; returns their exit codes, what they said, and their errors."""
+    try:
+        ends = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.returncode for p in processes], [out for out, _ in ends], [err for _, err in ends]
+
+
+def wait_until(condition: Callable[[], bool], processes: list[subprocess.Popen], timeout: float = 120) -> None:
+    until = time.monotonic() + timeout
+    while not condition() and all(p.poll() is None for p in processes):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def rounds_in(workdir: Path) -> int:
+    """Finished rounds in metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
