@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def start_round(size: Size, strategy: str, local_steps: int) -> Started:
     inputs = RoundInputs(
         jnp.asarray(tokens), jnp.arange(clients, dtype=jnp.int32), jnp.full(clients, 1 / clients, jnp.float32), jnp.int32(0)
     )
-    state = jax.jit(lambda: chosen.init(Pair(*setting.segments.init(jax.random.key(0)))))()
+    state = jax.jit(chosen.init)(fresh_model(size))
     start = time.perf_counter()
     compiled = jax.jit(chosen.round, donate_argnums=0).lower(state, inputs).compile()
     return Started(compiled, state, inputs, time.perf_counter() - start)
@@ -54,7 +55,7 @@ def start_round(size: Size, strategy: str, local_steps: int) -> Started:
 def round_side(size: Size, strategy: str, local_steps: int) -> Side:
     """Makes a side of `start_round`."""
     compiled, state, inputs, compile_seconds = start_round(size, strategy, local_steps)
-    initial = float(_initial_loss(make_setting(size, strategy, local_steps), state.model, inputs))
+    initial = float(_loss_of(size)(fresh_model(size), inputs.tokens[0].reshape(size.rows, size.length)))
     rounds = 0
 
     def run() -> float:
@@ -106,9 +107,26 @@ def mask_spec(size: Size) -> MaskSpec:
     return MaskSpec(num_masked(MASK_PROB, size.length), size.vocab, MASK, (PAD, UNK, CLS, SEP, MASK), None)
 
 
-def _initial_loss(setting: Setting, model: Pair, inputs: RoundInputs) -> jax.Array:
+def fresh_model(size: Size) -> Pair:
+    """Returns the untrained model that every strategy starts from."""
+    return _init_of(size)(jax.random.key(0))
+
+
+# One program for all strategies of a size.
+
+
+@functools.cache
+def _init_of(size: Size) -> Any:
+    segments = make_setting(size, "centralized", 1).segments
+    return jax.jit(lambda key: Pair(*segments.init(key)))
+
+
+@functools.cache
+def _loss_of(size: Size) -> Any:
+    setting = make_setting(size, "centralized", 1)
+
     def loss(model: Pair, blocks: jax.Array) -> jax.Array:
         batch, _ = setting.draw(blocks, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         return joined_loss(setting.segments, model.client, model.server, batch)
 
-    return jax.jit(loss)(model, inputs.tokens[0].reshape(-1, inputs.tokens.shape[-1]))
+    return jax.jit(loss)

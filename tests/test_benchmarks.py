@@ -26,12 +26,22 @@ from fedbert_jax.federated.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = sizes.Size(
-    hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2, steps=4, compiler="aot_eager"
+    hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2, steps=4, compiler="eager"
 )
 CEILING = {
     "flops": 1e12, "library": "torch", "by_library": {"torch": 1e12}, "n": 8, "dtype": "float32", "device": "cpu",
     "platform": "cpu",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """The tests' matrices are tiny, and threads that wait for one another on a busy machine take longer than the work."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def side(name="a", losses=(4.0, 3.0, 2.0), guess=4.0):
@@ -44,7 +54,6 @@ def side(name="a", losses=(4.0, 3.0, 2.0), guess=4.0):
 def test_a_suite_runs_from_end_to_end(name, tmp_path):
     """Both suites on this CPU, the gpu suite in bfloat16. Compiling has a test of its own, and a side that takes seconds to
     compile is in one of the suites only."""
-    pytest.importorskip("torch")
     out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png", "md")}
     args = command.parse([
         "--suite", name, "--size", "fast", "--samples", "1", "--processes", "one", "--no-memory",
@@ -81,7 +90,6 @@ def test_a_suite_runs_from_end_to_end(name, tmp_path):
 
 def test_sides_in_processes_of_their_own():
     """Compiling is timed in a fresh process, and a pair may live in two: with their memory, which ends with them."""
-    pytest.importorskip("torch")
     bench = measure.Bench({"tiny": SMALLEST}, samples=1, processes="two")
     compiling = bench.measure(pairs.Row("compiling", "centralized", target=600.0, size="tiny", kind="seconds"))
     assert compiling["met"] and 0 < compiling["value"] < 600
@@ -98,7 +106,8 @@ def test_sides_in_processes_of_their_own():
 @pytest.mark.parametrize("version, strategy", [("v1", "merged"), ("relay", "sequential")])
 def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     """Same weights, same masked text: SplitFed V1 is `merged`, and V2 with the segment handed on is `sequential`."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from benchmarks import torch_sides
     from benchmarks.torch_splitfed import SplitFed
 
@@ -109,7 +118,7 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     keys = jax.random.split(jax.random.key(3), len(blocks))
     batches = jax.vmap(lambda k, b: mask_blocks(k, b, jax_sides.mask_spec(size)))(keys, blocks)
     batches = jax.tree.map(lambda x: x.reshape(size.steps, size.clients, *x.shape[1:]), batches)
-    client, server = jax.jit(setting.segments.init)(jax.random.key(0))
+    client, server = jax_sides.fresh_model(size)
 
     model = torch_sides.make_model(size)
     tensors = huggingface.to_tensors(client, server, size.layers)
@@ -136,7 +145,6 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
 
 def test_torch_split_trains_as_parallel_does():
     """Same text, same optimizer, same averaging: after as many rounds the two losses differ by the draws alone."""
-    pytest.importorskip("torch")
     ours, theirs = sides.make_side("parallel", SMALLEST), sides.make_side("split", SMALLEST)
     v2 = sides.make_side("v2", SMALLEST)
     for one in (ours, theirs, v2):
@@ -153,8 +161,8 @@ def test_plain_jax_computes_what_fedbert_jax_computes():
     from fedbert_jax.federated.split import joined_loss
 
     setting = jax_sides.make_setting(SMALLEST, "centralized", 1)
-    client, server = setting.segments.init(jax.random.key(0))
-    params = plain_jax.init_params(jax.random.key(0), SMALLEST)
+    client, server = jax_sides.fresh_model(SMALLEST)
+    shapes = jax.eval_shape(lambda key: plain_jax.init_params(key, SMALLEST), jax.random.key(0))
     e, h, body = client["embeddings"], client["head"], server["layers"]
     attention = body["attention"]
     qkv = {
@@ -170,12 +178,13 @@ def test_plain_jax_computes_what_fedbert_jax_computes():
         },
         "head": {"dense": h["dense"], "norm": h["norm"]["norm"], "bias": h["bias"]},
     }  # fmt: skip
-    assert jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, shapes)
     blocks = jnp.asarray(sizes.random_blocks(SMALLEST, 1), jnp.int32).reshape(-1, SMALLEST.length)
-    batch = mask_blocks(jax.random.key(1), blocks, jax_sides.mask_spec(SMALLEST))
-    expected = joined_loss(setting.segments, client, server, batch)
+    batch = jax.jit(lambda b: mask_blocks(jax.random.key(1), b, jax_sides.mask_spec(SMALLEST)))(blocks)
+    expected = jax.jit(lambda b: joined_loss(setting.segments, client, server, b))(batch)
     with jax.numpy_rank_promotion("allow"):
-        np.testing.assert_allclose(plain_jax.loss_fn(mine, batch, SMALLEST), expected, rtol=1e-5)
+        found = jax.jit(lambda b: plain_jax.loss_fn(mine, b, SMALLEST))(batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_flops_are_counted_by_the_stated_formula():
@@ -243,7 +252,8 @@ def test_a_wrong_argument_is_named(arguments, says, capsys):
 
 def test_a_measurement_that_compiles_is_refused():
     """What JAX or torch.compile compile within a call is noticed, but for the first call."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     watch.compilations()
     shapes = iter(range(1, 9))
 
@@ -261,7 +271,8 @@ def test_a_measurement_that_compiles_is_refused():
 
 def test_torch_gather_computes_what_hf_computes():
     """Logits at the masked positions alone give the loss that logits everywhere give."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from benchmarks import torch_sides
 
     model = torch_sides.make_model(SMALLEST)
@@ -333,7 +344,6 @@ def test_clients_measures_each_number_in_its_own_process(tmp_path):
 
 def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
     """Same weights, batches and rate: dropout apart, both sides' losses go the same way."""
-    pytest.importorskip("torch")
     model = finetune.synthetic_model(tmp_path, hidden=16)
     glue = finetune.synthetic_task(tmp_path / "glue", 8 * 256, longest=12)  # one padded length to compile for
     sides = finetune.make_sides(model, glue, 1, tmp_path)
