@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import clients, finetune, flops, jax_sides, measure, pairs, sides, sizes, tables, watch
+from benchmarks import bf16, clients, finetune, flops, jax_sides, measure, pairs, sides, sizes, tables, watch
 from benchmarks.suites import SUITES
 from fedbert_jax import huggingface
 from fedbert_jax.data.masking import mask_blocks
@@ -52,8 +52,8 @@ def side(name="a", losses=(4.0, 3.0, 2.0), guess=4.0):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_runs_from_end_to_end(name, tmp_path):
-    """Both suites on this CPU, the gpu suite in bfloat16. Compiling has a test of its own, and a side that takes seconds to
-    compile is in one of the suites only."""
+    """Both suites on this CPU, the gpu suite in bfloat16. Compiling has a test of its own; so have `merged` and `sequential`,
+    with the SplitFed loops: they take seconds to compile."""
     out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png", "md")}
     args = command.parse([
         "--suite", name, "--size", "fast", "--samples", "1", "--processes", "one", "--no-memory",
@@ -62,7 +62,7 @@ def test_a_suite_runs_from_end_to_end(name, tmp_path):
     dtype = args.sizes["fast"].dtype
     assert dtype == {"cpu": "float32", "gpu": "bfloat16"}[name]
     args.sizes["fast"] = dataclasses.replace(SMALLEST, dtype=dtype, device=name)
-    slow = ("parallel-1", "merged", "sequential") if name == "gpu" else ()
+    slow = ("merged", "sequential", *(["parallel-1"] if name == "gpu" else []))
     args.rows = [row for row in args.rows if row.kind != "seconds" and row.a not in slow]
     stream = io.StringIO()
     with jax.numpy_rank_promotion("allow"):  # the plain model is written as one writes without that check
@@ -350,3 +350,41 @@ def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
     row = json.loads(json.dumps(pairs.compare(finetune.ROWS[0], sides["jax"], sides["torch"], 32, samples=2)))
     assert len(row["values"]) == 2 and row["target"] == 1.0
     assert sides["jax"].losses[:3] == pytest.approx(sides["torch"].losses[:3], abs=0.03)
+
+
+def test_bf16_judges_by_the_seeds_spread():
+    def judged(float32, bfloat16):
+        losses = {"float32": float32, "bfloat16": bfloat16}
+        return bf16.judge({d: {n: {"eval_loss": x} for n, x in enumerate(xs)} for d, xs in losses.items()})
+
+    near = judged([5.0, 5.2, 5.4], [5.05, 5.25, 5.45])
+    assert near["within"] and near["difference"] == pytest.approx(0.05) and near["spread"] == pytest.approx(0.2)
+    assert near["differences"] == pytest.approx([0.05] * 3)
+    assert not judged([5.0, 5.2, 5.4], [5.3, 5.5, 5.7])["within"]
+    assert judged([5.0], [5.1])["within"] is None
+
+
+def test_bf16_runs_each_seed_in_both_types(tmp_path, monkeypatch, capsys):
+    """Each run is the package's own command, in a workdir of its own; what it needs to pass on reaches both."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        workdir = Path(command[command.index("--workdir") + 1])
+        workdir.mkdir(parents=True)
+        lines = [{"round": 0, "eval_loss": 6.0, "eval_accuracy": 0.1}, {"round": 1, "seconds": 2.0, "eval_loss": 5.0 +
+                 len(commands) / 10, "eval_accuracy": 0.2}]  # fmt: skip
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bf16.subprocess, "run", run)
+    out = tmp_path / "bf16.json"
+    bf16.main(["--seeds", "2", "--rounds", "1", "--workdir", str(tmp_path), "--json", str(out), "--config.data.seq_len=16"])
+    kinds = [(c[c.index("--workdir") + 1].rpartition("/")[2], c[-1]) for c in commands]
+    assert kinds == [(f"{d}-{n}", "--config.data.seq_len=16") for n in (0, 1) for d in ("float32", "bfloat16")]
+    for c in commands:
+        dtype = c[c.index("--workdir") + 1].rpartition("/")[2].partition("-")[0]
+        assert f"--config.precision.compute_dtype={dtype}" in c and "--config.federated.rounds=1" in c
+    judgement = json.loads(out.read_text())["judgement"]
+    assert judgement["difference"] == pytest.approx(0.1) and judgement["within"]
+    assert "within the seeds' spread" in capsys.readouterr().out
