@@ -39,7 +39,7 @@ def measure(size: Size, strategy: str, local_steps: int, rounds: int) -> dict[st
 
     from benchmarks.jax_sides import start_round
 
-    compiled, state, inputs = start_round(size, strategy, local_steps)
+    compiled, state, inputs, _ = start_round(size, strategy, local_steps)
     parts = parts_of_program(compiled.as_text())
     state, metrics = compiled(state, inputs)
     jax.block_until_ready(metrics)

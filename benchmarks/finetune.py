@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks import machine, step
+from benchmarks import machine, tables
 from benchmarks.pairs import Row, Side, compare
 
 STEPS, BATCH, DROPOUT, RATE, CLIP = 8, 32, 0.1, 3e-4, 1.0  # STEPS of BATCH sequences make a round
@@ -187,7 +187,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     console = Console(width=200)
-    console.print(step.rows_table(results))
+    console.print(tables.rows_table(ROWS, results), markup=False, highlight=False, soft_wrap=True)
     text, name = "SST-2" if args.glue else "random phrases", args.model.name if args.model else "random BERT-tiny"
     console.print(
         f"ms: for a step of {BATCH} sequences, padded to the batch's length. {args.samples} pairs of "

@@ -1,16 +1,19 @@
-"""fedbert_jax's side of the step benchmark: a strategy's real round, compiled as the simulation compiles it."""
+"""fedbert_jax's sides: a strategy's real round, compiled as the simulation compiles it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from benchmarks import flops
 from benchmarks.pairs import Side, guess_loss
-from benchmarks.sizes import CLS, LEARNING_RATE, MASK, MASK_PROB, PAD, SEP, UNK, WEIGHT_DECAY, Size, random_blocks
+from benchmarks.sizes import CLS, MASK, MASK_PROB, PAD, SEP, UNK, WEIGHT_DECAY, Size, random_blocks
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, num_masked
 from fedbert_jax.federated.setting import Pair, RoundInputs, Setting, State
@@ -20,16 +23,22 @@ from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 
 
-def start_round(size: Size, strategy: str, local_steps: int) -> tuple[Any, State, RoundInputs]:
+class Started(NamedTuple):
+    """A compiled round and what it begins with."""
+
+    compiled: Any  # (state, inputs) -> (state, metrics); uses its state up
+    state: State
+    inputs: RoundInputs
+    compile_seconds: float  # tracing, lowering and compiling
+
+
+def start_round(size: Size, strategy: str, local_steps: int) -> Started:
     """Compiles a strategy's round of `local_steps` steps: masking, both optimizers and averaging, with donated state.
 
-    `centralized` trains the same C * B sequences a step as one batch.
-
-    Returns:
-      The program (state, inputs) -> (state, metrics), the first state and a round's inputs.
+    `centralized` trains the same C * B sequences a step as one batch. `merged` is `parallel` with a body a client.
     """
     setting = make_setting(size, strategy, local_steps)
-    chosen = STRATEGIES[strategy](setting)
+    chosen = STRATEGIES[setting.config.federated.strategy](setting)
     tokens = random_blocks(size, local_steps)
     if strategy == "centralized":
         tokens = tokens.reshape(local_steps, 1, size.rows, size.length)
@@ -37,52 +46,54 @@ def start_round(size: Size, strategy: str, local_steps: int) -> tuple[Any, State
     inputs = RoundInputs(
         jnp.asarray(tokens), jnp.arange(clients, dtype=jnp.int32), jnp.full(clients, 1 / clients, jnp.float32), jnp.int32(0)
     )
-    state = jax.jit(lambda: chosen.init(Pair(*setting.segments.init(jax.random.key(0)))))()
-    return jax.jit(chosen.round, donate_argnums=0).lower(state, inputs).compile(), state, inputs
+    state = jax.jit(chosen.init)(fresh_model(size))
+    start = time.perf_counter()
+    compiled = jax.jit(chosen.round, donate_argnums=0).lower(state, inputs).compile()
+    return Started(compiled, state, inputs, time.perf_counter() - start)
 
 
 def round_side(size: Size, strategy: str, local_steps: int) -> Side:
     """Makes a side of `start_round`."""
-    start = time.perf_counter()
-    compiled, state, inputs = start_round(size, strategy, local_steps)
-    compile_seconds = time.perf_counter() - start
-    initial = float(_initial_loss(make_setting(size, strategy, local_steps), state.model, inputs))
+    compiled, state, inputs, compile_seconds = start_round(size, strategy, local_steps)
+    initial = float(_loss_of(size)(fresh_model(size), inputs.tokens[0].reshape(size.rows, size.length)))
     rounds = 0
 
     def run() -> float:
         nonlocal state, rounds
-        state, metrics = compiled(state, inputs._replace(round=jnp.int32(rounds)))
+        now = inputs._replace(round=jax.device_put(np.int32(rounds)))
+        with jax.transfer_guard("disallow"):  # a round leaves the device for nothing
+            state, metrics = compiled(state, now)
+            jax.block_until_ready((state, metrics))
         rounds += 1
-        jax.block_until_ready((state, metrics))
-        return float(metrics.loss)
+        return float(jax.device_get(metrics.loss))
 
-    tokens_per_round = size.tokens * local_steps
     return Side(
-        f"JAX {strategy}, {local_steps} local step{'s' * (local_steps > 1)}", tokens_per_round, run,
-        guess_loss(size.vocab), initial, compile_seconds,
+        f"fedbert_jax {strategy}, {local_steps} local step{'s' * (local_steps > 1)}", size.tokens * local_steps, run,
+        guess_loss(size.vocab), initial, compile_seconds, flops=flops.per_token(size, last_layer_pruned=True),
     )  # fmt: skip
 
 
 def make_setting(size: Size, strategy: str, local_steps: int) -> Setting:
     """Builds what a strategy is made from, with AdamW at a constant rate and no clipping in both segments."""
     adamw = dict(
-        name="adamw", learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, clip_norm=None,
+        name="adamw", learning_rate=size.learning_rate, schedule="constant", warmup_steps=0, clip_norm=None,
         weight_decay=WEIGHT_DECAY,
     )  # fmt: skip
+    named = dict(strategy="parallel", body="merged") if strategy == "merged" else dict(strategy=strategy)
     config = config_lib.from_dict(dict(
         model=dict(hidden_size=size.hidden, num_layers=size.layers, num_heads=size.heads),
         data=dict(seq_len=size.length),
-        federated=dict(strategy=strategy, num_clients=size.clients, local_steps=local_steps, batch_size=size.batch),
+        federated=dict(num_clients=size.clients, local_steps=local_steps, batch_size=size.batch, **named),
         client_optimizer=adamw,
         server_optimizer=adamw,
         mlm=dict(mask_prob=MASK_PROB),
+        precision=dict(compute_dtype=size.dtype),
     ))  # fmt: skip
     config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, size.vocab))
-    special = (PAD, UNK, CLS, SEP, MASK)
     return Setting(
         config=config,
-        segments=make_segments(config.model),  # float32
-        mask=MaskSpec(num_masked(MASK_PROB, size.length), size.vocab, MASK, special, None),
+        segments=make_segments(config.model, jnp.dtype(size.dtype)),
+        mask=mask_spec(size),
         client_tx=make_optimizer(config.client_optimizer, "client_optimizer", 1),
         server_tx=make_optimizer(config.server_optimizer, "server_optimizer", 1),
         outer=make_aggregator(config.aggregator),
@@ -91,9 +102,31 @@ def make_setting(size: Size, strategy: str, local_steps: int) -> Setting:
     )
 
 
-def _initial_loss(setting: Setting, model: Pair, inputs: RoundInputs) -> jax.Array:
+def mask_spec(size: Size) -> MaskSpec:
+    """Returns what masking needs to know: M positions of any tokens but the special ones."""
+    return MaskSpec(num_masked(MASK_PROB, size.length), size.vocab, MASK, (PAD, UNK, CLS, SEP, MASK), None)
+
+
+def fresh_model(size: Size) -> Pair:
+    """Returns the untrained model that every strategy starts from."""
+    return _init_of(size)(jax.random.key(0))
+
+
+# One program for all strategies of a size.
+
+
+@functools.cache
+def _init_of(size: Size) -> Any:
+    segments = make_setting(size, "centralized", 1).segments
+    return jax.jit(lambda key: Pair(*segments.init(key)))
+
+
+@functools.cache
+def _loss_of(size: Size) -> Any:
+    setting = make_setting(size, "centralized", 1)
+
     def loss(model: Pair, blocks: jax.Array) -> jax.Array:
         batch, _ = setting.draw(blocks, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         return joined_loss(setting.segments, model.client, model.server, batch)
 
-    return jax.jit(loss)(model, inputs.tokens[0].reshape(-1, inputs.tokens.shape[-1]))
+    return jax.jit(loss)

@@ -54,7 +54,7 @@ def facts(cores: int) -> dict[str, Any]:
         "cores": cores,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 2),  # of the last minute: much more than 0 at the start is a busy machine
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "malloc": {key: os.environ.get(key, "default") for key in MALLOC},

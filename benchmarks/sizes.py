@@ -1,19 +1,21 @@
-"""The sizes that every side of the step benchmark shares, and the random text they all train on."""
+"""The sizes that every side of a comparison shares, and the random text they all train on."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 CLS, SEP, PAD, UNK, MASK = 101, 102, 0, 100, 103  # BERT's ids; ordinary tokens begin at `FIRST`
 FIRST = 104
+MASK_PROB = 0.15
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4  # optax's default decay
 
 
 @dataclass(frozen=True)
 class Size:
-    """The model, the data and the federation."""
+    """The model, the data, the federation, and the arithmetic."""
 
     hidden: int
     layers: int
@@ -22,6 +24,12 @@ class Size:
     length: int  # T
     clients: int = 8  # C
     batch: int = 2  # B, per client
+    steps: int = 8  # local steps of a round; a call of a side is a round
+    hf_steps: int = 2  # global batches a call of the sides that make logits everywhere: their steps are long
+    learning_rate: float = LEARNING_RATE
+    dtype: str = "float32"  # of matmuls and activations; parameters and optimizers are float32
+    device: str = "cpu"  # or gpu
+    compiler: str = "inductor"  # torch.compile's backend
 
     @property
     def rows(self) -> int:
@@ -33,20 +41,38 @@ class Size:
         """Tokens of the global batch."""
         return self.rows * self.length
 
+    @property
+    def masked(self) -> int:
+        """Masked positions of a sequence, M."""
+        return math.ceil(MASK_PROB * self.length)
 
-MASK_PROB = 0.15
+
+def _base(length: int, **changes: object) -> Size:
+    return Size(**(dict(hidden=768, layers=12, heads=12, vocab=30522, length=length, learning_rate=1e-4) | changes))  # type: ignore[arg-type]
+
+
+# A round of BERT-base takes many seconds on a CPU, hence its short calls. On the GPU both sides of a pair lie in its memory
+# together, so each may take less than half of 80 GB; logits everywhere are what decides that.
+_GPU: dict[str, object] = dict(clients=16, hf_steps=8, dtype="bfloat16", device="gpu")
 SIZES = {
     "small": Size(hidden=256, layers=4, heads=4, vocab=30522, length=128),
-    "fast": Size(hidden=32, layers=2, heads=2, vocab=512, length=32),  # for debugging: its ratios mean nothing
+    "base": _base(128, clients=8, batch=1, steps=2, hf_steps=1),
+    "base-128": _base(128, batch=16, **_GPU),
+    "base-512": _base(512, batch=4, **_GPU),
+    "large-512": _base(512, hidden=1024, layers=24, heads=16, batch=2, **_GPU),
+    # For debugging: its ratios mean nothing. torch.compile captures the graph, and generates no code.
+    "fast": Size(hidden=32, layers=2, heads=2, vocab=512, length=32, clients=3, steps=4, compiler="eager"),
 }
 
 
 def random_blocks(size: Size, steps: int) -> np.ndarray:
     """Draws the blocks of `steps` steps, uint16 [K, C, B, T]; each side trains on these again and again.
 
-    They hold few of the vocabulary's tokens, so a model that works learns quickly which: its loss falls.
+    Tokens are as uneven as words are (Zipf's law), so a model that works learns quickly which are common: its loss falls.
     """
     rng = np.random.default_rng(0)
-    tokens = rng.integers(FIRST, size.vocab, (steps, size.clients, size.batch, size.length))
+    share = np.cumsum(1.0 / np.arange(10, size.vocab - FIRST + 10))
+    draws = rng.random((steps, size.clients, size.batch, size.length))
+    tokens = FIRST + np.searchsorted(share / share[-1], draws)
     tokens[..., 0], tokens[..., -1] = CLS, SEP
     return tokens.astype(np.uint16)

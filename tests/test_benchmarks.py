@@ -5,23 +5,43 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import clients, finetune, machine, pairs, sizes, step
+from benchmarks import __main__ as command
+from benchmarks import bf16, clients, finetune, flops, jax_sides, measure, pairs, sides, sizes, tables, watch
+from benchmarks.suites import SUITES
+from fedbert_jax import huggingface
+from fedbert_jax.data.masking import mask_blocks
+from fedbert_jax.federated.setting import Pair, RoundInputs
+from fedbert_jax.federated.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
-SMALLEST = sizes.Size(hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2)
+SMALLEST = sizes.Size(
+    hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2, steps=4, compiler="eager"
+)
+CEILING = {
+    "flops": 1e12, "library": "torch", "by_library": {"torch": 1e12}, "n": 8, "dtype": "float32", "device": "cpu",
+    "platform": "cpu",
+}  # fmt: skip
 
 
-def shown(show, result):
-    stream = io.StringIO()
-    show(result, Console(file=stream, width=250))
-    return stream.getvalue()
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """The tests' matrices are tiny, and threads that wait for one another on a busy machine take longer than the work."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def side(name="a", losses=(4.0, 3.0, 2.0), guess=4.0):
@@ -29,48 +49,238 @@ def side(name="a", losses=(4.0, 3.0, 2.0), guess=4.0):
     return pairs.Side(name, 10, lambda: next(values), guess, guess)
 
 
-def test_step_compares_jax_with_torch():
-    pytest.importorskip("torch")
-    rows = [row for row in step.ROWS if row.name in ("parallel/torch split", "parallel/HF, loop over clients")]
-    notes: list[str] = []
-    result = {
-        "benchmark": "step", "machine": machine.facts(1), "settings": {"size": vars(SMALLEST), "samples": 1},
-    } | step.measure(SMALLEST, 1, rows, note=notes.append)  # fmt: skip
-    result = json.loads(json.dumps(result))
-    assert [row["name"] for row in result["rows"]] == [row.name for row in rows]
-    assert len(notes) == len(rows)
-    for row in result["rows"]:
-        assert len(row["ratios"]) == 1 and row["ratio"] == row["ratios"][0] > 0
-        assert row["ratio"] == pytest.approx(row["b_ms"] / row["a_ms"])
-        assert row["met"] == (row["ratio"] >= row["target"])
-    assert len(result["sides"]) == 3  # parallel is built once for both rows
-    assert result["machine"]["cores"] == 1 and result["machine"]["versions"]["jax"]
-    assert "parallel/torch split" in shown(step.show, result)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_runs_from_end_to_end(name, tmp_path):
+    """Both suites on this CPU, the gpu suite in bfloat16. Compiling has a test of its own; so have `merged` and `sequential`,
+    with the SplitFed loops: they take seconds to compile."""
+    out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png", "md")}
+    args = command.parse([
+        "--suite", name, "--size", "fast", "--samples", "1", "--processes", "one", "--no-memory",
+        "--json", str(out["json"]), "--plot", str(out["png"]), "--results", str(out["md"]),
+    ])  # fmt: skip
+    dtype = args.sizes["fast"].dtype
+    assert dtype == {"cpu": "float32", "gpu": "bfloat16"}[name]
+    args.sizes["fast"] = dataclasses.replace(SMALLEST, dtype=dtype, device=name)
+    slow = ("merged", "sequential", *(["parallel-1"] if name == "gpu" else []))
+    args.rows = [row for row in args.rows if row.kind != "seconds" and row.a not in slow]
+    stream = io.StringIO()
+    with jax.numpy_rank_promotion("allow"):  # the plain model is written as one writes without that check
+        code = command.run(args, CEILING, 1, Console(file=stream))
+    record = json.loads(out["json"].read_text())
+    assert [r for r in record["rows"] if "failed" in r] == [] and code == 0
+    assert [r["name"] for r in record["rows"]] == [row.name for row in args.rows]
+    for r in record["rows"]:
+        assert len(r["values"]) == 1 and r["value"] == r["values"][0] > 0
+        assert r["met"] == (None if r["target"] is None else r["value"] >= r["target"])
+        if r["kind"] == "ratio":
+            assert r["value"] == pytest.approx(r["b_ms"] / r["a_ms"])
+    found = {s["key"]: s for s in record["sides"]}
+    assert found.keys() == {key for row in args.rows for key in (row.a, row.b) if key}  # each built, and only once
+    for s in found.values():
+        assert s["share"] == pytest.approx(s["flops_executed"] / CEILING["flops"])
+        assert (s["flops_executed"] < s["flops_needed"]) == (s["key"] in sides.JAX and s["key"] != "plain")
+    block = out["md"].read_text()
+    assert out["png"].read_bytes().startswith(b"\x89PNG") and "matmul ceiling" in block
+    lines = {row.name: line for row in args.all_rows for line in block.splitlines() if f"| {row.name} |" in line}
+    for row in args.all_rows:
+        assert (tables.UNMEASURED in lines[row.name]) == (row not in args.rows)
+    assert "| fast |" in stream.getvalue() and tables.UNMEASURED not in stream.getvalue()
+
+
+def test_sides_in_processes_of_their_own():
+    """Compiling is timed in a fresh process, and a pair may live in two: with their memory, which ends with them."""
+    bench = measure.Bench({"tiny": SMALLEST}, samples=1, processes="two")
+    compiling = bench.measure(pairs.Row("compiling", "centralized", target=600.0, size="tiny", kind="seconds"))
+    assert compiling["met"] and 0 < compiling["value"] < 600
+    row = pairs.Row("V2/gather", "v2-gather", "gather", size="tiny")
+    result = json.loads(json.dumps(bench.measure(row)))
+    assert result["value"] > 0 and result["a"] == "torch SplitFed V2, gather"
+    assert all(s["peak_bytes"] > 0 for s in bench.facts())
+    with pytest.raises(RuntimeError, match="freed"):
+        bench.sides["tiny", "gather"].run()
+    failed = bench.measure(pairs.Row("none", "nonsense", "gather", size="tiny"))
+    assert "accepted: centralized" in failed["failed"]
+
+
+@pytest.mark.parametrize("version, strategy", [("v1", "merged"), ("relay", "sequential")])
+def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
+    """Same weights, same masked text: SplitFed V1 is `merged`, and V2 with the segment handed on is `sequential`."""
+    import torch
+
+    from benchmarks import torch_sides
+    from benchmarks.torch_splitfed import SplitFed
+
+    size = SMALLEST
+    setting = dataclasses.replace(jax_sides.make_setting(size, strategy, size.steps), mask=None)
+    chosen = STRATEGIES[setting.config.federated.strategy](setting)
+    blocks = jnp.asarray(sizes.random_blocks(size, size.steps), jnp.int32).reshape(-1, size.batch, size.length)
+    keys = jax.random.split(jax.random.key(3), len(blocks))
+    batches = jax.vmap(lambda k, b: mask_blocks(k, b, jax_sides.mask_spec(size)))(keys, blocks)
+    batches = jax.tree.map(lambda x: x.reshape(size.steps, size.clients, *x.shape[1:]), batches)
+    client, server = jax_sides.fresh_model(size)
+
+    model = torch_sides.make_model(size)
+    tensors = huggingface.to_tensors(client, server, size.layers)
+    lost, unexpected = model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in tensors.items()}, strict=False)
+    assert not unexpected and all("decoder" in name for name in lost)  # which is tied
+    everywhere = version == "v1"  # the loss is the same: here one of each
+    theirs = SplitFed(version, model, size, everywhere)
+    take = lambda x, k, c: torch.from_numpy(np.asarray(x[k, c]).astype(np.int64))  # noqa: E731
+    torch_batches = [
+        [tuple(take(x, k, c) for x in (batches.tokens, batches.positions, batches.labels)) for c in range(size.clients)]
+        for k in range(size.steps)
+    ]
+
+    state, weights = chosen.init(Pair(client, server)), jnp.full(size.clients, 1 / size.clients, jnp.float32)
+    round_ = jax.jit(chosen.round)
+    losses = []
+    for n in range(3):
+        inputs = RoundInputs(batches, jnp.arange(size.clients, dtype=jnp.int32), weights, jnp.int32(n))
+        state, metrics = round_(state, inputs)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.02
+    assert [theirs.round(torch_batches).item() for _ in range(3)] == pytest.approx(losses, rel=2e-4)
 
 
 def test_torch_split_trains_as_parallel_does():
     """Same text, same optimizer, same averaging: after as many rounds the two losses differ by the draws alone."""
-    pytest.importorskip("torch")
-    ours, theirs = step.make_side("parallel-8", SMALLEST, False), step.make_side("split", SMALLEST, False)
-    while len(theirs.losses) < 6:
-        theirs.timed()
-    while len(ours.losses) < 6:
-        ours.timed()
-    assert theirs.losses[-1] < theirs.losses[0] - 0.3  # so that the next line can tell learning from standing still
+    ours, theirs = sides.make_side("parallel", SMALLEST), sides.make_side("split", SMALLEST)
+    v2 = sides.make_side("v2", SMALLEST)
+    for one in (ours, theirs, v2):
+        while len(one.losses) < 12:
+            one.timed()
+        one.check()
+    assert theirs.losses[-1] < theirs.losses[0] - 0.1  # so that the next line can tell learning from standing still
     assert theirs.losses[-1] == pytest.approx(ours.losses[-1], abs=0.15)
+
+
+def test_plain_jax_computes_what_fedbert_jax_computes():
+    """The plain model with the segments' weights has their loss."""
+    from benchmarks import plain_jax
+    from fedbert_jax.federated.split import joined_loss
+
+    setting = jax_sides.make_setting(SMALLEST, "centralized", 1)
+    client, server = jax_sides.fresh_model(SMALLEST)
+    shapes = jax.eval_shape(lambda key: plain_jax.init_params(key, SMALLEST), jax.random.key(0))
+    e, h, body = client["embeddings"], client["head"], server["layers"]
+    attention = body["attention"]
+    qkv = {
+        name: {"kernel": attention["qkv"]["kernel"][:, :, n], "bias": attention["qkv"]["bias"][:, n]}
+        for n, name in enumerate(("query", "key", "value"))
+    }
+    mine = {
+        "word": e["word"]["embedding"], "position": e["position"]["embedding"][: SMALLEST.length],
+        "type": e["token_type"]["embedding"][:1], "norm": e["norm"]["norm"],
+        "layers": qkv | {
+            "out": attention["out"], "norm1": body["attention_norm"]["norm"], "up": body["up"], "down": body["down"],
+            "norm2": body["output_norm"]["norm"],
+        },
+        "head": {"dense": h["dense"], "norm": h["norm"]["norm"], "bias": h["bias"]},
+    }  # fmt: skip
+    assert jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, shapes)
+    blocks = jnp.asarray(sizes.random_blocks(SMALLEST, 1), jnp.int32).reshape(-1, SMALLEST.length)
+    batch = jax.jit(lambda b: mask_blocks(jax.random.key(1), b, jax_sides.mask_spec(SMALLEST)))(blocks)
+    expected = jax.jit(lambda b: joined_loss(setting.segments, client, server, b))(batch)
+    with jax.numpy_rank_promotion("allow"):
+        found = jax.jit(lambda b: plain_jax.loss_fn(mine, b, SMALLEST))(batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_flops_are_counted_by_the_stated_formula():
+    size = sizes.SIZES["base-128"]
+    d, t, m, layers, vocab = 768, 128, 20, 12, 30522
+    everywhere = 6 * layers * 12 * d * d + 12 * layers * t * d + 6 * d * d + 6 * vocab * d
+    assert flops.per_token(size, logits_everywhere=True) == (everywhere, everywhere)
+    masked = everywhere - (6 * d * d + 6 * vocab * d) * (t - m) / t
+    needed, executed = flops.per_token(size, last_layer_pruned=True)
+    assert needed == pytest.approx(masked)
+    # The last layer's keys and values are made at all positions, the rest of it at the masked ones.
+    last = 6 * 2 * d * d + (6 * 10 * d * d + 12 * t * d) * m / t
+    assert executed == pytest.approx(masked - (6 * 12 * d * d + 12 * t * d) + last)
+
+
+def test_a_record_is_gone_on_with(tmp_path):
+    """Rows measured before stay, unless their size is another now; a new machine is entered once it measured."""
+    path, other = tmp_path / "r.json", dataclasses.replace(SMALLEST, batch=5)
+    row = {"size": "s", "name": "a/b", "date": "monday"}
+    first = measure.open_record(path, "cpu", {"s": SMALLEST}, {"date": "monday"})
+    first["rows"].append(row)
+    path.write_text(json.dumps(first))
+    again = measure.open_record(path, "cpu", {"s": SMALLEST}, {"date": "tuesday"})
+    assert again["rows"] == [row] and list(again["machines"]) == ["monday", "tuesday"]
+    changed = measure.open_record(path, "cpu", {"s": other}, {"date": "tuesday"})
+    assert changed["rows"] == [] and list(changed["machines"]) == ["tuesday"]
+    with pytest.raises(SystemExit, match="--json"):
+        measure.open_record(path, "gpu", {"s": SMALLEST}, {"date": "tuesday"})
+
+
+def test_results_have_every_row_of_every_suite():
+    """RESULTS.md has been written by this version: `--results` adds the rows that a suite has gained."""
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    for suite in SUITES.values():
+        block = re.search(rf"<!-- suite:{suite.name} -->(.*?)<!-- end -->", text, re.DOTALL)
+        assert block is not None
+        cells = [line.strip("| ").split(" | ") for line in block[1].splitlines()]
+        named = {(c[0], c[1]) for c in cells if len(c) > 1}
+        assert {(row.size, row.name) for row in suite.rows} <= named
+
+
+def test_a_block_is_replaced_and_the_rest_stays(tmp_path):
+    path = tmp_path / "R.md"
+    tables.update_block(path, "cpu", "one")
+    path.write_text(path.read_text() + "\nafter\n")
+    tables.update_block(path, "gpu", "two")
+    tables.update_block(path, "cpu", r"three \1")
+    assert path.read_text() == (
+        "# Results\n\n<!-- suite:cpu -->\n\nthree \\1\n\n<!-- end -->\n\nafter\n\n"
+        "<!-- suite:gpu -->\n\ntwo\n\n<!-- end -->\n"
+    )
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--suite", "cpu", "--only", "nothing"], "accepted: parts of base: centralized"),
+    (["--suite", "gpu", "--batch", "base=1"], "accepted: SIZE=N with SIZE one of base-128"),
+    (["--suite", "cpu", "--samples", "0"], "at least 1"),
+    ([], "accepted: cpu, gpu"),
+])  # fmt: skip
+def test_a_wrong_argument_is_named(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(arguments)
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_measurement_that_compiles_is_refused():
+    """What JAX or torch.compile compile within a call is noticed, but for the first call."""
+    import torch
+
+    watch.compilations()
+    shapes = iter(range(1, 9))
+
+    def run() -> float:
+        return float(jax.jit(lambda x: x + 1)(np.zeros(next(shapes)))[0])
+
+    one = pairs.Side("a", 10, run, 4.0, 4.0)
+    one.timed()
+    with pytest.raises(RuntimeError, match="compiled during"):
+        one.timed()
+    before = watch.compilations()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert watch.compilations() > before
 
 
 def test_torch_gather_computes_what_hf_computes():
     """Logits at the masked positions alone give the loss that logits everywhere give."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from benchmarks import torch_sides
 
-    model = torch_sides._model(SMALLEST)
-    tokens = torch_sides._blocks(SMALLEST, 1).flatten(0, 2)
-    masked, positions, labels = torch_sides._mask(tokens, SMALLEST)
+    model = torch_sides.make_model(SMALLEST)
+    tokens = torch_sides.make_blocks(SMALLEST, 1).flatten(0, 2)
+    masked, positions, labels = torch_sides.draw_masks(tokens, SMALLEST)
     everywhere = torch.full_like(tokens, -100).scatter_(1, positions, labels)
     z = model.bert(input_ids=masked).last_hidden_state
-    gathered = torch_sides._mlm_loss(model.cls, z, positions, labels)
+    gathered = torch_sides.mlm_loss(model.cls, z, positions, labels)
     torch.testing.assert_close(gathered, model(input_ids=masked, labels=everywhere).loss)
     assert (positions > 0).all() and (positions < SMALLEST.length - 1).all()  # [CLS] and [SEP] stay
 
@@ -98,6 +308,22 @@ def test_pairs_alternate_which_side_is_first():
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"  # the first two are the warm-up
 
 
+def test_one_side_rests_while_the_other_runs():
+    """Where the device's memory doesn't hold both."""
+    order: list[str] = []
+
+    def make(name: str) -> pairs.Side:
+        def note(text: str):
+            return lambda: order.append(text) or 1.0
+
+        return pairs.Side(name, 10, note(name), 4.0, 4.0, ready=note("+" + name), rest=note("-" + name))
+
+    pairs.compare(pairs.Row("a/b", "a", "b"), make("a"), make("b"), 10, samples=1, turns=True)
+    for running, resting in (("a", "b"), ("b", "a")):
+        starts = [n for n, what in enumerate(order) if what == running]
+        assert starts and all(order[n - 2 : n] == ["-" + resting, "+" + running] for n in starts)
+
+
 def test_quartiles():
     assert pairs.quartiles([3.0]) == (3.0, 3.0)
     assert pairs.quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 4.0)
@@ -118,10 +344,47 @@ def test_clients_measures_each_number_in_its_own_process(tmp_path):
 
 def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
     """Same weights, batches and rate: dropout apart, both sides' losses go the same way."""
-    pytest.importorskip("torch")
     model = finetune.synthetic_model(tmp_path, hidden=16)
     glue = finetune.synthetic_task(tmp_path / "glue", 8 * 256, longest=12)  # one padded length to compile for
     sides = finetune.make_sides(model, glue, 1, tmp_path)
     row = json.loads(json.dumps(pairs.compare(finetune.ROWS[0], sides["jax"], sides["torch"], 32, samples=2)))
-    assert len(row["ratios"]) == 2 and row["target"] == 1.0
+    assert len(row["values"]) == 2 and row["target"] == 1.0
     assert sides["jax"].losses[:3] == pytest.approx(sides["torch"].losses[:3], abs=0.03)
+
+
+def test_bf16_judges_by_the_seeds_spread():
+    def judged(float32, bfloat16):
+        losses = {"float32": float32, "bfloat16": bfloat16}
+        return bf16.judge({d: {n: {"eval_loss": x} for n, x in enumerate(xs)} for d, xs in losses.items()})
+
+    near = judged([5.0, 5.2, 5.4], [5.05, 5.25, 5.45])
+    assert near["within"] and near["difference"] == pytest.approx(0.05) and near["spread"] == pytest.approx(0.2)
+    assert near["differences"] == pytest.approx([0.05] * 3)
+    assert not judged([5.0, 5.2, 5.4], [5.3, 5.5, 5.7])["within"]
+    assert judged([5.0], [5.1])["within"] is None
+
+
+def test_bf16_runs_each_seed_in_both_types(tmp_path, monkeypatch, capsys):
+    """Each run is the package's own command, in a workdir of its own; what it needs to pass on reaches both."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        workdir = Path(command[command.index("--workdir") + 1])
+        workdir.mkdir(parents=True)
+        lines = [{"round": 0, "eval_loss": 6.0, "eval_accuracy": 0.1}, {"round": 1, "seconds": 2.0, "eval_loss": 5.0 +
+                 len(commands) / 10, "eval_accuracy": 0.2}]  # fmt: skip
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bf16.subprocess, "run", run)
+    out = tmp_path / "bf16.json"
+    bf16.main(["--seeds", "2", "--rounds", "1", "--workdir", str(tmp_path), "--json", str(out), "--config.data.seq_len=16"])
+    kinds = [(c[c.index("--workdir") + 1].rpartition("/")[2], c[-1]) for c in commands]
+    assert kinds == [(f"{d}-{n}", "--config.data.seq_len=16") for n in (0, 1) for d in ("float32", "bfloat16")]
+    for c in commands:
+        dtype = c[c.index("--workdir") + 1].rpartition("/")[2].partition("-")[0]
+        assert f"--config.precision.compute_dtype={dtype}" in c and "--config.federated.rounds=1" in c
+    judgement = json.loads(out.read_text())["judgement"]
+    assert judgement["difference"] == pytest.approx(0.1) and judgement["within"]
+    assert "within the seeds' spread" in capsys.readouterr().out

@@ -1,0 +1,172 @@
+"""A side in a process of its own: for its memory, and where two sides of a pair should not share one process.
+
+The parent writes one JSON object a line to the child's standard input and reads one a line back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.flops import Flops
+from benchmarks.pairs import Side
+from benchmarks.sizes import Size
+
+
+class Worker:
+    """The parent's end of a child that holds one side."""
+
+    def __init__(self, name: str, size: Size):
+        self._spec = {"name": name, "size": vars(size)}
+        self._child: subprocess.Popen[str] | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Starts the child and waits until its side is built; returns the side's facts."""
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+        return self.call(self._spec)
+
+    def call(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Asks the child; raises RuntimeError with what it says if it fails."""
+        assert self._child is not None and self._child.stdin is not None and self._child.stdout is not None
+        name = self._spec["name"]
+        try:
+            self._child.stdin.write(json.dumps(request) + "\n")
+            self._child.stdin.flush()
+            line = self._child.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"{name}: its process ended with status {self._child.wait()}.")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply
+
+    @property
+    def running(self) -> bool:
+        return self._child is not None
+
+    def stop(self) -> None:
+        """Ends the child, which frees all it holds."""
+        if self._child is not None:
+            assert self._child.stdin is not None and self._child.stdout is not None
+            with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
+                self._child.stdin.close()
+            self._child.stdout.close()
+            self._child.wait()
+            self._child = None
+
+
+def remote_side(name: str, size: Size) -> Side:
+    """Makes a side that lives in a child; when it rests the child ends, and another one starts from new weights."""
+    worker = Worker(name, size)
+
+    def built() -> dict[str, Any]:
+        try:
+            return worker.start()
+        except BaseException:
+            worker.stop()
+            raise
+
+    facts = built()
+    side = Side(
+        facts["name"], facts["tokens"], lambda: 0.0, facts["guess"], facts["initial_loss"], facts["compile_seconds"],
+        facts["losses"], Flops(*facts["flops"]), rest=worker.stop, close=worker.stop,
+    )  # fmt: skip
+
+    def run() -> float:
+        reply = worker.call({"run": True})
+        side.peak_bytes = reply["peak_bytes"]
+        return reply["loss"]
+
+    def ready() -> None:
+        if not worker.running:
+            built()
+            run()
+
+    side.run, side.ready = run, ready
+    return side
+
+
+def peak_of(name: str, size: Size) -> int | None:
+    """Returns the peak memory of a side that has a process to itself, after two calls."""
+    side = remote_side(name, size)
+    try:
+        side.timed()
+        side.timed()
+        return side.peak_bytes
+    finally:
+        side.close()
+
+
+# --- the child's end ---------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(family: str, before: int) -> int | None:
+    """Returns the most memory the side has held: of the GPU's if it runs there, else of this process beyond `before`."""
+    if family == "torch":
+        import torch
+
+        if torch.cuda.is_initialized():
+            return torch.cuda.max_memory_allocated()
+    else:
+        import jax
+
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and jax.default_backend() != "cpu":
+            return stats.get("peak_bytes_in_use")
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = Path("/proc/self/status")
+    if own.exists():  # ru_maxrss would begin with the parent's peak
+        kib = next(line.split()[1] for line in own.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(kib) - before
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no reply
+
+    def reply(value: dict[str, Any]) -> None:
+        replies.write(json.dumps(value) + "\n")
+        replies.flush()
+
+    spec = json.loads(sys.stdin.readline())
+    size = Size(**spec["size"])
+    try:
+        from benchmarks import sides
+
+        family = "jax" if spec["name"] in sides.JAX else "torch"
+        sides.load(family)
+        if family == "torch" and size.device == "cpu":
+            import torch
+
+            torch.set_num_threads(machine.limit_cores(None))
+        before = peak_bytes(family, 0) or 0
+        side = sides.make_side(spec["name"], size)
+        reply({
+            "name": side.name, "tokens": side.tokens, "guess": side.guess, "initial_loss": side.initial_loss,
+            "compile_seconds": side.compile_seconds, "losses": side.losses, "flops": side.flops,
+        })  # fmt: skip
+        for _ in sys.stdin:
+            side.timed()
+            reply({"loss": side.losses[-1], "peak_bytes": peak_bytes(family, before)})
+    except Exception as e:
+        traceback.print_exc()
+        reply({"error": f"{spec['name']}: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"})
+        raise SystemExit(1) from e
+
+
+if __name__ == "__main__":
+    main()
