@@ -1,6 +1,6 @@
 """`python -m benchmarks.clients`: what a round costs in time and memory when 10, 1,000 or 10,000 clients exist.
 
-The cohort stays at 8. Each number of clients is measured in a process of its own, so that its peak memory is its own.
+The cohort stays as it is. Each number of clients is measured in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks import machine
 
 # JAX and the package are imported in `measure`, by the children alone: Linux hands a parent's peak memory on to its child.
 
-COHORT, MEAN_BLOCKS, LENGTH, VOCAB = 8, 4, 128, 4096
+MEAN_BLOCKS, LENGTH, VOCAB = 4, 128, 4096
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(),  # the preset's 2x128
     "fast": dict(hidden_size=16, num_layers=1, num_heads=2),  # for debugging: its times mean nothing
@@ -36,7 +36,10 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure(num_clients: int, rounds: int, size: str = "tiny") -> dict[str, Any]:
+def measure(
+    num_clients: int, rounds: int, size: str = "tiny", cohort: int = 8, at_once: int | None = None,
+    strategy: str = "parallel",
+) -> dict[str, Any]:  # fmt: skip
     """Trains in this process with `num_clients` clients; returns its times and memory, which JSON can hold."""
     import dataclasses
 
@@ -50,8 +53,8 @@ def measure(num_clients: int, rounds: int, size: str = "tiny") -> dict[str, Any]
     config = config_lib.from_dict(dict(
         model=dict(preset="tiny", **SIZES[size]),
         data=dict(seq_len=LENGTH),
-        federated=dict(num_clients=num_clients, clients_per_round=min(COHORT, num_clients), local_steps=4, batch_size=4,
-                       rounds=rounds + 1),
+        federated=dict(strategy=strategy, num_clients=num_clients, clients_per_round=min(cohort, num_clients),
+                       clients_at_once=at_once, local_steps=4, batch_size=4, rounds=rounds + 1),
     ))  # fmt: skip
     config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, VOCAB))
     mask = MaskSpec(num_masked(config.mlm.mask_prob, LENGTH), VOCAB, 4, (0, 1, 2, 3, 4), None)
@@ -111,11 +114,13 @@ def synthetic_blocks(num_clients: int) -> tuple[Any, Any]:
     return draw(sizes), draw(np.ones(num_clients, np.int64))
 
 
-def measure_in_child(num_clients: int, rounds: int, size: str) -> dict[str, Any]:
-    """Runs `measure` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.clients", "--clients", str(num_clients), "--rounds", str(rounds)]
+def measure_in_child(num_clients: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs `measure` in a fresh process; settings are its other arguments."""
+    command = [sys.executable, "-m", "benchmarks.clients", "--clients", str(num_clients), "--here"]
+    for name, value in settings.items():
+        command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(
-        [*command, "--size", size, "--here"], stdout=subprocess.PIPE, check=False, text=True, cwd=Path(__file__).parents[1]
+        command, stdout=subprocess.PIPE, check=False, text=True, cwd=Path(__file__).parents[1]
     )
     if done.returncode != 0:
         raise SystemExit(f"{num_clients} clients: the child process failed with status {done.returncode}.")
@@ -144,7 +149,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     settings = result["settings"]
     console.print(
-        f"Cohort {COHORT}; {settings['rounds']} rounds of 4 local steps x 4 sequences x {LENGTH} tokens a client; "
+        f"{settings['strategy']}, cohort {settings['cohort']}, {settings['at_once'] or 'all'} at once; "
+        f"{settings['rounds']} rounds of 4 local steps x 4 sequences x {LENGTH} tokens a client; "
         f"model {settings['size']}, vocabulary {VOCAB}; about {MEAN_BLOCKS} blocks a client.",
         highlight=False,
     )
@@ -157,23 +163,27 @@ def main() -> None:
                         help="how many clients exist (default: 10 1000 10000)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds; one more is run first (default: 20)")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="fast: for debugging this program")
+    parser.add_argument("--cohort", type=int, default=8, metavar="C", help="clients a round (default: 8)")
+    parser.add_argument("--at-once", type=int, metavar="C", help="how many of them side by side (default: all)")
+    parser.add_argument("--strategy", choices=["parallel", "fedavg"], default="parallel", help="(default: parallel)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a child: measure, print JSON
     args = parser.parse_args()
-    if min(args.clients) < 1 or args.rounds < 1:
-        parser.error("--clients and --rounds: accepted: at least 1")
+    if min(*args.clients, args.rounds, args.cohort, args.at_once or 1) < 1:
+        parser.error("--clients, --rounds, --cohort and --at-once: accepted: at least 1")
+    settings = {name: getattr(args, name) for name in ("rounds", "size", "cohort", "at_once", "strategy")}
     if args.here:
-        print(json.dumps(measure(args.clients[0], args.rounds, args.size)))
+        print(json.dumps(measure(args.clients[0], **settings)))
         return
     facts = machine.facts(machine.limit_cores(None))
     runs = []
     for n in args.clients:
         Console(stderr=True).print(f"{n:,} clients ...", style="dim")
-        runs.append(measure_in_child(n, args.rounds, args.size))
+        runs.append(measure_in_child(n, settings))
     result = {
         "benchmark": "clients",
         "machine": facts,
-        "settings": {"clients": args.clients, "rounds": args.rounds, "size": args.size, "cohort": COHORT},
+        "settings": {"clients": args.clients, **settings},
         "runs": runs,
     }
     if args.json:
