@@ -52,8 +52,10 @@ def side(name="a", losses=(4.0, 3.0, 2.0), guess=4.0):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_runs_from_end_to_end(name, tmp_path):
-    """Both suites on this CPU, the gpu suite in bfloat16. Compiling has a test of its own; so have `merged` and `sequential`,
-    with the SplitFed loops: they take seconds to compile."""
+    """Both suites on this CPU, the gpu suite in bfloat16.
+
+    Compiling has a test of its own; `merged` and `sequential`, which take seconds to compile, are tested with SplitFed.
+    """
     out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png", "md")}
     args = command.parse([
         "--suite", name, "--size", "fast", "--samples", "1", "--processes", "one", "--no-memory",
@@ -89,18 +91,30 @@ def test_a_suite_runs_from_end_to_end(name, tmp_path):
 
 
 def test_sides_in_processes_of_their_own():
-    """Compiling is timed in a fresh process, and a pair may live in two: with their memory, which ends with them."""
+    """A pair may live in two processes: with their memory, which ends with them."""
     bench = measure.Bench({"tiny": SMALLEST}, samples=1, processes="two")
-    compiling = bench.measure(pairs.Row("compiling", "centralized", target=600.0, size="tiny", kind="seconds"))
-    assert compiling["met"] and 0 < compiling["value"] < 600
-    row = pairs.Row("V2/gather", "v2-gather", "gather", size="tiny")
+    row = pairs.Row("centralized/V2", "centralized", "v2-gather", size="tiny")
     result = json.loads(json.dumps(bench.measure(row)))
-    assert result["value"] > 0 and result["a"] == "torch SplitFed V2, gather"
+    assert result["value"] > 0 and result["b"] == "torch SplitFed V2, gather"
+    assert [s["key"] for s in bench.facts()] == ["centralized", "v2-gather"]
     assert all(s["peak_bytes"] > 0 for s in bench.facts())
     with pytest.raises(RuntimeError, match="freed"):
-        bench.sides["tiny", "gather"].run()
+        bench.sides["tiny", "v2-gather"].run()
     failed = bench.measure(pairs.Row("none", "nonsense", "gather", size="tiny"))
     assert "accepted: centralized" in failed["failed"]
+
+
+def test_compiling_is_timed_in_fresh_processes(monkeypatch):
+    closed = []
+
+    def remote(name, size):
+        return dataclasses.replace(side(name), compile_seconds=19.0 + len(closed), close=lambda: closed.append(name))
+
+    monkeypatch.setattr(measure.worker, "remote_side", remote)
+    row = pairs.Row("compiling", "parallel", target=20.0, size="tiny", kind="seconds")
+    result = measure.Bench({"tiny": SMALLEST}, samples=7).measure(row)
+    assert result["values"] == [19.0, 20.0, 21.0] and closed == ["parallel"] * 3
+    assert not result["met"] and tables.verdict(result) == "missed by 0.0 s"
 
 
 @pytest.mark.parametrize("version, strategy", [("v1", "merged"), ("relay", "sequential")])
