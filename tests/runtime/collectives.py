@@ -1,4 +1,4 @@
-"""What devices say to one another in a compiled program."""
+"""What devices say to one another when a compiled program runs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,39 @@ from collections import Counter
 OPS = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
 
 
-def count_collectives(hlo: str) -> dict[str, Counter]:
-    """Counts the collectives of an HLO text by where they are: "round", once, or "step", in the body of a loop.
+def count_collectives(hlo: str) -> Counter:
+    """Counts the collectives that one run of an HLO text executes, by kind.
 
-    One that starts and ends as two operations counts once; how many arrays it carries doesn't count.
+    One in a loop counts as often as the loop goes round. One that starts and ends as two operations counts once; how many
+    arrays it carries doesn't count.
+
+    Raises:
+      ValueError: if collectives are in a loop of unknown length.
     """
-    bodies = set(re.findall(r"\bbody=%?([\w.-]+)", hlo))
-    calls: dict[str, set[str]] = {}  # computation -> those it calls
-    found: dict[str, Counter] = {}
-    where, entry = "", ""
+    own: dict[str, Counter] = {}  # computation -> the collectives in it
+    calls: dict[str, list[tuple[str, int]]] = {}  # computation -> those it calls, and how often (0: who knows)
+    name, entry = "", ""
     for line in hlo.splitlines():
-        begins = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) )?->.*\{$|(ENTRY )?%?([\w.-]+) \{$", line)
+        begins = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$", line)
         if begins:
-            where = begins.group(2) or begins.group(4)
-            entry = where if line.startswith("ENTRY") else entry
-            calls[where], found[where] = set(), Counter()
-        elif where:
-            calls[where] |= set(re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)", line))
+            name = begins.group(2)
+            entry = name if begins.group(1) else entry
+            own[name], calls[name] = Counter(), []
+        elif name:
             op = re.search(rf"= .*? ({OPS})(?:-start)?\(", line)
             if op:
-                found[where][op.group(1)] += 1
-    assert entry, "this is no HLO module"
-    counts = {"round": Counter(), "step": Counter()}
+                own[name][op.group(1)] += 1
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            times = (int(trips.group(1)) if trips else 0) if " while(" in line else 1
+            calls[name] += [(called, times) for called in re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)", line)]
 
-    def visit(name: str, place: str) -> None:
-        counts[place].update(found.get(name, Counter()))
-        for called in calls.get(name, ()):
-            visit(called, "step" if called in bodies else place)
+    def executed(name: str) -> Counter:
+        total = Counter(own.get(name, {}))
+        for called, times in calls.get(name, ()):
+            inner = executed(called)
+            if inner and not times:
+                raise ValueError(f"{called} is a loop of unknown length")
+            total.update({op: n * times for op, n in inner.items()})
+        return total
 
-    visit(entry, "round")
-    return counts
+    return executed(entry)
