@@ -69,7 +69,7 @@ def round_side(size: Size, strategy: str, local_steps: int) -> Side:
 
     return Side(
         f"fedbert_jax {strategy}, {local_steps} local step{'s' * (local_steps > 1)}", size.tokens * local_steps, run,
-        guess_loss(size.vocab), initial, compile_seconds, flops=flops.per_token(size, last_layer_pruned=True),
+        guess_loss(size.vocab, size.hidden), initial, compile_seconds, flops=flops.per_token(size, last_layer_pruned=True),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class Side:
     name: str
     tokens: int
     run: Callable[[], float]
-    guess: float  # ln(vocabulary size): the loss of knowing nothing
+    guess: float  # the loss of knowing nothing
     initial_loss: float
     compile_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Side:
     def check(self) -> None:
         """Raises unless this side starts at a guess and learns, so that nobody measures a broken program."""
         if not abs(self.initial_loss - self.guess) < 0.15:
-            raise RuntimeError(f"{self.name}: first loss {self.initial_loss:.3f}, expected ln(V) = {self.guess:.3f}.")
+            raise RuntimeError(f"{self.name}: first loss {self.initial_loss:.3f}, expected {self.guess:.3f}, a guess.")
         while not self.losses[-1] < self.initial_loss - 0.05:
             if len(self.losses) >= 32:
                 raise RuntimeError(f"{self.name}: the loss does not fall: {self.initial_loss:.3f}, then {self.losses}.")
@@ -171,6 +171,9 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def guess_loss(vocab_size: int) -> float:
-    """Returns the cross-entropy in nats of a uniform guess."""
-    return math.log(vocab_size)
+def guess_loss(vocab_size: int, hidden_size: int) -> float:
+    """Returns the cross-entropy in nats that an untrained model has: a uniform guess's and half its logits' variance.
+
+    Its last hidden states are normalised and its word table is drawn with BERT's standard deviation of 0.02.
+    """
+    return math.log(vocab_size) + 0.02**2 * hidden_size / 2

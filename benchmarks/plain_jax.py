@@ -108,6 +108,6 @@ def plain_side(size: Size, steps: int) -> Side:
         return float(sum(jax.device_get(losses)) / len(losses))
 
     return Side(
-        "plain JAX", size.tokens * steps, run, guess_loss(size.vocab), initial, compile_seconds,
+        "plain JAX", size.tokens * steps, run, guess_loss(size.vocab, size.hidden), initial, compile_seconds,
         flops=flops.per_token(size),
     )  # fmt: skip

@@ -140,7 +140,8 @@ def make_side(
     start = time.perf_counter()
     first = run_to_the_end()  # with torch.compile, most of it is the compiler's time
     seconds = time.perf_counter() - start
-    return Side(name, size.tokens * steps, run_to_the_end, guess_loss(size.vocab), initial, seconds, [first], count)
+    guess = guess_loss(size.vocab, size.hidden)
+    return Side(name, size.tokens * steps, run_to_the_end, guess, initial, seconds, [first], count)
 
 
 def device(size: Size) -> str:

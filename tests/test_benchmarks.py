@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 import re
@@ -35,12 +36,18 @@ CEILING = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    """The tests' matrices are tiny, and threads that wait for one another on a busy machine take longer than the work."""
+def few_threads_and_little_garbage():
+    """Threads that wait for one another on a busy machine take longer than the tests' tiny matrices, and the collections
+    between samples longer than the samples, if they look at all that the libraries' imports have made."""
     torch = pytest.importorskip("torch")
+    import benchmarks.torch_splitfed  # noqa: F401
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
