@@ -63,7 +63,7 @@ def make_sides(model: Path, glue: Path, rounds: int, root: Path) -> dict[str, Si
         data=dict(source=f"glue:SST-2@{glue}", tokenizer="", seq_len=128),
         model=dict(init_from=str(model), hidden_dropout=DROPOUT, attention_dropout=DROPOUT),
         federated=dict(strategy="centralized", batch_size=BATCH, local_steps=STEPS),
-        client_optimizer=adamw, server_optimizer=adamw, finetune=dict(epochs=3.0, warmup=0.0),
+        client_optimizer=adamw, server_optimizer=adamw, finetune=dict(epochs=20.0, warmup=0.0),
     ))  # fmt: skip
     tokenizer = load_tokenizer(str(model))
     config, start = ft.resolve(config, tokenizer)
@@ -71,7 +71,7 @@ def make_sides(model: Path, glue: Path, rounds: int, root: Path) -> dict[str, Si
     state, _ = tuning.init_state()
     ft.export(tuning, state, tokenizer, root / "start")
     lengths = {}  # a round of each padded length, to compile and to warm up with
-    for n in range(tuning.rounds):
+    for n in range(tuning.rounds // 10):  # two epochs
         lengths.setdefault(tuning.batches(n).tokens.shape[-1], n)
     for n in lengths.values():
         state, metrics = tuning.step(state, n)
