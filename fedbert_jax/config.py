@@ -235,7 +235,7 @@ HARMLESS = frozenset({
     "model.attention",
 })  # fmt: skip
 
-# Settings that fine-tuning does not have: refused, rather than passed over.
+# Settings of the round loop, which fine-tuning has of its own: refused, rather than passed over.
 UNUSED_IN_FINETUNING = (
     "federated.rounds", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
     "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
@@ -443,9 +443,10 @@ def validate(config: Config) -> None:
         f"a multiple of model.num_heads={sizes.num_heads}",
     )  # fmt: skip
 
+    mapped = f.strategy in ("local", "fedavg") or f.body != "pooled"
     need(
-        m.attention != "cudnn" or (m.attention_dropout == 0 and not tuning), "model.attention", m.attention,
-        "'auto' or 'xla' with task='finetune' or model.attention_dropout",
+        m.attention != "cudnn" or not (m.attention_dropout or tuning or mapped), "model.attention", m.attention,
+        "'auto' or 'xla' with task='finetune', model.attention_dropout, or bodies of clients' own",
     )  # fmt: skip
     if tuning:
         _validate_finetune(config, need)
@@ -529,7 +530,7 @@ def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], Non
     defaults, given = flatten(to_dict(Config())), flatten(to_dict(config))
     for key in UNUSED_IN_FINETUNING:
         need(given[key] == defaults[key], key, given[key],
-             f"its default, {defaults[key]!r}, with task='finetune', which has its own finetune.epochs and "
+             f"its default, {defaults[key]!r}, with task='finetune', which goes by finetune.epochs and "
              "finetune.warmup, and judges and saves once an epoch")  # fmt: skip
     need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
     for key, share in (("finetune.warmup", t.warmup), ("finetune.holdout", t.holdout)):

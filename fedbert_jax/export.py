@@ -6,6 +6,7 @@ Writes a trained model as a Hugging Face directory (config, safetensors, tokeniz
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from fedbert_jax import cli
@@ -31,6 +32,8 @@ def main() -> None:
         raise UserError(f"{args.workdir} is a run of fine-tuning, whose model is in {workdir.hf} already.")
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{args.workdir} has no checkpoints yet.")
+    # The parameters are the same, and this machine need not have the run's devices.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     checkpoints = Checkpoints(workdir.checkpoints)
     rounds = checkpoints.rounds()
     if not rounds or (args.round is not None and args.round not in rounds):

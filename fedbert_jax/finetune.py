@@ -94,13 +94,16 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
         while pending := [seed for seed in all_seeds if str(seed) not in results["seeds"]]:
             group = _next_group(pending, at_once, workdir)
             tuning = tuning.for_seeds(group)
-            state = _train_group(tuning, workdir, interrupts, console)
-            if state is None:
+            trained = _train_group(tuning, workdir, interrupts, console)
+            if trained is None:
                 console.print("stopped; the same command goes on from there")
                 return interrupts.exit_code
+            state, scores_of_all = trained
             if config.seed in group:
                 export(tuning, state, tokenizer, workdir.hf)
-            for seed, scores in zip(group, tuning.scores(state), strict=True):
+                shutil.rmtree(workdir.root / "predictions", ignore_errors=True)  # another model's, if there are any
+            results = {"seeds": results["seeds"]}  # without the summary of fewer seeds
+            for seed, scores in zip(group, scores_of_all, strict=True):
                 results["seeds"][str(seed)] = scores
                 console.print(f"  seed {seed}: {_show(scores)}", highlight=False)
             _write_results(workdir.root, results)
@@ -119,8 +122,13 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
 
 def _next_group(pending: Sequence[int], at_once: int, workdir: Workdir) -> tuple[int, ...]:
     """Returns the seeds to train next: those of a group that was interrupted, however many it has, or `at_once`."""
-    begun = (n for n in range(len(pending), 0, -1) if (workdir.checkpoints / _name(pending[:n])).is_dir())
-    return tuple(pending[: next(begun, at_once)])
+
+    def begun(group: Sequence[int]) -> bool:
+        folder = workdir.checkpoints / _name(group)
+        return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())  # a finished save
+
+    sizes = (n for n in range(len(pending), 0, -1) if begun(pending[:n]))
+    return tuple(pending[: next(sizes, at_once)])
 
 
 def _predict(tuning: Finetuning, workdir: Workdir) -> None:
@@ -190,9 +198,9 @@ def summarise(task: glue.Task, seeds: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path, which: int = 0) -> None:
-    """Writes a directory that `AutoModelForSequenceClassification` loads: the model of seed number `which`."""
-    client, server = jax.device_get(jax.tree.map(lambda x: x[which], state.model))
+def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path) -> None:
+    """Writes a directory that `AutoModelForSequenceClassification` loads: the model of the first of the seeds."""
+    client, server = jax.device_get(jax.tree.map(lambda x: x[0], state.model))
     task, card = tuning.data.task, huggingface.classifier_card(tuning.config, tuning.data.task.name)
     names = task.labels or ("score",)
     huggingface.save(
@@ -200,12 +208,17 @@ def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path, wh
     )
 
 
-def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, console: Console) -> State | None:
-    """Trains a group of seeds to its last round; None if it was interrupted. Checkpoints come after epochs and then."""
+def _train_group(
+    tuning: Finetuning, workdir: Workdir, interrupts: Interrupts, console: Console
+) -> tuple[State, list[dict[str, dict[str, float]]]] | None:
+    """Trains a group of seeds to its last round; returns the state and each seed's scores, None if it was interrupted.
+
+    Checkpoints come after epochs, and when it is interrupted.
+    """
     name = _name(tuning.seeds)
     checkpoints = Checkpoints(workdir.checkpoints / name, keep=1)
     log_path = workdir.root / f"metrics-{name}.jsonl"
-    done, finished = checkpoints.rounds(), 0
+    done, finished, scores = checkpoints.rounds(), 0, []
     losses: list[Any] = []  # [S] of each round since the last line of the log
     if done:
         state, meta = checkpoints.restore(done[-1], tuning.state_shape, tuning.state_sharding)
@@ -245,7 +258,7 @@ def _train_group(tuning: Finetuning, workdir: Any, interrupts: Interrupts, conso
                 if n + 1 < tuning.rounds:
                     checkpoints.save(n + 1, state, {"losses": []})
     checkpoints.close()
-    return state
+    return state, scores
 
 
 def _name(seeds: Sequence[int]) -> str:

@@ -18,7 +18,8 @@ from fedbert_jax.errors import ConfigError, UserError
 FLAGS = {
     "data.source": "--glue", "data.seq_len": "--max-length", "federated.batch_size": "--batch",
     "finetune.epochs": "--epochs", "finetune.seeds": "--seeds", "model.hidden_dropout": "--dropout",
-    "model.init_from": "--model",
+    "model.init_from": "--model", "client_optimizer.learning_rate": "--learning-rate",
+    "server_optimizer.learning_rate": "--learning-rate",
 }  # fmt: skip
 
 
@@ -60,13 +61,16 @@ def main() -> None:
         model = huggingface.sizes_of(huggingface.read_config(directory), args.model)
     configs = [_config(args, task.name, model) for task in tasks]
     # Before hours of work, not after: whatever else may be wrong.
+    for task in tasks:
+        check(task, args.glue, args.predict)
     if args.json:
+        new = not args.json.exists()
         try:
             args.json.open("a").close()
         except OSError as e:
             raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
-    for task in tasks:
-        check(task, args.glue, args.predict)
+        if new:
+            args.json.unlink()
     console, results = Console(highlight=False), {}
     for task, config in zip(tasks, configs, strict=True):
         workdir = args.workdir / task.name

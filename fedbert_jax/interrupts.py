@@ -19,6 +19,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._own = False  # whether this process was sent it, or heard of it from another
         self._old: dict[int, Any] = {}
         self._consensus = distributed.Consensus() if distributed.several() else None
         self._asked: jax.Array | None = None
@@ -35,10 +36,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self._own:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
+        self.received, self._own = number, True
 
     def stop(self) -> bool:
         """Whether to begin no other round.

@@ -135,6 +135,8 @@ def _lock(root: Path) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise UserError(f"workdir {root} is in use by another run; wait for it or give another --workdir.") from e
+    except OSError as e:
+        raise UserError(f"workdir {root} can't be locked ({e.strerror}); give one on a file system with locks.") from e
     return lock
 
 

@@ -223,7 +223,9 @@ def test_a_group_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
     """However many seeds this machine would train at once, or the command now asks for."""
     workdir = Workdir(tmp_path)
     assert ft._next_group([2, 3, 4], 1, workdir) == (2,) and ft._next_group([2, 3, 4], 8, workdir) == (2, 3, 4)
-    (workdir.checkpoints / "seeds-2-3").mkdir(parents=True)
+    (workdir.checkpoints / "seeds-2-3").mkdir(parents=True)  # it never got as far as a checkpoint: out of memory, say
+    assert ft._next_group([2, 3, 4], 1, workdir) == (2,)
+    (workdir.checkpoints / "seeds-2-3" / "8").mkdir()
     assert ft._next_group([2, 3, 4], 1, workdir) == (2, 3) == ft._next_group([2, 3, 4], 8, workdir)
     assert ft._next_group([4], 8, workdir) == (4,)
 

@@ -122,6 +122,7 @@ def test_a_mistake_in_the_data_leaves_the_command_with_2(config_file, tmp_path):
         (dict(model=dict(init_from="somewhere")), r"data\.tokenizer='train:4096'.*the checkpoint's own"),
         (dict(federated=dict(strategy="local", client_optimizer_state="reset")), "averages nothing"),
         (dict(federated=dict(strategy="sequential", clients_at_once=2)), r"federated\.clients_at_once=2: accepted: None"),
+        (dict(federated=dict(strategy="local"), model=dict(attention="cudnn")), "model.attention=.cudnn.: accepted: .auto."),
         (dict(federated=dict(clients_at_once=0)), "clients_at_once=0: accepted: an integer of at least 1"),
         (dict(federated=dict(strategy="sequential"), aggregator=dict(momentum=0.9)), "averages nothing"),
         (dict(aggregator=dict(learning_rate=-1.0)), r"aggregator\.learning_rate"),

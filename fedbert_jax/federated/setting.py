@@ -162,8 +162,18 @@ def all_turns(
     return model, opt, jax.tree.map(lambda m: jnp.mean(inputs.weights @ m), metrics)
 
 
+def slices(cohort: int, at_once: int | None, devices: int) -> tuple[int, int]:
+    """Returns into how many slices a cohort is divided, and their size, which the devices divide.
+
+    Their product is what the cohort is padded to; of a cohort padded already it is the cohort.
+    """
+    up = lambda n: n + -n % devices  # noqa: E731
+    count = -(-cohort // up(at_once or cohort))
+    return count, up(-(-cohort // count))
+
+
 def over_slices(s: Setting, fn: Callable[[Any], tuple[Any, Any]], per_client: Any) -> tuple[Any, Any]:
-    """Runs `fn` on the whole cohort, or on one slice after another, of `clients_at_once` clients at most.
+    """Runs `fn` on the whole cohort, or on one slice after another, of `clients_at_once` clients or a few more.
 
     Args:
       s: the setting.
@@ -174,13 +184,12 @@ def over_slices(s: Setting, fn: Callable[[Any], tuple[Any, Any]], per_client: An
     Returns:
       The same pair for the whole cohort.
     """
-    cohort = jax.tree.leaves(per_client)[0].shape[0]
-    at_once = min(s.config.federated.clients_at_once or cohort, cohort)
-    count = next(n for n in range(-(-cohort // at_once), cohort + 1) if cohort % n == 0)  # of slices, equally large
+    cohort, mesh = jax.tree.leaves(per_client)[0].shape[0], jax.sharding.get_abstract_mesh()
+    count, size = slices(cohort, s.config.federated.clients_at_once, 1 if mesh.empty else mesh.shape["data"])
     if count == 1:
         return fn(per_client)
     # A slice is every count-th client, so that each of the devices that share the cohort out has some.
-    apart = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
+    apart = lambda x: jnp.swapaxes(x.reshape(size, count, *x.shape[1:]), 0, 1)  # noqa: E731
     together = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
     join = lambda a, b: a + b if jnp.issubdtype(a.dtype, jnp.floating) else b  # noqa: E731
 

@@ -111,7 +111,8 @@ class SelfAttention(nnx.Module):
         q, k, v = (r.reshape(batch, r.shape[0] // batch, self.num_heads, -1) for r in rows)  # [B, M or T, H, D/H]
         mask = None if mask is None else mask[:, None, None, :].astype(bool)  # [B, 1, 1, T]
         if keys is None or self.dropout_rate == 0.0:
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if self.flash else None)
+            flash = self.flash and mask is None  # a mask [B, 1, 1, T] is none of cuDNN's
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if flash else None)
         else:  # the fused kernels have no dropout on the probabilities
             scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
             if mask is not None:

@@ -20,7 +20,7 @@ from fedbert_jax.data.blocks import TokenBlocks
 from fedbert_jax.data.masking import MaskSpec, num_masked
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.evaluation import EvalSet, Scores, make_eval_set, make_evaluate, scores
-from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
+from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State, slices
 from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
@@ -99,11 +99,10 @@ class Simulation:
         )
         self.strategy = STRATEGIES[f.strategy](self.setting)
         # Clients are spread over `data`, slice by slice: a cohort that doesn't divide is padded with clients of weight 0.
-        data = mesh.shape["data"]
-        at_once = min(f.clients_at_once or self.cohort, self.cohort)
         own_state = f.body == "private" or f.client_optimizer_state == "keep"  # [N, ...], which must stay N
         padded = f.strategy in ("parallel", "fedavg") and not own_state
-        self.padding = -self.cohort % (at_once + -at_once % data) if padded else 0
+        count, size = slices(self.cohort, f.clients_at_once, mesh.shape["data"])
+        self.padding = count * size - self.cohort if padded else 0
         store = config.data.store
         if store == "device" and jax.process_count() > 1:
             raise ConfigError("config key data.store='device': accepted with several processes: 'auto' or 'memmap'.")

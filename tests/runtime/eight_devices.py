@@ -34,7 +34,8 @@ RESTORED = [(2, 4), (8, 1), (1, 1)]  # what was saved on the first mesh
 def build(strategy: str, body: str, local_steps: int, data: int, model: int):
     config = tiny_config(
         federated=dict(
-            strategy=strategy, body=body, local_steps=local_steps, num_clients=5, batch_size=8, rounds=2
+            strategy=strategy, body=body, local_steps=local_steps, num_clients=5, batch_size=8, rounds=2,
+            clients_at_once=4 if strategy == "fedavg" and data > 1 else None,  # on devices, two slices equal one
         ),
         mesh=dict(data=data, model=model),
         model=dict(hidden_dropout=0.1, num_heads=4, vocab_size=64),

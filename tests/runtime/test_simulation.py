@@ -11,6 +11,7 @@ from tiny import VOCAB, assert_trees_close, make_simulation, random_blocks, tiny
 
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.evaluation import make_eval_set, scores
+from fedbert_jax.federated.setting import slices
 from fedbert_jax.runtime.simulation import resolve_attention
 
 
@@ -67,6 +68,16 @@ def test_a_cohort_in_slices_of_any_size(strategy):
     )  # fmt: skip
     np.testing.assert_allclose(sliced[1], whole[1], rtol=1e-6)
     assert_trees_close(sliced[0], whole[0], atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "cohort, at_once, devices, expected",
+    [(8, None, 1, (1, 8)), (5, None, 4, (1, 8)), (9, 8, 1, (2, 5)), (1000, 300, 1, (4, 250)), (8, 4, 8, (1, 8)),
+     (20, 3, 4, (5, 4)), (7, 1, 1, (7, 1)), (2, 8, 1, (1, 2))],
+)  # fmt: skip
+def test_slices_are_few_and_shared_out_by_the_devices(cohort, at_once, devices, expected):
+    assert slices(cohort, at_once, devices) == expected
+    assert slices(expected[0] * expected[1], at_once, devices) == expected  # once padded, it stays as it is
 
 
 def test_attention_is_the_compilers_where_cudnn_is_not():
