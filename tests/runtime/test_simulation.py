@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, assert_trees_close, make_simulation, random_blocks, tiny_config
 
+from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.evaluation import make_eval_set, scores
 from fedbert_jax.federated.setting import slices
@@ -40,7 +41,7 @@ def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
     assert all(np.array_equal(a, b) for a, b in zip(wanted, again, strict=True))
 
 
-def test_one_program_a_run_over_changing_cohorts_and_evaluations(caplog):
+def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog, tmp_path):
     """Nothing is compiled again, and nothing moves between host and device but by `device_put`."""
     config = tiny_config(federated=dict(num_clients=5, clients_per_round=2, rounds=6))
     simulation = make_simulation(config, clients=5)
@@ -52,6 +53,12 @@ def test_one_program_a_run_over_changing_cohorts_and_evaluations(caplog):
             state, _ = simulation.run_round(state, n)
             simulation.evaluate(state)
     compiled = [r.message for r in caplog.records if "Compiling" in r.message]
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(6, state, {})
+    checkpoints.wait()
+    state, _ = checkpoints.restore(6, simulation.state_shape, simulation.state_sharding)
+    simulation.run_round(state, 6)
+    checkpoints.close()
     simulation.close()
     assert compiled == []
     assert simulation.compiled() == 1
