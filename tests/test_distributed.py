@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from fedbert_jax import distributed
 from fedbert_jax.errors import ConfigError
+from fedbert_jax.interrupts import Interrupts
 
 TIMES = {"seconds", "tokens_per_second"}
 RUN = (
@@ -206,3 +207,11 @@ def test_one_process_waits_for_nobody():
     assert distributed.first() and not distributed.several()
     assert distributed.share(lambda: "mine") == "mine"
     distributed.check_same("config", {"seed": 1})
+
+
+def test_a_signal_that_another_process_told_of_first_does_not_end_this_one():
+    """`tpu_vm.sh stop` signals one host after another; this one may be saving its checkpoint by then."""
+    with Interrupts() as interrupts:
+        interrupts.received = signal.SIGTERM  # as `settle` leaves it
+        signal.raise_signal(signal.SIGTERM)  # its own first: were it taken for the second, this would be the end
+        assert interrupts.settle() == signal.SIGTERM and interrupts.exit_code == 143
