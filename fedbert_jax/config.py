@@ -54,6 +54,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     unroll_layers: bool = True  # False scans over the layers: smaller programs, quicker compiles, slower steps on CPU
     remat: Literal["none", "dots", "full"] = "none"  # what the body's backward pass computes again
+    logits_at_once: int | None = None  # at how many of a client's masked positions logits exist at a time; None: at all
 
 
 @dataclass(frozen=True)
@@ -232,14 +233,21 @@ class Config:
 HARMLESS = frozenset({
     "resume", "fill_mask", "federated.rounds", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
     "eval.every_rounds", "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
-    "model.attention",
+    "model.attention", "model.logits_at_once",
 })  # fmt: skip
 
-# Settings of the round loop, which fine-tuning has of its own: refused, rather than passed over.
-UNUSED_IN_FINETUNING = (
-    "federated.rounds", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
-    "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
-)  # fmt: skip
+# Settings that fine-tuning doesn't have: refused, rather than passed over. By what it has or does instead.
+UNUSED_IN_FINETUNING = {
+    "goes by finetune.epochs and finetune.warmup, and judges and saves once an epoch": (
+        "federated.rounds", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
+        "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
+    ),
+    "reads labelled examples, and masks nothing": (
+        "mlm.mask_prob", "mlm.whole_word", "model.logits_at_once", "data.lowercase", "data.eval_fraction", "data.documents",
+        "data.document_start", "data.text_field", "data.client_field", "data.client_pattern", "data.split",
+        "data.deduplicate", "data.small_clients", "data.store", "data.cache_dir", "eval.max_clients", "eval.max_blocks",
+    ),
+}  # fmt: skip
 # A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
 EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})
 
@@ -388,7 +396,7 @@ def validate(config: Config) -> None:
         "federated.clients_per_round", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
         "eval.every_rounds", "eval.batch_size", "eval.max_clients", "eval.max_blocks", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.intermediate_size", "model.vocab_size", "model.type_vocab_size",
-        "client_optimizer.decay_steps", "server_optimizer.decay_steps", "mesh.model",
+        "client_optimizer.decay_steps", "server_optimizer.decay_steps", "mesh.model", "model.logits_at_once",
     )  # fmt: skip
     for key in at_least_1:
         need(flat[key] is None or flat[key] >= 1, key, flat[key], "an integer of at least 1")
@@ -528,10 +536,10 @@ def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], Non
     need(0 < t.epochs < float("inf"), "finetune.epochs", t.epochs, "a number above 0")
     need(t.seeds >= 1, "finetune.seeds", t.seeds, "an integer of at least 1")
     defaults, given = flatten(to_dict(Config())), flatten(to_dict(config))
-    for key in UNUSED_IN_FINETUNING:
-        need(given[key] == defaults[key], key, given[key],
-             f"its default, {defaults[key]!r}, with task='finetune', which goes by finetune.epochs and "
-             "finetune.warmup, and judges and saves once an epoch")  # fmt: skip
+    for instead, keys in UNUSED_IN_FINETUNING.items():
+        for key in keys:
+            need(given[key] == defaults[key], key, given[key],
+                 f"its default, {defaults[key]!r}, with task='finetune', which {instead}")  # fmt: skip
     need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
     for key, share in (("finetune.warmup", t.warmup), ("finetune.holdout", t.holdout)):
         need(0.0 <= share < 1.0, key, share, "a number from 0 to below 1")

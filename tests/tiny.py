@@ -33,7 +33,7 @@ def tiny_config(**changes: Any) -> config_lib.Config:
         mlm=dict(mask_prob=0.25),
     )
     if changes.get("task") == "finetune":  # which has none of these
-        del values["federated"]["rounds"]
+        del values["federated"]["rounds"], values["mlm"]
         for optimizer in ("client_optimizer", "server_optimizer"):
             del values[optimizer]["warmup_steps"]
     for section, keys in changes.items():

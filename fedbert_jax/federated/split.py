@@ -87,7 +87,7 @@ def split_step(
     # Client: predict at the masked positions, and the head's backward pass.
     def client_loss(params: Params, received: jax.Array, b: MaskedBatch, key: jax.Array | None) -> jax.Array:
         at_masked = received if positions_up is not None else take_positions(received, b.positions)
-        return segments.loss(segments.predict(params, at_masked, key), b.labels, b.weights)
+        return segments.loss(params, at_masked, b.labels, b.weights, key)
 
     head = jax.vmap(jax.value_and_grad(client_loss, (0, 1)), (own, 0, 0, 0))
     with jax.named_scope("predict"):
@@ -123,8 +123,10 @@ def joined_loss(
 
     With the same key, dropout draws are those of `split_step`.
     """
-    logits = joined_logits(segments, client_params, server_params, batch, key)
-    return segments.loss(logits, batch.labels, batch.weights)
+    keys = None if key is None else key[None]
+    z = _joined_hidden(segments, client_params, server_params, batch, keys)
+    with jax.named_scope("predict"):
+        return segments.loss(client_params, z, batch.labels, batch.weights, fold_in(keys, HEAD))
 
 
 def joined_logits(
@@ -132,13 +134,20 @@ def joined_logits(
 ) -> jax.Array:
     """Returns the uncut model's logits [B, M, ...] at the positions of one client's batch [B, ...]."""
     keys = None if key is None else key[None]
+    z = _joined_hidden(segments, client_params, server_params, batch, keys)
+    with jax.named_scope("predict"):
+        return segments.predict(client_params, z, fold_in(keys, HEAD))
+
+
+def _joined_hidden(
+    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, keys: jax.Array | None
+) -> jax.Array:
+    """Returns the body's output [B, M, D] at the positions of one client's batch; keys are [1]."""
     with jax.named_scope("embed"):
         h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED), batch.token_types)
     with jax.named_scope("transform"):
         mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
-        z = segments.transform(server_params, h, fold_in(keys, BODY), mask, batch.positions)
-    with jax.named_scope("predict"):
-        return segments.predict(client_params, z, fold_in(keys, HEAD))
+        return segments.transform(server_params, h, fold_in(keys, BODY), mask, batch.positions)
 
 
 def attention_mask(lengths: jax.Array, size: int) -> jax.Array:

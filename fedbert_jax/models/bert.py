@@ -33,7 +33,8 @@ class Segments(NamedTuple):
     # (server_params, h [B, T, D], keys=None, attention_mask=None, positions [B, M]=None) -> [B, M, D]; without, [B, T, D]
     transform: Callable[..., jax.Array]
     predict: Callable[..., jax.Array]  # (client_params, z [B, M, D], keys=None) -> float32 logits [B, M, V or outputs]
-    loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (logits, labels [B, M], weights [B, M]) -> the mean
+    # (client_params, z [B, M, D], labels [B, M], weights [B, M], keys=None) -> the mean loss of what `predict` gives
+    loss: Callable[..., jax.Array]
 
 
 def make_segments(
@@ -100,25 +101,12 @@ def make_segments(
     def predict(client_params: Params, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         return nnx.merge(client_def, client_params).predict(z.astype(compute_dtype), keys)
 
-    return Segments(config, init, embed, transform, predict, squared_error if outputs == 1 else cross_entropy)
+    def loss(
+        client_params: Params, z: jax.Array, labels: jax.Array, weights: jax.Array, keys: jax.Array | None = None
+    ) -> jax.Array:
+        return nnx.merge(client_def, client_params).loss(z.astype(compute_dtype), labels, weights, keys)
 
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the mean cross-entropy in nats over positions of weight 1.
-
-    Args:
-      logits: float32 [B, M, V], V classes (for masked language modelling, tokens).
-      labels: int32 [B, M].
-      weights: float32 [B, M]; 0 marks a position that only pads the block to M.
-    """
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1.0)
-
-
-def squared_error(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the mean squared error of outputs [B, M, 1] against float32 labels [B, M] over positions of weight 1."""
-    return jnp.sum((outputs[..., 0] - labels) ** 2 * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    return Segments(config, init, embed, transform, predict, loss)
 
 
 def count_parameters(params: Params) -> int:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from fedbert_jax.config import ModelConfig
+from fedbert_jax.models.losses import chunked_cross_entropy, cross_entropy, squared_error
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
@@ -194,8 +195,12 @@ class MlmHead(nnx.Module):
         self.norm = LayerNorm(config, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,)))
 
+    def features(self, z: jax.Array) -> jax.Array:
+        """Maps hidden states [R, D] to what the decoder multiplies, [R, D]."""
+        return self.norm(gelu(self.dense(z)))
+
     def __call__(self, z: jax.Array, table: jax.Array) -> jax.Array:
-        x = self.norm(gelu(self.dense(z)))
+        x = self.features(z)
         contract = (((1,), (1,)), ((), ()))
         logits = jax.lax.dot_general(x, table.astype(x.dtype), contract, preferred_element_type=jnp.float32)
         return logits + self.bias[None, :]
@@ -207,7 +212,7 @@ class ClientSegment(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.head = MlmHead(config, dtype=dtype, rngs=rngs)
-        self.dtype = dtype
+        self.dtype, self.logits_at_once = dtype, config.logits_at_once
 
     def embed(self, tokens: jax.Array, token_types: jax.Array | None, keys: jax.Array | None) -> jax.Array:
         return self.embeddings(tokens, token_types, keys).astype(self.dtype)
@@ -215,6 +220,14 @@ class ClientSegment(nnx.Module):
     def predict(self, z: jax.Array, keys: jax.Array | None) -> jax.Array:
         del keys  # the MLM head has no dropout
         return self.head(z.reshape(-1, z.shape[-1]), self.embeddings.word.embedding[...]).reshape(*z.shape[:-1], -1)
+
+    def loss(self, z: jax.Array, labels: jax.Array, weights: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """The mean cross-entropy of the logits at z [B, M, D]; there may be more of them than memory holds at a time."""
+        if self.logits_at_once is None:
+            return cross_entropy(self.predict(z, keys), labels, weights)
+        x = self.head.features(z.reshape(-1, z.shape[-1]))
+        table, bias = self.embeddings.word.embedding[...], self.head.bias[...]
+        return chunked_cross_entropy(x, table, bias, labels.reshape(-1), weights.reshape(-1), self.logits_at_once)
 
 
 class ClassifierSegment(nnx.Module):
@@ -229,7 +242,7 @@ class ClassifierSegment(nnx.Module):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.pooler = nnx.Linear(size, size, kernel_init=init, dtype=dtype, rngs=rngs)
         self.classifier = nnx.Linear(size, outputs, kernel_init=init, dtype=jnp.float32, rngs=rngs)
-        self.dropout_rate, self.dtype = config.hidden_dropout, dtype
+        self.dropout_rate, self.dtype, self.outputs = config.hidden_dropout, dtype, outputs
 
     def embed(self, tokens: jax.Array, token_types: jax.Array | None, keys: jax.Array | None) -> jax.Array:
         return self.embeddings(tokens, token_types, keys).astype(self.dtype)
@@ -237,3 +250,8 @@ class ClassifierSegment(nnx.Module):
     def predict(self, z: jax.Array, keys: jax.Array | None) -> jax.Array:
         pooled = dropout(jnp.tanh(self.pooler(z)), self.dropout_rate, keys)  # [B, M, D], M = 1
         return self.classifier(pooled.astype(jnp.float32))
+
+    def loss(self, z: jax.Array, labels: jax.Array, weights: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """The mean cross-entropy of `predict`'s classes, or the mean squared error of its one output."""
+        mean = squared_error if self.outputs == 1 else cross_entropy
+        return mean(self.predict(z, keys), labels, weights)

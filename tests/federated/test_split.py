@@ -14,8 +14,9 @@ from fedbert_jax.config import WireConfig
 from fedbert_jax.data.masking import MaskedBatch, mask_blocks
 from fedbert_jax.federated import split
 from fedbert_jax.federated.split import joined_loss
-from fedbert_jax.models.bert import cross_entropy, make_segments
+from fedbert_jax.models.bert import make_segments
 from fedbert_jax.models.layers import take_positions
+from fedbert_jax.models.losses import cross_entropy
 from fedbert_jax.wire import message_bytes, traffic
 
 WEIGHTS = jnp.array([0.5, 0.2, 0.3])

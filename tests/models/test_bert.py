@@ -10,8 +10,9 @@ from tiny import assert_trees_close, tiny_config
 
 from fedbert_jax import huggingface
 from fedbert_jax.config import PRESETS, ModelConfig, resolve_model
-from fedbert_jax.models.bert import count_parameters, cross_entropy, make_segments
+from fedbert_jax.models.bert import count_parameters, make_segments
 from fedbert_jax.models.layers import dropout
+from fedbert_jax.models.losses import cross_entropy
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
