@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "that ends while the other runs, where the device's memory doesn't hold both")  # fmt: skip
     add("--no-memory", action="store_true",
         help="with one process: don't start each side once more to see its peak memory")  # fmt: skip
+    add("--add-memory", action="store_true", help="measure no row: only the peak memory that sides in the record lack")
     add("--threads", type=int, help="cores to use, by JAX and torch alike (default: all)")
     add("--size", choices=("fast",), help="fast: all rows at a tiny size on any device, to debug this program")
     args = parser.parse_args(arguments)
@@ -60,6 +61,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.sizes[name] = dataclasses.replace(args.sizes[name], batch=int(number))
     args.all_rows = suite.rows_at(fast)
     args.rows = [r for r in args.all_rows if not args.only or any(part in f"{r.size}: {r.name}" for part in args.only)]
+    if args.add_memory and not (args.json and args.json.exists()):
+        parser.error(f"--add-memory: accepted with --json FILE, a record that is there, not {args.json}")
     if not args.rows:
         names = "; ".join(f"{r.size}: {r.name}" for r in args.all_rows)
         parser.error(f"--only {' '.join(args.only)}: accepted: parts of {names}")
@@ -91,7 +94,11 @@ def run(args: argparse.Namespace, ceiling: dict[str, Any], cores: int, console: 
         if args.json:
             args.json.write_text(json.dumps(record, indent=1) + "\n")
 
-    measure.run(bench, record, args.rows, save)
+    if args.add_memory:
+        del record["machines"][facts["date"]]  # it dates no row
+        measure.add_memory(record, args.sizes, args.rows, save, note)
+    else:
+        measure.run(bench, record, args.rows, save)
     suite = SUITES[args.suite]
     if args.results:
         tables.update_block(args.results, args.suite, tables.report(suite, record, args.all_rows))

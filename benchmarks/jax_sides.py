@@ -32,12 +32,13 @@ class Started(NamedTuple):
     compile_seconds: float  # tracing, lowering and compiling
 
 
-def start_round(size: Size, strategy: str, local_steps: int) -> Started:
+def start_round(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Started:
     """Compiles a strategy's round of `local_steps` steps: masking, both optimizers and averaging, with donated state.
 
-    `centralized` trains the same C * B sequences a step as one batch. `merged` is `parallel` with a body a client.
+    `centralized` trains the same C * B sequences a step as one batch. `merged` is `parallel` with a body a client. With
+    `chunks`, a client's logits exist in so many parts, one at a time.
     """
-    setting = make_setting(size, strategy, local_steps)
+    setting = make_setting(size, strategy, local_steps, chunks)
     chosen = STRATEGIES[setting.config.federated.strategy](setting)
     tokens = random_blocks(size, local_steps)
     if strategy == "centralized":
@@ -52,9 +53,9 @@ def start_round(size: Size, strategy: str, local_steps: int) -> Started:
     return Started(compiled, state, inputs, time.perf_counter() - start)
 
 
-def round_side(size: Size, strategy: str, local_steps: int) -> Side:
+def round_side(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Side:
     """Makes a side of `start_round`."""
-    compiled, state, inputs, compile_seconds = start_round(size, strategy, local_steps)
+    compiled, state, inputs, compile_seconds = start_round(size, strategy, local_steps, chunks)
     initial = float(_loss_of(size)(fresh_model(size), inputs.tokens[0].reshape(size.rows, size.length)))
     rounds = 0
 
@@ -68,20 +69,25 @@ def round_side(size: Size, strategy: str, local_steps: int) -> Side:
         return float(jax.device_get(metrics.loss))
 
     return Side(
-        f"fedbert_jax {strategy}, {local_steps} local step{'s' * (local_steps > 1)}", size.tokens * local_steps, run,
+        f"fedbert_jax {strategy}, {local_steps} local step{'s' * (local_steps > 1)}" + ", logits in chunks" * (chunks > 1),
+        size.tokens * local_steps, run,
         guess_loss(size.vocab, size.hidden), initial, compile_seconds, flops=flops.per_token(size, last_layer_pruned=True),
     )  # fmt: skip
 
 
-def make_setting(size: Size, strategy: str, local_steps: int) -> Setting:
+def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Setting:
     """Builds what a strategy is made from, with AdamW at a constant rate and no clipping in both segments."""
     adamw = dict(
         name="adamw", learning_rate=size.learning_rate, schedule="constant", warmup_steps=0, clip_norm=None,
         weight_decay=WEIGHT_DECAY,
     )  # fmt: skip
     named = dict(strategy="parallel", body="merged") if strategy == "merged" else dict(strategy=strategy)
+    positions = (size.rows if strategy == "centralized" else size.batch) * size.masked  # of a client
     config = config_lib.from_dict(dict(
-        model=dict(hidden_size=size.hidden, num_layers=size.layers, num_heads=size.heads),
+        model=dict(
+            hidden_size=size.hidden, num_layers=size.layers, num_heads=size.heads,
+            logits_at_once=-(-positions // chunks) if chunks > 1 else None,
+        ),
         data=dict(seq_len=size.length),
         federated=dict(num_clients=size.clients, local_steps=local_steps, batch_size=size.batch, **named),
         client_optimizer=adamw,

@@ -143,6 +143,20 @@ def run(bench: Bench, record: Record, rows: Sequence[Row], save: Callable[[Recor
     return record
 
 
+def add_memory(
+    record: Record, sizes: Mapping[str, Size], rows: Sequence[Row], save: Callable[[Record], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Record:  # fmt: skip
+    """Starts each side of a record's `rows` that was measured without its peak memory once, for that, and returns it."""
+    asked = {(row.size, name) for row in rows for name in (row.a, row.b)}
+    for side in record["sides"]:
+        if side["peak_bytes"] is None and (side["size"], side["key"]) in asked:
+            note(f"{side['size']}: memory of {side['name']}")
+            side["peak_bytes"] = worker.peak_of(side["key"], sizes[side["size"]])
+            save(record)
+    return record
+
+
 def new_record(suite: str) -> Record:
     """Returns a record of nothing: the machines by date, the sizes, and what was measured of rows and sides."""
     return {"benchmark": "suite", "suite": suite, "machines": {}, "sizes": {}, "rows": [], "sides": []}

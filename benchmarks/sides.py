@@ -7,8 +7,9 @@ import shutil
 from benchmarks.pairs import Side
 from benchmarks.sizes import Size
 
-STRATEGIES = ("centralized", "parallel", "sequential", "merged")  # "-1" behind it: rounds of one local step
-JAX = (*STRATEGIES, *(f"{name}-1" for name in STRATEGIES), "plain")
+STRATEGIES = ("centralized", "parallel", "sequential", "merged")
+WAYS = ("", "-1", "-chunks")  # behind a strategy: rounds of one local step; logits at a quarter of the positions at a time
+JAX = (*(name + way for name in STRATEGIES for way in WAYS), "plain")
 TORCH = (
     "hf", "hf-loop", "hf-compiled", "gather", "gather-compiled", "split", "v1", "v1-gather", "v2", "v2-gather",
     "relay-gather",
@@ -24,8 +25,8 @@ def make_side(name: str, size: Size) -> Side:
     if name in JAX:
         from benchmarks.jax_sides import round_side
 
-        strategy, _, one = name.partition("-")
-        return round_side(size, strategy, int(one) if one else size.steps)
+        strategy, _, way = name.partition("-")
+        return round_side(size, strategy, 1 if way == "1" else size.steps, chunks=4 if way == "chunks" else 1)
     if name not in TORCH:
         raise ValueError(f"side {name!r}: accepted: {', '.join((*JAX, *TORCH))}.")
     from benchmarks import torch_sides

@@ -46,6 +46,7 @@ CPU = Suite("cpu", dtype="float32", processes="one", rows=(
     Row("centralized/HF, loop over clients", "centralized", "hf-loop", None, "small"),
     Row("parallel/centralized", "parallel", "centralized", 0.93, "small"),
     Row("parallel/centralized, averaging every step", "parallel-1", "centralized-1", 0.85, "small"),
+    Row("parallel, logits in chunks/parallel", "parallel-chunks", "parallel", None, "small"),
     Row("parallel/HF", "parallel", "hf", 1.8, "small"),
     Row("parallel/HF, loop over clients", "parallel", "hf-loop", 1.8, "small"),
     Row("parallel/torch split", "parallel", "split", 1.0, "small"),
@@ -83,6 +84,7 @@ GPU = Suite("gpu", dtype="bfloat16", processes="two", rows=(
     Row("merged/torch V1, gather", "merged", "v1-gather", None, "base-128"),
     Row("sequential/torch V2, handed on, gather", "sequential", "relay-gather", None, "base-128"),
     Row("parallel/centralized, averaging every step", "parallel-1", "centralized-1", None, "base-128"),
+    Row("parallel, logits in chunks/parallel", "parallel-chunks", "parallel", None, "base-128"),
     *_gpu_rows("base-512"),
     *_gpu_rows("large-512"),
 ))  # fmt: skip

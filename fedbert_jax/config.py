@@ -21,6 +21,11 @@ from ml_collections import config_dict
 from fedbert_jax.errors import ConfigError
 
 StrategyName = Literal["parallel", "sequential", "centralized", "local", "fedavg"]
+# How the clients of a round train: side by side, one after another, or as one client who holds all text.
+Arrangement = Literal["abreast", "turns", "pooled"]
+ARRANGEMENTS: dict[StrategyName, Arrangement] = {
+    "parallel": "abreast", "sequential": "turns", "centralized": "pooled", "local": "abreast", "fedavg": "abreast",
+}  # fmt: skip
 
 PRESETS: dict[str, dict[str, int]] = {
     # Turc et al. 2019 (the miniatures) and Devlin et al. 2019 (base, large).
@@ -105,6 +110,15 @@ class FederatedConfig:
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
     # At the start of a round (of bodies, too, where clients have their own). In `sequential`, average means handed on.
     client_optimizer_state: Literal["average", "reset", "keep"] = "average"
+
+    @property
+    def arrangement(self) -> Arrangement:
+        return ARRANGEMENTS[self.strategy]
+
+    @property
+    def shared_body(self) -> bool:
+        """Whether there is one body, which all clients of a step train; else each trains a copy."""
+        return self.strategy not in ("local", "fedavg") and self.body == "pooled"
 
 
 @dataclass(frozen=True)
@@ -451,9 +465,8 @@ def validate(config: Config) -> None:
         f"a multiple of model.num_heads={sizes.num_heads}",
     )  # fmt: skip
 
-    mapped = f.strategy in ("local", "fedavg") or f.body != "pooled"
     need(
-        m.attention != "cudnn" or not (m.attention_dropout or tuning or mapped), "model.attention", m.attention,
+        m.attention != "cudnn" or (f.shared_body and not m.attention_dropout and not tuning), "model.attention", m.attention,
         "'auto' or 'xla' with task='finetune', model.attention_dropout, or bodies of clients' own",
     )  # fmt: skip
     if tuning:

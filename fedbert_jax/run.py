@@ -56,7 +56,7 @@ def build(
         data.append(prepare(config, workdir.data, progress=progress, warn=warn))
     ((dataset, tokenizer),) = data
     config = resolve(config, dataset.vocab_size)
-    if dataset.train.num_clients == 1 and config.federated.strategy != "centralized":
+    if dataset.train.num_clients == 1 and config.federated.arrangement != "pooled":
         keys = "data.client_field, data.client_pattern and data.partition"
         warn(f"there is one client only, so nothing is federated; {keys} say who holds which text.")
     mask = MaskSpec(

@@ -39,6 +39,25 @@ def weighted_average(stacked: Any, weights: jax.Array) -> Any:
     return jax.tree.map(average, stacked)
 
 
+def client_average(
+    tx: optax.GradientTransformation | None, stacked: Params, weights: jax.Array, params: Params
+) -> Params:
+    """Averages clients' parameters [C, ...] for `outer_update`: as they are, or, for an outer optimizer, as moves.
+
+    The average of C equal numbers is that number but for rounding, of which Adam would make full steps: it would move
+    what no client has trained (positions beyond the blocks' length). The average of moves of 0 is 0.
+
+    Args:
+      tx: from `optim.make_aggregator`.
+      stacked: each client's parameters at the end of the round.
+      weights: float32 [C]; of a slice of the cohort, its part of the average, which adds up over slices.
+      params: the global parameters the round began with.
+    """
+    if tx is None:
+        return weighted_average(stacked, weights)
+    return weighted_average(jax.tree.map(lambda x, start: x - start[None], stacked, params), weights)
+
+
 @jax.named_scope("aggregate")
 def outer_update(
     tx: optax.GradientTransformation | None, params: Params, average: Params, state: Any
@@ -48,11 +67,10 @@ def outer_update(
     Args:
       tx: from `optim.make_aggregator`; None is FedAvg: the average is the new parameters.
       params: the global parameters the round began with.
-      average: the clients' weighted average at its end.
+      average: `client_average`'s, of the whole cohort.
       state: the transform's.
     """
     if tx is None:
         return average, state
-    pseudo_gradient = jax.tree.map(jnp.subtract, params, average)
-    updates, state = tx.update(pseudo_gradient, state, params)
+    updates, state = tx.update(jax.tree.map(jnp.negative, average), state, params)
     return optax.apply_updates(params, updates), state

@@ -12,7 +12,7 @@ import optax
 
 from fedbert_jax.config import Config
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
-from fedbert_jax.federated.aggregate import replicate, weighted_average
+from fedbert_jax.federated.aggregate import client_average, replicate, weighted_average
 from fedbert_jax.federated.split import joined_loss, split_step
 from fedbert_jax.models.bert import Params, Segments
 from fedbert_jax.optim import Optimizer
@@ -206,7 +206,7 @@ def over_slices(s: Setting, fn: Callable[[Any], tuple[Any, Any]], per_client: An
 def averaged_turns(
     s: Setting, grad_fn: GradFn, start: tuple[Pair, Pair], inputs: RoundInputs
 ) -> tuple[tuple[Pair, Pair], RoundMetrics]:
-    """The cohort trains copies of `start`; returns the weighted average of where they end, and the round's metrics.
+    """The cohort trains copies of `start`; returns `client_average`, that of the optimizers, and the round's metrics.
 
     Only the copies of a slice of the cohort exist at a time.
     """
@@ -216,9 +216,10 @@ def averaged_turns(
         given = RoundInputs(clients_first(tokens), clients, weights, inputs.round)
         model, opt = replicate(start, clients.shape[0])
         model, opt, metrics = all_turns(s, grad_fn, model, opt, given)
-        return (), (weighted_average((model, opt), weights), metrics)
+        return (), (client_average(s.outer, model, weights, start[0]), weighted_average(opt, weights), metrics)
 
-    return over_slices(s, train, (clients_first(inputs.tokens), inputs.client_ids, inputs.weights))[1]
+    *average, metrics = over_slices(s, train, (clients_first(inputs.tokens), inputs.client_ids, inputs.weights))[1]
+    return (average[0], average[1]), metrics
 
 
 def opt_at_rest(mode: str, opt: Any, weights: jax.Array) -> Any:

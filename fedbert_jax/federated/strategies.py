@@ -1,8 +1,8 @@
 """The strategies: what happens in a round, one function each.
 
-A strategy is a function `Setting -> Strategy`; adding one means writing it, entering it in `STRATEGIES` and naming it in
-`config.StrategyName`. All take the same `RoundInputs` and keep the same `State`: the loop, the checkpoints and the
-evaluation don't know which one runs.
+A strategy is a function `Setting -> Strategy`. Adding one means writing it, entering it in `STRATEGIES`, naming it in
+`config.StrategyName`, and saying in `config.ARRANGEMENTS` how its clients train. All take the same `RoundInputs` and keep
+the same `State`: the loop, the checkpoints and the evaluation don't know which one runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedbert_jax.federated.aggregate import outer_update, replicate, weighted_average
+from fedbert_jax.federated.aggregate import client_average, outer_update, replicate
 from fedbert_jax.federated.setting import (
     GradFn,
     Pair,
@@ -86,7 +86,7 @@ def parallel(s: Setting) -> Strategy:
         metrics = jax.tree.map(lambda a, b: jnp.append(b, a), first, rest)
         clients, server, client_opt, server_opt = carry
 
-        average = weighted_average(clients, inputs.weights)
+        average = client_average(s.outer, clients, inputs.weights, state.model.client)
         client, outer = outer_update(s.outer, state.model.client, average, state.outer)
         at_rest = opt_at_rest(mode, client_opt, inputs.weights)
         state = State(Pair(client, server), Pair(at_rest, server_opt), outer)
@@ -123,9 +123,11 @@ def _parallel_copies(s: Setting, private: bool) -> Strategy:
 
         opt = Pair(opt_at_rest(mode, opt.client, w), opt.server)
         if private:
-            client, outer = outer_update(s.outer, state.model.client, weighted_average(model.client, w), state.outer)
+            average = client_average(s.outer, model.client, w, state.model.client)
+            client, outer = outer_update(s.outer, state.model.client, average, state.outer)
             return State(Pair(client, model.server), opt, outer), metrics
-        merged, outer = outer_update(s.outer, state.model, weighted_average(model, w), state.outer)
+        average = client_average(s.outer, model, w, state.model)
+        merged, outer = outer_update(s.outer, state.model, average, state.outer)
         return State(merged, opt, outer), metrics
 
     def model_of(state: State, client: jax.Array) -> Pair:

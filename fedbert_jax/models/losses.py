@@ -86,9 +86,11 @@ def _by_chunks(
             return (loss, dtable, dbias), None
         one_hot = labels[:, None] == jnp.arange(vocab, dtype=labels.dtype)[None]
         dlogits = share * (jnp.exp(logits - normalizer) - one_hot)
-        dbias = dbias + jnp.sum(dlogits, axis=0)
         dlogits = dlogits.astype(x.dtype)
-        dtable = dtable + dot(dlogits, x, (((0,), (0,)), ((), ())))
+        # The bias is the weight of a feature that is always 1: a sum over rows by the same product, not by a slow pass.
+        features = jnp.concatenate([x, jnp.ones((size, 1), x.dtype)], axis=1)
+        both = dot(dlogits, features, (((0,), (0,)), ((), ())))  # [V, D + 1]
+        dtable, dbias = dtable + both[:, :-1], dbias + both[:, -1]
         return (loss, dtable, dbias), dot(dlogits, decoder, (((1,), (0,)), ((), ()))).astype(x.dtype)
 
     zeros = (jnp.zeros_like(table), jnp.zeros_like(bias)) if with_grads else (None, None)

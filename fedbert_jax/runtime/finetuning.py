@@ -50,12 +50,11 @@ class Finetuning:
             raise ConfigError(
                 f"config key model.type_vocab_size=1: accepted: at least 2, since {data.task.name} has sentence pairs."
             )
-        central = f.strategy == "centralized"
-        self.clients = self._deal(1 if central else f.num_clients or 1)
+        self.clients = self._deal(1 if f.arrangement == "pooled" else f.num_clients or 1)
         self.per_step = len(self.clients) * f.batch_size  # examples
         self.steps = math.ceil(config.finetune.epochs * len(data.train) / self.per_step)  # of each client
         self.rounds = math.ceil(self.steps / f.local_steps)  # the last may be short
-        steps = self.steps * (len(self.clients) if f.strategy == "sequential" else 1)
+        steps = self.steps * (len(self.clients) if f.arrangement == "turns" else 1)
         optimizers = [
             dataclasses.replace(o, warmup_steps=int(config.finetune.warmup * steps), decay_steps=None)
             for o in (config.client_optimizer, config.server_optimizer)
@@ -146,7 +145,7 @@ class Finetuning:
     def order(self, round: int) -> np.ndarray:
         """Returns the clients [C] in the order of a round: of their turns, if they take turns."""
         f, count = self.config.federated, len(self.clients)
-        shuffled = f.strategy == "sequential" and f.order == "shuffled"
+        shuffled = f.arrangement == "turns" and f.order == "shuffled"
         return turn_order(self.config.seed, round, count) if shuffled else np.arange(count)
 
     def batches(self, round: int) -> MaskedBatch:

@@ -46,8 +46,8 @@ def resolve_attention(config: Config) -> Config:
     """
     model, f = config.model, config.federated
     # Where clients have bodies of their own, attention is vmapped over them, which cuDNN's doesn't take.
-    mapped = f.strategy in ("local", "fedavg") or f.body != "pooled"
-    if model.attention == "auto" and (mapped or model.attention_dropout > 0 or jax.default_backend() != "gpu"):
+    possible = f.shared_body and model.attention_dropout == 0 and jax.default_backend() == "gpu"
+    if model.attention == "auto" and not possible:
         return dataclasses.replace(config, model=dataclasses.replace(model, attention="xla"))
     if model.attention != "xla":
         assert model.hidden_size is not None and model.num_heads is not None
@@ -85,8 +85,8 @@ class Simulation:
         self.config, self.train, self.mesh = config, train, mesh
         self.num_clients = train.num_clients
         self.cohort = min(f.clients_per_round or self.num_clients, self.num_clients)
-        pooled = f.strategy == "centralized"
-        steps = f.local_steps * (self.cohort if f.strategy == "sequential" else 1)
+        pooled, abreast = f.arrangement == "pooled", f.arrangement == "abreast"
+        steps = f.local_steps * (self.cohort if f.arrangement == "turns" else 1)
         self.setting = Setting(
             config=config,
             segments=make_segments(resolve_attention(config).model, compute_dtype(config)),
@@ -99,10 +99,10 @@ class Simulation:
         )
         self.strategy = STRATEGIES[f.strategy](self.setting)
         # Clients are spread over `data`, slice by slice: a cohort that doesn't divide is padded with clients of weight 0.
-        own_state = f.body == "private" or f.client_optimizer_state == "keep"  # [N, ...], which must stay N
-        padded = f.strategy in ("parallel", "fedavg") and not own_state
+        # Where each client has state of its own, [N, ...], it must stay N.
+        own_state = f.strategy == "local" or f.body == "private" or f.client_optimizer_state == "keep"
         count, size = slices(self.cohort, f.clients_at_once, mesh.shape["data"])
-        self.padding = count * size - self.cohort if padded else 0
+        self.padding = count * size - self.cohort if abreast and not own_state else 0
         store = config.data.store
         if store == "device" and jax.process_count() > 1:
             raise ConfigError("config key data.store='device': accepted with several processes: 'auto' or 'memmap'.")
@@ -113,11 +113,10 @@ class Simulation:
         self.tokens_per_round = self.cohort * f.local_steps * f.batch_size * config.data.seq_len
 
         # A round's data lies by clients where these train side by side, else by the rows of a batch.
-        by_client = f.strategy in ("parallel", "fedavg", "local")
         clients = 1 if pooled else self.cohort + self.padding
-        axes = (None, "data", None) if by_client else (None, None, "data")
+        axes = (None, "data", None) if abreast else (None, None, "data")
         self._by_blocks = place(mesh, (f.local_steps, clients, self.blocks_per_client), *axes)  # of tokens [K, C, B, T]
-        self._by_client = place(mesh, (clients,), "data" if by_client else None)  # of weights [C]
+        self._by_client = place(mesh, (clients,), "data" if abreast else None)  # of weights [C]
         self._everywhere = place(mesh, ())
 
         with jax.set_mesh(mesh):
@@ -174,11 +173,11 @@ class Simulation:
         Reads only the blocks that this process's devices are to hold, unless all blocks lie on the device anyway.
         """
         f, seed = self.config.federated, self.config.seed
-        if f.strategy == "centralized":
+        if f.arrangement == "pooled":
             clients, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
         else:
             clients = sampling.draw_cohort(seed, round, self.num_clients, self.cohort)
-            if f.strategy == "sequential" and f.order == "shuffled":
+            if f.arrangement == "turns" and f.order == "shuffled":
                 clients = clients[sampling.turn_order(seed, round, self.cohort)]
             weights = sampling.client_weights(self.train.sizes, clients, f.weighting)
         if self.padding:

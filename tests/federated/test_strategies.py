@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import assert_trees_close, make_strategy, mask_spec, random_blocks, tiny_config
 
+from fedbert_jax.config import ARRANGEMENTS, StrategyName
 from fedbert_jax.data.masking import mask_blocks
 from fedbert_jax.federated.setting import RoundInputs, split_grads
 from fedbert_jax.federated.split import joined_loss, split_step
@@ -37,6 +39,10 @@ def run(config, rounds=1, **kwargs):
 def tiny(strategy="parallel", sgd=False, **federated):
     optimizers = dict(client_optimizer=SGD, server_optimizer=SGD) if sgd else {}
     return tiny_config(federated=dict(strategy=strategy, **federated), **optimizers)
+
+
+def test_every_strategy_is_entered_everywhere():
+    assert set(STRATEGIES) == set(ARRANGEMENTS) == set(get_args(StrategyName))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -224,6 +230,20 @@ def test_outer_update_against_its_formula(aggregator):
             expected = x - 0.5 * delta
         state, _ = other(state, data)
         np.testing.assert_allclose(state.model.client["head"]["dense"]["kernel"], expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("strategy", "body"), [("parallel", "pooled"), ("parallel", "private"), ("fedavg", "pooled")])
+def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body):
+    """Positions beyond the blocks' length: averaging copies of them must make no difference, which Adam would scale up."""
+    config = tiny_config(
+        federated=dict(strategy=strategy, body=body), aggregator=dict(name="adam", learning_rate=0.01),
+        client_optimizer=dict(weight_decay=0.0),
+    )  # fmt: skip
+    before = make_strategy(config)[2].model.client["embeddings"]["position"]["embedding"]
+    after = run(config, rounds=2, weights=[0.5, 0.2, 0.3])[2].model.client["embeddings"]["position"]["embedding"]
+    length = config.data.seq_len
+    assert jnp.array_equal(after[length:], before[length:])
+    assert not np.any(np.all(after[:length] == before[:length], axis=1))
 
 
 def test_schedules_count_global_steps():

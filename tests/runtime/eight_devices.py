@@ -40,6 +40,7 @@ def build(strategy: str, body: str, local_steps: int, data: int, model: int):
         mesh=dict(data=data, model=model),
         model=dict(hidden_dropout=0.1, num_heads=4, vocab_size=64),
         eval=dict(batch_size=4),  # data=8 doesn't divide it
+        aggregator=dict(name="adam", learning_rate=0.01) if (strategy, body) == ("parallel", "pooled") else {},
     )
     return make_simulation(config, clients=5)
 
