@@ -6,7 +6,9 @@ import argparse
 import collections
 import json
 import re
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,21 @@ def measure(size: Size, strategy: str, local_steps: int, rounds: int) -> dict[st
     return {part: 1e-6 * total[part] / (rounds * local_steps) for part in (*PARTS, OTHER)}
 
 
+def bandwidth(numbers: int, repeats: int = 7) -> float:
+    """Returns the bytes a second that the device reads and writes when it adds two float32 arrays of so many numbers."""
+    import jax
+    import jax.numpy as jnp
+
+    add = jax.jit(lambda x, y: x + y, donate_argnums=0)
+    x, y = jnp.zeros(numbers), jnp.ones(numbers)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        x = jax.block_until_ready(add(x, y))
+        seconds.append(time.perf_counter() - start)
+    return 12 * numbers / statistics.median(seconds[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.breakdown", description=__doc__)
     parser.add_argument("--strategy", nargs="+", default=["centralized", "parallel"], help="(default: both)")
@@ -72,8 +89,13 @@ def main() -> None:
     found: dict[str, Any] = {
         name: measure(SIZES[args.size], name, args.local_steps, args.rounds) for name in args.strategy
     }
+    size = SIZES[args.size]
+    numbers = size.vocab * size.hidden  # of a word table
+    speed = bandwidth(size.clients * numbers)
     if args.json:
-        result = {"benchmark": "breakdown", "machine": facts, "milliseconds_a_step": found}
+        result = {
+            "benchmark": "breakdown", "machine": facts, "milliseconds_a_step": found, "bytes_a_second": speed,
+        }  # fmt: skip
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     table = Table(box=box.MARKDOWN)
     table.add_column("part of a step")
@@ -86,6 +108,12 @@ def main() -> None:
     console = Console(width=200)
     console.print(table)
     console.print("Times of the operations as traced, those on several threads added up.", highlight=False)
+    # AdamW reads parameters, gradients and two moments, and writes all but the gradients: 28 bytes a number.
+    least = 1e3 * 28 * numbers / speed
+    console.print(
+        f"Adding arrays moves {1e-9 * speed:.1f} GB/s here. At that, AdamW of one word table takes {least:.1f} ms at least, "
+        f"and of {size.clients} clients' {size.clients * least:.1f} ms.", highlight=False,
+    )  # fmt: skip
     console.print(machine.describe(facts), highlight=False)
 
 
