@@ -95,7 +95,8 @@ def run(args: argparse.Namespace, ceiling: dict[str, Any], cores: int, console: 
             args.json.write_text(json.dumps(record, indent=1) + "\n")
 
     if args.add_memory:
-        del record["machines"][facts["date"]]  # it dates no row
+        if all(r["date"] != facts["date"] for r in record["rows"]):
+            del record["machines"][facts["date"]]
         measure.add_memory(record, args.sizes, args.rows, save, note)
     else:
         measure.run(bench, record, args.rows, save)

@@ -467,6 +467,8 @@ def test_pairs_are_padded_and_cut(tokenizer: BertTokenizerFast) -> None:
         (dict(data=dict(tokenizer="train:1000")), "data.tokenizer"),
         (dict(federated=dict(rounds=3)), r"federated\.rounds=3: accepted: its default, 140, with task='finetune'"),
         (dict(checkpoint=dict(keep=5)), "checkpoint.keep"),
+        (dict(mlm=dict(mask_prob=0.2)), r"mlm\.mask_prob=0.2: accepted: its default, 0.15, .* masks nothing"),
+        (dict(model=dict(logits_at_once=4)), "model.logits_at_once"),
         (dict(client_optimizer=dict(warmup_steps=3)), "client_optimizer.warmup_steps"),
     ],
 )

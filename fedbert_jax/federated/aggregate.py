@@ -39,6 +39,7 @@ def weighted_average(stacked: Any, weights: jax.Array) -> Any:
     return jax.tree.map(average, stacked)
 
 
+@jax.named_scope("aggregate")
 def client_average(
     tx: optax.GradientTransformation | None, stacked: Params, weights: jax.Array, params: Params
 ) -> Params:
@@ -52,6 +53,9 @@ def client_average(
       stacked: each client's parameters at the end of the round.
       weights: float32 [C]; of a slice of the cohort, its part of the average, which adds up over slices.
       params: the global parameters the round began with.
+
+    Returns:
+      The average, or with an outer optimizer the average move.
     """
     if tx is None:
         return weighted_average(stacked, weights)

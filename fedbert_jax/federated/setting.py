@@ -218,8 +218,9 @@ def averaged_turns(
         model, opt, metrics = all_turns(s, grad_fn, model, opt, given)
         return (), (client_average(s.outer, model, weights, start[0]), weighted_average(opt, weights), metrics)
 
-    *average, metrics = over_slices(s, train, (clients_first(inputs.tokens), inputs.client_ids, inputs.weights))[1]
-    return (average[0], average[1]), metrics
+    per_client = (clients_first(inputs.tokens), inputs.client_ids, inputs.weights)
+    _, (model, opt, metrics) = over_slices(s, train, per_client)
+    return (model, opt), metrics
 
 
 def opt_at_rest(mode: str, opt: Any, weights: jax.Array) -> Any:

@@ -33,8 +33,8 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """Returns `cross_entropy` of the logits x table^T + bias, of which no more than `at_once` rows exist at a time.
 
-    Gradients are made chunk by chunk along with the loss, so no logits are kept or computed again: the arithmetic is that of
-    the loss over all rows. Its second derivative, and that by `weights`, don't exist.
+    Gradients are made chunk by chunk along with the loss, so no logits are kept or computed again. They go into the products
+    in the arithmetic's type, and are added up in float32. The gradient by `weights` is taken to be 0.
 
     Args:
       x: [R, D] features, in the arithmetic's type.
@@ -70,7 +70,8 @@ def _by_chunks(
     size = -(-rows // count)
     # Rows that fill the last chunk up weigh nothing.
     chunks = [jnp.pad(a, [(0, count * size - rows)] + [(0, 0)] * (a.ndim - 1)) for a in (x, labels, weights)]
-    chunks = [a.reshape(count, size, *a.shape[1:]) for a in chunks]
+    # A chunk is every count-th row, so that each of the devices that share the rows out has some.
+    chunks = [jnp.swapaxes(a.reshape(size, count, *a.shape[1:]), 0, 1) for a in chunks]
     decoder, total = table.astype(x.dtype), jnp.maximum(jnp.sum(weights), 1.0)
     dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -95,4 +96,6 @@ def _by_chunks(
 
     zeros = (jnp.zeros_like(table), jnp.zeros_like(bias)) if with_grads else (None, None)
     (loss, dtable, dbias), dx = jax.lax.scan(chunk, (jnp.zeros((), jnp.float32), *zeros), chunks)
-    return loss, (dx.reshape(-1, x.shape[1])[:rows], dtable, dbias) if with_grads else None
+    if not with_grads:
+        return loss, None
+    return loss, (jnp.swapaxes(dx, 0, 1).reshape(-1, x.shape[1])[:rows], dtable, dbias)

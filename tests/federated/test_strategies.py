@@ -232,15 +232,18 @@ def test_outer_update_against_its_formula(aggregator):
         np.testing.assert_allclose(state.model.client["head"]["dense"]["kernel"], expected, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize(("strategy", "body"), [("parallel", "pooled"), ("parallel", "private"), ("fedavg", "pooled")])
-def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body):
+@pytest.mark.parametrize(
+    ("strategy", "body", "at_once"),
+    [("parallel", "pooled", None), ("parallel", "private", None), ("fedavg", "pooled", None), ("fedavg", "pooled", 2)],
+)
+def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body, at_once):
     """Positions beyond the blocks' length: averaging copies of them must make no difference, which Adam would scale up."""
     config = tiny_config(
-        federated=dict(strategy=strategy, body=body), aggregator=dict(name="adam", learning_rate=0.01),
-        client_optimizer=dict(weight_decay=0.0),
+        federated=dict(strategy=strategy, body=body, num_clients=4, clients_at_once=at_once),
+        aggregator=dict(name="adam", learning_rate=0.01), client_optimizer=dict(weight_decay=0.0),
     )  # fmt: skip
-    before = make_strategy(config)[2].model.client["embeddings"]["position"]["embedding"]
-    after = run(config, rounds=2, weights=[0.5, 0.2, 0.3])[2].model.client["embeddings"]["position"]["embedding"]
+    states = make_strategy(config)[2], run(config, rounds=2, clients=4, weights=[0.4, 0.1, 0.3, 0.2])[2]
+    before, after = (state.model.client["embeddings"]["position"]["embedding"] for state in states)
     length = config.data.seq_len
     assert jnp.array_equal(after[length:], before[length:])
     assert not np.any(np.all(after[:length] == before[:length], axis=1))
