@@ -86,6 +86,13 @@ def test_a_split_step_in_chunks(segments, batch, shared):
     steps = [step(s, WireConfig(), clients, inits[0][1], batch, weights, shared_client=shared) for s in (chunked, segments)]
     assert_trees_close(steps[0][:3], steps[1][:3])
 
+    def traced(s) -> str:
+        return str(jax.make_jaxpr(split_step, static_argnums=(0, 1))(s, WireConfig(), *copies, batch, weights))
+
+    copies = jax.tree.map(lambda x: jnp.stack([x] * 3), inits[0][0]), inits[0][1]
+    every = "f32[3,2,3,61]"  # all logits of a step: clients, sequences, positions, tokens
+    assert every in traced(segments) and every not in traced(chunked)
+
 
 @pytest.mark.parametrize("strategy", ["parallel", "centralized"])
 def test_a_round_in_chunks(strategy):

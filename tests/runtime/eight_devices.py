@@ -38,7 +38,10 @@ def build(strategy: str, body: str, local_steps: int, data: int, model: int):
             clients_at_once=4 if strategy == "fedavg" and data > 1 else None,  # on devices, two slices equal one
         ),
         mesh=dict(data=data, model=model),
-        model=dict(hidden_dropout=0.1, num_heads=4, vocab_size=64),
+        model=dict(
+            hidden_dropout=0.1, num_heads=4, vocab_size=64,
+            logits_at_once=8 if strategy == "sequential" else None,  # whose rows lie on all devices
+        ),
         eval=dict(batch_size=4),  # data=8 doesn't divide it
         aggregator=dict(name="adam", learning_rate=0.01) if (strategy, body) == ("parallel", "pooled") else {},
     )
