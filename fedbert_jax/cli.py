@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from fedbert_jax.config import Config, all_keys, from_dict, unknown_key
+from fedbert_jax.config import Config, all_keys, from_dict, kind_of, unknown_key
 from fedbert_jax.errors import ConfigError, UserError
 
 
@@ -71,7 +71,9 @@ def parse_flags(argv: list[str], usage: str) -> list[str]:
         for arg in argv:
             key, _, value = arg.removeprefix("--").removeprefix("config.").partition("=")
             if arg.startswith("--config.") and key in text and key in all_keys():
-                raise ConfigError(f"config key {key}={value!r}: {text.split(': ', 1)[-1]}.") from e
+                kind = kind_of(key)
+                why = f"accepted: {kind}" if kind else text.split(": ", 1)[-1]
+                raise ConfigError(f"config key {key}={value!r}: {why}.") from e
         raise ConfigError(f"{text}; see --help.") from e
     except Exception as e:  # the config file's own code runs here
         raise ConfigError(f"the config file fails: {type(e).__name__}: {e}") from e

@@ -323,6 +323,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def kind_of(key: str) -> str:
+    """Returns in words what type of value a dotted key accepts; "" if words for it are lacking."""
+    *sections, name = key.split(".")
+    cls: Any = Config
+    for section in sections:
+        cls = typing.get_type_hints(cls)[section]
+    kind = typing.get_type_hints(cls)[name]
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    words = {int: "an integer", float: "a number", bool: "true or false"}
+    return next((words[k] for k in kinds if k in words), "")
+
+
 def all_keys(cls: type = Config, prefix: str = "") -> list[str]:
     """Returns every key a config may set, dotted."""
     keys = []

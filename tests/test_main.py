@@ -46,7 +46,9 @@ def load(config_file: Path, **changes):
     [
         ("federated.roundz=3", ["federated.roundz", "did you mean federated.rounds"]),
         ("bogus=1", ["config key bogus does not exist", "federated"]),
-        ("federated.rounds=many", ["federated.rounds", "'many'"]),
+        ("federated.rounds=many", ["federated.rounds='many': accepted: an integer."]),
+        ("model.logits_at_once=2.5", ["model.logits_at_once='2.5': accepted: an integer."]),
+        ("data.lowercase=perhaps", ["data.lowercase='perhaps': accepted: true or false."]),
         ("profile=5:2", ["profile='5:2'", "START:STOP"]),
         ("federated.strategy=paralel", ["federated.strategy='paralel'", "'parallel'"]),
         ("data.seq_len=64", ["data.seq_len=64", "max_position_embeddings=32"]),
