@@ -79,12 +79,12 @@ def heldout(model: Path, pretrained: Path) -> float:
 
     workdir = Workdir(pretrained)
     built = run.build(workdir.read_config(), workdir)
-    client, server = jax.jit(built.simulation.setting.segments.init)(jax.random.key(0))
+    client, server = jax.jit(built.simulation.setting.fresh)()
     client, server, _ = huggingface.from_tensors(huggingface.load_tensors(model)[0], client, server)
     scores = built.simulation.evaluate(built.simulation.state_of(client, server))
     built.simulation.close()
     assert scores is not None
-    return scores.loss
+    return scores.by_text.loss
 
 
 def values_of(workdir: Path, task: str, metric: str | None) -> list[float]:

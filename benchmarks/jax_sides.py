@@ -115,7 +115,7 @@ def mask_spec(size: Size) -> MaskSpec:
 
 def fresh_model(size: Size) -> Pair:
     """Returns the untrained model that every strategy starts from."""
-    return _init_of(size)(jax.random.key(0))
+    return _init_of(size)()
 
 
 # One program for all strategies of a size.
@@ -123,8 +123,7 @@ def fresh_model(size: Size) -> Pair:
 
 @functools.cache
 def _init_of(size: Size) -> Any:
-    segments = make_setting(size, "centralized", 1).segments
-    return jax.jit(lambda key: Pair(*segments.init(key)))
+    return jax.jit(make_setting(size, "centralized", 1).fresh)
 
 
 @functools.cache

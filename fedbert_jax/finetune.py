@@ -139,7 +139,7 @@ def _predict(tuning: Finetuning, workdir: Workdir) -> None:
         if path.exists():
             continue
         folder.mkdir(exist_ok=True)
-        client, server = jax.jit(tuning.segments.init)(jax.random.key(0))  # all of it is replaced
+        client, server = jax.jit(tuning.setting.fresh)()  # all of it is replaced
         client, server, _ = Checkpoint(huggingface.load_tensors(workdir.hf)[0])(client, server)
         model = jax.tree.map(lambda x: x[None], Pair(client, server))
         found = tuning.predictions(tuning.logits(model, tests))[0]

@@ -104,8 +104,7 @@ def initial_state(run: Run) -> tuple[State, list[str]]:
     init_from = run.config.model.init_from
     if not init_from:
         return run.simulation.init_state(), []
-    segments = run.simulation.setting.segments
-    client, server = jax.jit(segments.init)(jax.random.key(run.config.seed))
+    client, server = jax.jit(run.simulation.setting.fresh)()
     tensors, _ = huggingface.load_tensors(local(init_from))
     client, server, missing = huggingface.from_tensors(tensors, client, server)
     return run.simulation.state_of(client, server), huggingface.describe_missing(missing)

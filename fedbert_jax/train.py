@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from fedbert_jax import distributed, optim
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
-from fedbert_jax.data.dataset import baselines, client_table
+from fedbert_jax.data.dataset import client_table
 from fedbert_jax.errors import DivergedError
 from fedbert_jax.federated.setting import RoundMetrics, State
 from fedbert_jax.fill_mask import fill_mask
@@ -94,7 +95,7 @@ class Loop:
         self.run, self.console, self.sim = run, console, run.simulation
         self.writes = distributed.first()
         self.round = 0  # rounds finished, whose lines are in the log
-        self.scores: dict[str, float | None] = dict.fromkeys(("best_eval_loss", "eval_loss", "eval_accuracy"))
+        self.scores: dict[str, Any] = {}  # the last evaluation's numbers, and the best loss so far
         self.checkpoints = Checkpoints(run.workdir.checkpoints, run.config.checkpoint.keep)
         self.log: MetricsLog | None = None
         self.per_round = self.sim.traffic()
@@ -105,11 +106,13 @@ class Loop:
 
     def introduce(self) -> None:
         """Prints who takes part and what has to be beaten, and writes the run's facts."""
+        run, f, sim = self.run, self.run.config.federated, self.sim
+        self.guessing = sim.evaluate_frequencies(run.dataset.unigram, run.dataset.special_ids)
+        # Which mean the held-out numbers are, and over how many clients: said wherever they stand.
+        self.scope = self.guessing.scope(f.weighting, sim.num_clients) if self.guessing else ""
         if not self.writes:
             return
-        run, f, sim = self.run, self.run.config.federated, self.sim
-        self.baselines = baselines(run.dataset)
-        client, server = (count_parameters(part) for part in jax.eval_shape(sim.setting.segments.init, jax.random.key(0)))
+        client, server = (count_parameters(part) for part in jax.eval_shape(sim.setting.fresh))
         self.console.print(client_table(run.dataset))
         body = f" ({f.body} body)" if f.strategy == "parallel" else ""
         m = run.config.model
@@ -118,24 +121,16 @@ class Loop:
             f"{f.batch_size} x {run.config.data.seq_len} tokens each; BERT {m.num_layers} x {m.hidden_size}, "
             f"{client:,} parameters at each client, {server:,} at the server"
         )
-        self.console.print(
-            f"to beat on held-out text: always the commonest token {self.baselines.commonest_accuracy:.1%}, "
-            f"unigram loss {self.baselines.unigram_loss:.3f}"
-        )
+        if self.guessing is not None:
+            chance = self.guessing.headline(f.weighting)
+            self.console.print(
+                f"to beat where held-out text is masked ({self.scope}): "
+                f"always the commonest token {chance.accuracy:.1%}, unigram loss {chance.loss:.3f}"
+            )
         versions = {name: __import__(name).__version__ for name in ("jax", "flax", "optax", "numpy")}
-        names = run.dataset.summary
         self.facts: dict[str, Any] = run.workdir.read_facts() | {
-            "clients": [
-                {
-                    "name": c.name, "documents": c.documents, "train_blocks": c.train_blocks,
-                    "heldout_blocks": c.heldout_blocks, "tokens": c.tokens, "share": c.share,
-                    "js_divergence": c.js_divergence,
-                }
-                for c in names
-            ],
-            "baselines": {
-                "commonest_accuracy": self.baselines.commonest_accuracy, "unigram_loss": self.baselines.unigram_loss,
-            },
+            "clients": [dataclasses.asdict(c) for c in run.dataset.summary],
+            "baselines": self._baselines(),
             "parameters": {"client": client, "server": server},
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""), "versions": versions,
@@ -148,7 +143,7 @@ class Loop:
         workdir, done = self.run.workdir, self.checkpoints.rounds()
         if done:
             state, meta = run_lib.restore(self.run, self.checkpoints, done[-1])
-            self.round, self.scores = done[-1], {k: meta[k] for k in self.scores}
+            self.round, self.scores = done[-1], {k: v for k, v in meta.items() if "eval_" in k}
             self.console.print(f"resuming after round {self.round} of {self.run.config.federated.rounds}")
             if self.writes:
                 truncate(workdir.metrics, self.round)
@@ -254,12 +249,18 @@ class Loop:
         found = self.sim.evaluate(state)
         if found is None:
             return {}
-        best = self.scores["best_eval_loss"]
-        best = found.loss if best is None else min(best, found.loss)
-        self.scores = {"best_eval_loss": best, "eval_loss": found.loss, "eval_accuracy": found.accuracy}
+        fields = found.fields("eval_loss", "eval_accuracy", self.run.config.federated.weighting)
+        fields["eval_clients_scored"] = len(found.clients)
+        best = self.scores.get("best_eval_loss")
+        self.scores = fields | {"best_eval_loss": fields["eval_loss"] if best is None else min(best, fields["eval_loss"])}
         names = self.run.dataset.client_names
-        each = {names[c]: {"loss": loss, "accuracy": right} for c, (loss, right) in found.clients.items()}
-        return {"eval_loss": found.loss, "eval_accuracy": found.accuracy, "eval_clients": each}
+        return fields | {"eval_clients": {names[c]: score._asdict() for c, score in found.clients.items()}}
+
+    def _baselines(self) -> dict[str, float]:
+        """Returns what guessing by frequency reaches, for run.json and the model card; nothing without held-out text."""
+        if self.guessing is None:
+            return {}
+        return self.guessing.fields("unigram_loss", "commonest_accuracy", self.run.config.federated.weighting)
 
     def _say(self, record: dict[str, Any]) -> None:
         """Prints an evaluation: a line that stays when the progress bar has gone, and in a log file."""
@@ -269,6 +270,7 @@ class Loop:
             parts.append(f"train loss {record['train_loss']:.3f}")
         if "eval_loss" in record:
             parts.append(f"held-out loss {record['eval_loss']:.3f}  accuracy {record['eval_accuracy']:.1%}")
+            parts.append(f"({self.scope})")
         if "seconds" in record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"wire {(record['uplink_bytes'] + record['downlink_bytes']) / 1e6:,.0f} MB")
@@ -276,7 +278,7 @@ class Loop:
 
     def _meta(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state, and the model card says."""
-        return self.scores | {
+        return self._baselines() | self.scores | {
             "round": self.round,
             "seed": self.run.config.seed,
             "tokens": self.round * self.sim.tokens_per_round,
@@ -313,10 +315,12 @@ class Loop:
         self.console.print(f"\nmodel        {workdir.hf}" + (f" (of client {name})" if name else ""))
         self.console.print(f"report       {report}")
         self.console.print(f"checkpoints  {workdir.checkpoints}")
-        accuracy, chance = self.scores["eval_accuracy"], self.baselines.commonest_accuracy
-        if accuracy is not None:
+        if self.guessing is not None:
+            accuracy, chance = self.scores["eval_accuracy"], self.guessing.headline(config.federated.weighting).accuracy
+            times = f", {accuracy / chance:.1f} times the" if chance else "; the"
             self.console.print(
-                f"held-out accuracy {accuracy:.1%}, {accuracy / chance:.1f} times the commonest token's {chance:.1%}"
+                f"held-out accuracy {accuracy:.1%} ({self.scope}){times} commonest token's {chance:.1%} "
+                "at the same masked positions"
             )
 
     def _progress(self) -> Progress:

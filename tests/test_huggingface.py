@@ -14,7 +14,7 @@ from fedbert_jax.errors import UserError
 
 
 def params(segments, seed=0):
-    client, server = jax.jit(segments.init)(jax.random.key(seed))
+    client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(seed)))
     shake = lambda x: x + 0.1 * np.random.default_rng(seed).standard_normal(x.shape).astype(np.float32)  # noqa: E731
     return jax.tree.map(shake, (client, server))
 
@@ -22,7 +22,7 @@ def params(segments, seed=0):
 def test_export_then_import_is_bit_for_bit(segments, config):
     client, server = params(segments)
     tensors = huggingface.to_tensors(client, server, config.model.num_layers)
-    fresh = jax.jit(segments.init)(jax.random.key(9))
+    fresh = jax.jit(segments.init)(*jax.random.split(jax.random.key(9)))
     back = huggingface.from_tensors(tensors, *fresh)
     assert back[2] == []
     for a, b in zip(jax.tree.leaves((client, server)), jax.tree.leaves(back[:2]), strict=True):
@@ -41,7 +41,7 @@ def test_old_names_and_missing_parts(segments, config):
         for k, v in tensors.items()
         if not k.startswith("cls.")
     }
-    fresh = jax.jit(segments.init)(jax.random.key(9))
+    fresh = jax.jit(segments.init)(*jax.random.split(jax.random.key(9)))
     new_client, new_server, missing = huggingface.from_tensors(old, *fresh)
     assert sorted(missing) == sorted(k for k in tensors if k.startswith("cls."))
     for a, b in zip(jax.tree.leaves((client["embeddings"], server)),

@@ -225,7 +225,7 @@ def test_a_classifier_for_other_labels_is_lacking_not_wrong(tmp_path):
     torch_model("BertForSequenceClassification", num_labels=3).save_pretrained(tmp_path)
     tensors, _ = huggingface.load_tensors(tmp_path)
     segments = make_segments(tiny_config().model, outputs=2)
-    fresh = jax.jit(segments.init)(jax.random.key(0))
+    fresh = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     client, _, missing = huggingface.from_tensors(tensors, *fresh, huggingface.CLASSIFIER_CLIENT)
     assert missing == list(huggingface.CLASSIFIER)
     assert np.array_equal(client["classifier"]["kernel"], fresh[0]["classifier"]["kernel"])
@@ -244,7 +244,7 @@ def test_a_saved_classifier_is_transformers_own(tmp_path, labels, regression):
     tokenizer = load_tokenizer(str(tmp_path))
     model = dataclasses.replace(tiny_config().model, hidden_dropout=0.0)
     segments = make_segments(model, outputs=len(labels))
-    client, server = jax.jit(segments.init)(jax.random.key(0))
+    client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     huggingface.save(tmp_path / "hf", client, server, model, tokenizer, "card", labels, regression)
     theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "hf", output_loading_info=True

@@ -65,7 +65,7 @@ def make_strategy(config: config_lib.Config) -> tuple[Setting, Strategy, State]:
     """The strategy of a config and its first state."""
     setting = make_setting(config)
     strategy = STRATEGIES[config.federated.strategy](setting)
-    return setting, strategy, strategy.init(Pair(*setting.segments.init(jax.random.key(config.seed))))
+    return setting, strategy, strategy.init(Pair(*setting.segments.init(*jax.random.split(jax.random.key(config.seed)))))
 
 
 def random_blocks(seed: int, *shape: int) -> jax.Array:

@@ -23,6 +23,7 @@ from fedbert_jax.data.corpus import Document, read_documents
 from fedbert_jax.data.partition import assign, hold_out, js_divergence
 from fedbert_jax.data.tokenizer import encode, load_tokenizer, special_ids, token_dtype, train_tokenizer, vocab_size
 from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.streams import seeds_of
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -58,14 +59,6 @@ class Dataset:
     special_ids: tuple[int, ...]
     summary: tuple[ClientSummary, ...]
     unigram: np.ndarray  # int64 [V], how often each token is in the training blocks
-
-
-@dataclass(frozen=True)
-class Baselines:
-    """What a model that knows only frequencies reaches on held-out text; nan without held-out text."""
-
-    commonest_accuracy: float  # always guessing the commonest training token
-    unigram_loss: float  # nats: cross-entropy of the training frequencies, each count plus one
 
 
 @dataclass(frozen=True)
@@ -155,10 +148,10 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
     progress(f"reading data.source={data.source!r}")
     documents = read_documents(data)
     words = np.array([len(document.text.split()) for document in documents])
-    names, owned = assign([d.group for d in documents], words, data.partition, f.num_clients, config.seed)
+    names, owned = assign([d.group for d in documents], words, data.partition, f.num_clients, seeds_of(config))
     shares = []
     for client, (name, mine) in enumerate(zip(names, owned, strict=True)):
-        held = hold_out(words[mine], data.eval_fraction, config.seed, client)
+        held = hold_out(words[mine], data.eval_fraction, seeds_of(config), client)
         shares.append(_Share(name, mine[~held], mine[held]))
 
     tokenizer = _tokenizer(config, documents, shares, progress)
@@ -263,18 +256,6 @@ def _count(blocks: np.ndarray, size: int) -> np.ndarray:
     for start in range(0, len(blocks), 65536):
         total += np.bincount(blocks[start : start + 65536].ravel(), minlength=size)
     return total
-
-
-def baselines(dataset: Dataset) -> Baselines:
-    """Scores guessing by training frequency on the held-out tokens; special tokens are neither guessed nor scored."""
-    usual = ~np.isin(np.arange(dataset.vocab_size), dataset.special_ids)
-    counts = _count(dataset.heldout.tokens, dataset.vocab_size)[usual]
-    train = dataset.unigram[usual]
-    total = int(counts.sum())
-    if total == 0:
-        return Baselines(float("nan"), float("nan"))
-    log_probs = np.log((train + 1) / (train + 1).sum())
-    return Baselines(float(counts[np.argmax(train)] / total), float(-(counts @ log_probs) / total))
 
 
 def client_table(dataset: Dataset) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -37,10 +38,10 @@ class MaskSpec(NamedTuple):
 
 def num_masked(mask_prob: float, seq_len: int) -> int:
     """Returns M: how many positions of a block are masked."""
-    return math.ceil(mask_prob * seq_len)
+    return math.ceil(Fraction(str(mask_prob)) * seq_len)  # of the decimal number: 0.07 * 100 is above 7 in floats
 
 
-def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec) -> MaskedBatch:
+def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec, hide_all: bool = False) -> MaskedBatch:
     """Masks exactly M positions of each block (fewer only where a block has fewer that may be masked).
 
     Of the chosen positions 80% become [MASK], 10% a random token, 10% stay (Devlin et al. 2019, 3.1). Special tokens
@@ -51,6 +52,8 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec) -> MaskedBatc
       key: a PRNG key, one for (seed, round, step, client).
       tokens: integers [B, T].
       spec: the vocabulary's facts.
+      hide_all: every chosen position becomes [MASK]. That is how held-out text is scored: what a model says there comes
+        from the context alone.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     rows, length, m = tokens.shape[0], tokens.shape[1], spec.num_masked
@@ -76,7 +79,8 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec) -> MaskedBatc
         weights &= jnp.take_along_axis(rank, positions, axis=1) <= m
 
     labels = jnp.take_along_axis(tokens, positions, axis=1)
-    replaced = jnp.where(draw < 0.8, spec.mask_id, jnp.where(draw < 0.9, random_ids, labels))
+    others = jnp.where(draw < 0.9, random_ids, labels)
+    replaced = jnp.where((draw < 0.8) | hide_all, spec.mask_id, others)
     replaced = jnp.where(weights, replaced, labels)
     # Mapped over the rows, which the compiler then leaves where they are; of row numbers in an index it'd gather all.
     masked = jax.vmap(lambda row, where, what: row.at[where].set(what))(tokens, positions, replaced)

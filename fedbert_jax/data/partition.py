@@ -8,13 +8,11 @@ import numpy as np
 
 from fedbert_jax.config import PartitionConfig
 from fedbert_jax.errors import ConfigError
-
-# Streams of random numbers that must not be the same one.
-_DEAL, _HOLD_OUT = 1, 2
+from fedbert_jax.streams import Seeds, Stream, generator
 
 
 def assign(
-    groups: Sequence[str], words: np.ndarray, partition: PartitionConfig, num_clients: int | None, seed: int
+    groups: Sequence[str], words: np.ndarray, partition: PartitionConfig, num_clients: int | None, seeds: Seeds
 ) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Deals documents to clients.
 
@@ -28,7 +26,7 @@ def assign(
       words: int [num_documents], words in each document.
       partition: kind and alpha.
       num_clients: N; None only for `natural`.
-      seed: of everything random here.
+      seeds: of everything random here.
 
     Returns:
       The N clients' names, and for each an increasing int64 array of document indices, which may be empty.
@@ -44,7 +42,7 @@ def assign(
             f"config key federated.num_clients={num_clients}: accepted: 1 to {total}, since the source has {total} "
             f"documents to deal (data.partition.kind={partition.kind!r})."
         )
-    rng = np.random.default_rng([seed, _DEAL])
+    rng = generator(seeds, Stream.DEAL)
     owner = np.empty(total, dtype=np.int64)
     if partition.kind == "iid":
         owner[rng.permutation(total)] = np.arange(total) % num_clients
@@ -86,7 +84,7 @@ def _split_by(owner: np.ndarray, num: int) -> list[np.ndarray]:
     return np.split(order, np.cumsum(np.bincount(owner, minlength=num))[:-1])
 
 
-def hold_out(words: np.ndarray, fraction: float, seed: int, client: int) -> np.ndarray:
+def hold_out(words: np.ndarray, fraction: float, seeds: Seeds, client: int) -> np.ndarray:
     """Draws a client's held-out documents: at random, until they hold at least `fraction` of its words.
 
     At least one document always stays for training, so a client with a single one holds nothing out.
@@ -94,7 +92,7 @@ def hold_out(words: np.ndarray, fraction: float, seed: int, client: int) -> np.n
     Args:
       words: int [num_documents], words in each of the client's documents.
       fraction: of the client's words, between 0 and 1.
-      seed: the run's.
+      seeds: the run's.
       client: the client's index, which makes its draws its own.
 
     Returns:
@@ -102,7 +100,7 @@ def hold_out(words: np.ndarray, fraction: float, seed: int, client: int) -> np.n
     """
     held = np.zeros(len(words), dtype=bool)
     if len(words) > 1:
-        order = np.random.default_rng([seed, _HOLD_OUT, client]).permutation(len(words))
+        order = generator(seeds, Stream.HOLD_OUT, client).permutation(len(words))
         enough = np.searchsorted(np.cumsum(words[order]), fraction * words.sum()) + 1
         held[order[: min(int(enough), len(words) - 1)]] = True
     return held

@@ -1,4 +1,4 @@
-"""Who takes part in a round and which blocks they train on: pure functions of (seed, round, step, client).
+"""Who takes part in a round and which blocks they train on: pure functions of (seeds, round, step, client).
 
 Nothing is carried from round to round, so a resumed run, or another process, draws the same.
 """
@@ -9,10 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 
-COHORT, ORDER, SHUFFLE = 1, 2, 3  # tags that keep the draws apart
+from fedbert_jax.streams import Seeds, Stream, generator
 
 
-def draw_cohort(seed: int, round: int, num_clients: int, cohort: int) -> np.ndarray:
+def draw_cohort(seeds: Seeds, round: int, num_clients: int, cohort: int) -> np.ndarray:
     """Draws a round's clients, without replacement.
 
     Returns:
@@ -20,13 +20,13 @@ def draw_cohort(seed: int, round: int, num_clients: int, cohort: int) -> np.ndar
     """
     if cohort == num_clients:
         return np.arange(num_clients, dtype=np.int32)
-    rng = np.random.default_rng([seed, COHORT, round])
+    rng = generator(seeds, Stream.COHORT, round)
     return np.sort(rng.choice(num_clients, cohort, replace=False)).astype(np.int32)
 
 
-def turn_order(seed: int, round: int, cohort: int) -> np.ndarray:
+def turn_order(seeds: Seeds, round: int, cohort: int) -> np.ndarray:
     """Draws the order in which a sequential round's clients take turns: a permutation, int [C]."""
-    return np.random.default_rng([seed, ORDER, round]).permutation(cohort)
+    return generator(seeds, Stream.ORDER, round).permutation(cohort)
 
 
 def client_weights(sizes: np.ndarray, clients: np.ndarray, weighting: str) -> np.ndarray:
@@ -35,7 +35,7 @@ def client_weights(sizes: np.ndarray, clients: np.ndarray, weighting: str) -> np
     return (weights / weights.sum()).astype(np.float32)
 
 
-def block_indices(seed: int, client: int, num_blocks: int, first: int, count: int) -> np.ndarray:
+def block_indices(seeds: Seeds, client: int, num_blocks: int, first: int, count: int) -> np.ndarray:
     """Returns places `first` to `first + count` of a client's endless shuffled stream of its blocks.
 
     The stream is one random permutation of 0..num_blocks-1 after another (epochs), so each block comes once an epoch.
@@ -47,12 +47,12 @@ def block_indices(seed: int, client: int, num_blocks: int, first: int, count: in
     parts = []
     while count > 0:
         epoch, start = divmod(first, num_blocks)
-        part = _permutation(seed, client, epoch, num_blocks)[start : start + count]
+        part = _permutation(seeds, client, epoch, num_blocks)[start : start + count]
         parts.append(part)
         first, count = first + len(part), count - len(part)
     return np.concatenate(parts)
 
 
 @lru_cache(maxsize=256)
-def _permutation(seed: int, client: int, epoch: int, num_blocks: int) -> np.ndarray:
-    return np.random.default_rng([seed, SHUFFLE, client, epoch]).permutation(num_blocks)
+def _permutation(seeds: Seeds, client: int, epoch: int, num_blocks: int) -> np.ndarray:
+    return generator(seeds, Stream.BLOCKS, client, epoch).permutation(num_blocks)

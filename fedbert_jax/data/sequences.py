@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.streams import Seeds, Stream, generator
 
-EPOCH = 4  # a tag that keeps these draws apart from data.sampling's
 WINDOW = 16  # rounds' worth of examples within which sequences are sorted by length
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # the lengths that batches are padded to: one program each
 
@@ -73,22 +73,22 @@ def take(data: Sequences, index: np.ndarray, length: int) -> MaskedBatch:
 
 
 class ExampleStream:
-    """A client's endless stream of examples, one shuffled epoch after another: a function of (seed, client).
+    """A client's endless stream of examples, one shuffled epoch after another: a function of (seeds, client).
 
     Within windows of some rounds an epoch is sorted by length and cut into rounds again, whose order is shuffled, so that
     little of a round is padding. The round in which one epoch ends and the next begins is filled up with examples of any
     length; then the next is cut into whole rounds again.
 
     Args:
-      seed: of the order.
+      seeds: of the order.
       client: whose stream.
       lengths: int [n], of the client's examples.
       steps: K.
       batch: B.
     """
 
-    def __init__(self, seed: int, client: int, lengths: np.ndarray, steps: int, batch: int):
-        self.seed, self.client, self.lengths, self.steps, self.batch = seed, client, lengths, steps, batch
+    def __init__(self, seeds: Seeds, client: int, lengths: np.ndarray, steps: int, batch: int):
+        self.seeds, self.client, self.lengths, self.steps, self.batch = seeds, client, lengths, steps, batch
         self._orders: dict[int, np.ndarray] = {}  # of the epochs in use
 
     def round(self, round: int) -> np.ndarray:
@@ -104,7 +104,7 @@ class ExampleStream:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            rng, unit = np.random.default_rng([self.seed, EPOCH, self.client, epoch]), self.steps * self.batch
+            rng, unit = generator(self.seeds, Stream.EXAMPLES, self.client, epoch), self.steps * self.batch
             order, units = rng.permutation(len(self.lengths)), []
             filling = -epoch * len(order) % unit  # so many does the round lack in which the epoch before ends
             for start in range(filling, len(order), WINDOW * unit):

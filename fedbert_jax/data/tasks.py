@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedbert_jax.config import Config
 from fedbert_jax.data import glue
 from fedbert_jax.data.sequences import Sequences, encode
 from fedbert_jax.errors import UserError
-
-HOLDOUT = 5  # a tag that keeps this draw apart from the others
+from fedbert_jax.streams import Stream, generator, seeds_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def read_task(config: Config, tokenizer: Any) -> TaskData:
     if holdout:
         if len(train) < 2:
             raise UserError(f"{task.name} has {len(train)} training example; finetune.holdout needs at least 2.")
-        order = np.random.default_rng([config.seed, HOLDOUT]).permutation(len(train))
+        order = generator(seeds_of(config), Stream.TASK_HOLD_OUT).permutation(len(train))
         kept = min(max(round(holdout * len(train)), 1), len(train) - 1)
         train, judges = train.take(order[kept:]), {"holdout": train.take(order[:kept])}
     return TaskData(task, train, judges, {s: tokens(s) for s in test}, {s: found[s].ids for s in test})

@@ -1,4 +1,8 @@
-"""Evaluation: the MLM loss and accuracy on each client's held-out text, by the model that client would use."""
+"""Evaluation: how well held-out text is predicted from its context, client by client, by the model that client would use.
+
+Every chosen position of held-out text becomes [MASK], so there is nothing to copy. What guessing by frequency reaches is
+computed at exactly the same positions.
+"""
 
 from __future__ import annotations
 
@@ -9,94 +13,166 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedbert_jax import streams
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
 from fedbert_jax.federated.setting import Pair
 from fedbert_jax.federated.split import joined_logits
 from fedbert_jax.models.bert import Segments
-
-EVAL = 0x6576616C  # keeps evaluation's masks apart from training's
+from fedbert_jax.streams import Secrets, Seeds, Stream
 
 
 class EvalSet(NamedTuple):
     """Held-out blocks in batches of one client each; the masks are the same at every evaluation."""
 
-    tokens: Any  # integers [S, B, T]; as `make_eval_set` returns it, the blocks' numbers [S, B]
+    tokens: Any  # integers [S, B, T]; as `make_eval_set` returns it, the blocks' numbers among all clients' [S, B]
     real: Any  # float32 [S, B], 0 for a row that fills a batch up
-    batch_ids: Any  # int32 [S], seeds a batch's masks
+    blocks: Any  # int32 [S, B], the blocks' numbers among their client's; with the client, they decide a block's mask
     clients: Any  # int32 [S], whose text it is
 
 
-class Scores(NamedTuple):
-    """Means over masked held-out tokens: all of them, and each evaluated client's."""
+class Score(NamedTuple):
+    """Means over masked held-out positions."""
 
-    loss: float
+    loss: float  # nats
     accuracy: float
-    clients: dict[int, tuple[float, float]]  # client id -> (loss, accuracy)
 
 
-def make_eval_set(offsets: np.ndarray, clients: np.ndarray, max_blocks: int, batch: int, multiple: int = 1) -> EvalSet:
-    """Chooses the first `max_blocks` held-out blocks of each given client.
+class Evaluation(NamedTuple):
+    """The scores of the clients that were evaluated, and their two means."""
+
+    clients: dict[int, Score]  # by client id
+    over_clients: Score  # every client counts the same
+    by_text: Score  # every client counts as much as its training text
+
+    def headline(self, weighting: str) -> Score:
+        """Returns the mean in which clients count as they do in training, by `federated.weighting`."""
+        return self.over_clients if weighting == "uniform" else self.by_text
+
+    def fields(self, loss: str, accuracy: str, weighting: str) -> dict[str, float]:
+        """Returns both means by name, `{loss}_over_clients` and so on; without such an ending, the headline."""
+        named = {"": self.headline(weighting), "_over_clients": self.over_clients, "_by_text": self.by_text}
+        pairs = [(f"{loss}{end}", score.loss) for end, score in named.items()]
+        return dict(pairs + [(f"{accuracy}{end}", score.accuracy) for end, score in named.items()])
+
+    def scope(self, weighting: str, num_clients: int) -> str:
+        """Says which mean the headline is, and over how many clients of how many."""
+        mean = "mean over" if weighting == "uniform" else "mean by text,"
+        return f"{mean} {len(self.clients):,} of {num_clients:,} clients"
+
+
+def make_eval_set(
+    offsets: np.ndarray, clients: np.ndarray, max_blocks: int, batch: int, seeds: Seeds, multiple: int = 1
+) -> EvalSet:
+    """Draws `max_blocks` of each given client's held-out blocks.
 
     Args:
       offsets: int [N+1]; client c's held-out blocks are offsets[c]:offsets[c+1].
       clients: int [E], the clients to evaluate; those without held-out blocks are passed over.
       max_blocks: a client's share in the cost.
-      batch: rows a batch; its masks depend on that.
-      multiple: B is filled up to a multiple of this, so that devices divide it. Masks are drawn row by row, so that
-        changes no score.
+      batch: rows a batch.
+      seeds: the run's.
+      multiple: B is filled up to a multiple of this, so that devices divide it.
 
     Returns:
-      NumPy arrays, with the blocks' numbers int64 [S, B] for `tokens`.
+      NumPy arrays, with the blocks' numbers int64 [S, B] for `tokens`. No score depends on how rows fall into batches.
     """
-    rows, real, owners = [], [], []
+    rows, real, numbers, owners = [], [], [], []
     size = batch + -batch % multiple
     for c in clients:
-        blocks = np.arange(offsets[c], min(offsets[c + 1], offsets[c] + max_blocks))
-        for start in range(0, len(blocks), batch):
-            part = blocks[start : start + batch]
-            rows.append(np.resize(part, size))  # repeats rows to fill the batch up; they count 0
+        held = int(offsets[c + 1] - offsets[c])
+        rng = streams.generator(seeds, Stream.SCORED_BLOCKS, c)
+        chosen = np.sort(rng.choice(held, min(held, max_blocks), replace=False))
+        for start in range(0, len(chosen), batch):
+            part = chosen[start : start + batch]
+            filled = np.resize(part, size)  # repeats rows to fill the batch up; they count 0
+            rows.append(offsets[c] + filled)
             real.append((np.arange(size) < len(part)).astype(np.float32))
+            numbers.append(filled)
             owners.append(c)
-    ids = np.arange(len(rows), dtype=np.int32)
     shape = (len(rows), size)
     return EvalSet(
-        np.array(rows, np.int64).reshape(shape), np.array(real, np.float32).reshape(shape), ids, np.array(owners, np.int32)
-    )
+        np.array(rows, np.int64).reshape(shape), np.array(real, np.float32).reshape(shape),
+        np.array(numbers, np.int32).reshape(shape), np.array(owners, np.int32),
+    )  # fmt: skip
 
 
-def eval_batch(seed: int, blocks: jax.Array, batch_id: jax.Array, spec: MaskSpec) -> MaskedBatch:
-    """Masks an evaluation batch [B, T]: the same way whenever, and whatever strategy, evaluates it."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVAL), batch_id)
-    return mask_blocks(key, blocks, spec)
+def masked(of: Secrets, batch: EvalSet, spec: MaskSpec) -> MaskedBatch:
+    """Masks one batch [B, T] of an eval set: the same way whenever, and whatever strategy, evaluates it."""
+
+    def one(block: jax.Array, number: jax.Array) -> MaskedBatch:
+        drawn = mask_blocks(streams.key(of, Stream.EVAL_MASK, batch.clients, number), block[None], spec, hide_all=True)
+        return jax.tree.map(lambda x: x[0], drawn)
+
+    return jax.vmap(one)(batch.tokens, batch.blocks)
 
 
 def make_evaluate(
-    segments: Segments, spec: MaskSpec, seed: int, model_of: Callable[[Any, jax.Array], Pair]
+    segments: Segments, spec: MaskSpec, seeds: Seeds, model_of: Callable[[Any, jax.Array], Pair]
 ) -> Callable[[Any, EvalSet], jax.Array]:
     """Returns the function (state, eval set) -> float32 [S, 3]: summed loss, right answers and count a batch."""
 
     def evaluate(state: Any, data: EvalSet) -> jax.Array:
         def one(batch: EvalSet) -> jax.Array:
             model = model_of(state, batch.clients)
-            masked = eval_batch(seed, batch.tokens, batch.batch_ids, spec)
-            logits = joined_logits(segments, model.client, model.server, masked)
-            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), masked.labels[..., None], axis=-1)[..., 0]
-            weights = masked.weights * batch.real[:, None]
-            right = (jnp.argmax(logits, axis=-1) == masked.labels).astype(jnp.float32)
-            return jnp.stack([jnp.sum(nll * weights), jnp.sum(right * weights), jnp.sum(weights)])
+            questions = masked(streams.secrets(seeds), batch, spec)
+            logits = joined_logits(segments, model.client, model.server, questions)
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), questions.labels[..., None], axis=-1)[..., 0]
+            return _sums(nll, jnp.argmax(logits, axis=-1), questions, batch.real)
 
         return jax.lax.map(one, data)
 
     return evaluate
 
 
-def scores(sums: np.ndarray, owners: np.ndarray) -> Scores | None:
-    """Turns the sums [S, 3] of batches owned by `owners` [S] into means; None when there is no held-out text."""
-    total = sums.astype(np.float64).sum(axis=0) if len(sums) else np.zeros(3)
-    if total[2] == 0:
-        return None
-    clients = {}
+def make_evaluate_frequencies(spec: MaskSpec, seeds: Seeds) -> Callable[[jax.Array, EvalSet], jax.Array]:
+    """Returns the same for guessing by frequency: (log-probabilities float32 [V], eval set) -> float32 [S, 3]."""
+
+    def evaluate(log_probs: jax.Array, data: EvalSet) -> jax.Array:
+        def one(batch: EvalSet) -> jax.Array:
+            questions = masked(streams.secrets(seeds), batch, spec)
+            guesses = jnp.full(questions.labels.shape, jnp.argmax(log_probs), jnp.int32)
+            return _sums(-log_probs[questions.labels], guesses, questions, batch.real)
+
+        return jax.lax.map(one, data)
+
+    return evaluate
+
+
+def _sums(nll: jax.Array, guesses: jax.Array, questions: MaskedBatch, real: jax.Array) -> jax.Array:
+    weights = questions.weights * real[:, None]
+    right = (guesses == questions.labels).astype(jnp.float32)
+    # What weighs nothing is taken out, not multiplied by 0: it need not be finite.
+    return jnp.stack([jnp.sum(jnp.where(weights > 0, nll, 0.0)), jnp.sum(right * weights), jnp.sum(weights)])
+
+
+def log_frequencies(counts: np.ndarray, special_ids: tuple[int, ...]) -> np.ndarray:
+    """Returns log-probabilities of guessing by frequency, float32 [V].
+
+    Args:
+      counts: int [V], how often each token is in the training blocks; each counts once more, so that none is impossible.
+      special_ids: tokens that are never guessed, nor asked for: their log-probability is -inf.
+    """
+    smoothed = np.where(np.isin(np.arange(len(counts)), special_ids), 0, counts + 1).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return np.log(smoothed / smoothed.sum()).astype(np.float32)
+
+
+def evaluation(sums: np.ndarray, owners: np.ndarray, sizes: np.ndarray) -> Evaluation | None:
+    """Turns sums of batches into scores; None when nothing was asked.
+
+    Args:
+      sums: float32 [S, 3], summed loss, right answers and count a batch.
+      owners: int [S], whose batch it is. A client at which nothing was asked is left out.
+      sizes: int [N], every client's amount of training text.
+    """
+    clients, weights = {}, []
     for c in np.unique(owners):
         loss, right, count = sums[owners == c].astype(np.float64).sum(axis=0)
-        clients[int(c)] = (float(loss / count), float(right / count))
-    return Scores(float(total[0] / total[2]), float(total[1] / total[2]), clients)
+        if count > 0:
+            clients[int(c)] = Score(float(loss / count), float(right / count))
+            weights.append(float(sizes[c]))
+    if not clients:
+        return None
+    each = np.array(list(clients.values()))  # [E, 2]
+    by_text = np.array(weights) / sum(weights)
+    return Evaluation(clients, Score(*map(float, each.mean(axis=0))), Score(*map(float, by_text @ each)))

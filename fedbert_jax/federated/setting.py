@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedbert_jax import streams
 from fedbert_jax.config import Config
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
-from fedbert_jax.federated.aggregate import client_average, replicate, weighted_average
-from fedbert_jax.federated.split import joined_loss, split_step
+from fedbert_jax.federated.aggregate import client_average, replicate, weighted_average, weighted_sum
+from fedbert_jax.federated.split import DropoutKeys, joined_loss, split_step
 from fedbert_jax.models.bert import Params, Segments
 from fedbert_jax.optim import Optimizer
 from fedbert_jax.sharding import constrain, constrain_clients
+from fedbert_jax.streams import Secrets, Stream, seeds_of
 from fedbert_jax.wire import message_bytes, num_bytes
 
 
@@ -75,21 +77,25 @@ class Setting:
     outer: optax.GradientTransformation | None
     num_clients: int  # N
     cohort: int  # C
-    seed: jax.Array | None = None  # of the draws, where it isn't the config's: several seeds are trained side by side
+    secrets: Secrets | None = None  # where they aren't the config's: several seeds are trained side by side
 
     @jax.named_scope("mask")
     def draw(
         self, blocks: Any, round: jax.Array, step: jax.Array, client: jax.Array
-    ) -> tuple[MaskedBatch, jax.Array | None]:
-        """Masks blocks [B, T] and gives the dropout key: both functions of (seed, round, step, client) alone."""
-        key = jax.random.key(self.config.seed if self.seed is None else self.seed)
-        for part in (round, step, client):
-            key = jax.random.fold_in(key, part)
-        mask_key, dropout_key = jax.random.split(key)
+    ) -> tuple[MaskedBatch, DropoutKeys | None]:
+        """Masks blocks [B, T] and gives the dropout keys: both functions of (secrets, round, step, client) alone."""
+        of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
+        draws = lambda stream: streams.key(of, stream, round, step, client)  # noqa: E731
+        batch = blocks if self.mask is None else mask_blocks(draws(Stream.MASK), blocks, self.mask)
         model = self.config.model
-        drops = model.hidden_dropout > 0 or model.attention_dropout > 0
-        batch = blocks if self.mask is None else mask_blocks(mask_key, blocks, self.mask)
-        return batch, dropout_key if drops else None
+        if not (model.hidden_dropout > 0 or model.attention_dropout > 0):
+            return batch, None
+        return batch, DropoutKeys(draws(Stream.SEGMENT_DROPOUT), draws(Stream.BODY_DROPOUT))
+
+    def fresh(self) -> Pair:
+        """Returns the model's initial values: the client segment's by the clients' secret, the body's by the server's."""
+        of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
+        return Pair(*self.segments.init(streams.key(of, Stream.SEGMENT), streams.key(of, Stream.BODY)))
 
     def init_opt(self, model: Pair) -> Pair:
         return Pair(self.client_tx.init(model.client), self.server_tx.init(model.server))
@@ -103,13 +109,13 @@ class Setting:
         return Pair(client, server), Pair(client_opt, server_opt), (client_norm, server_norm)
 
 
-GradFn = Callable[[Pair, MaskedBatch, jax.Array | None], tuple[jax.Array, Pair]]
+GradFn = Callable[[Pair, MaskedBatch, DropoutKeys | None], tuple[jax.Array, Pair]]
 
 
 def joined_grads(s: Setting) -> GradFn:
     """Gradients of the uncut model."""
 
-    def grads(model: Pair, batch: MaskedBatch, key: jax.Array | None) -> tuple[jax.Array, Pair]:
+    def grads(model: Pair, batch: MaskedBatch, key: DropoutKeys | None) -> tuple[jax.Array, Pair]:
         loss = lambda m: joined_loss(s.segments, m.client, m.server, batch, key)  # noqa: E731
         return jax.value_and_grad(loss)(model)
 
@@ -119,9 +125,8 @@ def joined_grads(s: Setting) -> GradFn:
 def split_grads(s: Setting) -> GradFn:
     """Gradients across the cut, one client."""
 
-    def grads(model: Pair, batch: MaskedBatch, key: jax.Array | None) -> tuple[jax.Array, Pair]:
-        one = jax.tree.map(lambda x: x[None], batch)
-        keys = None if key is None else key[None]
+    def grads(model: Pair, batch: MaskedBatch, key: DropoutKeys | None) -> tuple[jax.Array, Pair]:
+        one, keys = jax.tree.map(lambda x: x[None], (batch, key))
         out = split_step(
             s.segments, s.config.wire, model.client, model.server, one, jnp.ones(1), keys, shared_client=True
         )
@@ -159,7 +164,7 @@ def all_turns(
         return turn(s, grad_fn, model, opt, tokens, client, inputs.round, first)
 
     model, opt, metrics = jax.vmap(one_turn)(model, opt, constrain(tokens, "data"), inputs.client_ids)
-    return model, opt, jax.tree.map(lambda m: jnp.mean(inputs.weights @ m), metrics)
+    return model, opt, jax.tree.map(lambda m: jnp.mean(weighted_sum(inputs.weights, m)), metrics)
 
 
 def slices(cohort: int, at_once: int | None, devices: int) -> tuple[int, int]:
@@ -257,7 +262,7 @@ def step_traffic(s: Setting) -> dict[str, int]:
     blocks = jax.ShapeDtypeStruct((f.batch_size, length), jnp.int32)
 
     def messages(key: jax.Array, blocks: jax.Array) -> Any:
-        client, server = s.segments.init(key)
+        client, server = s.fresh()
         batch = jax.tree.map(lambda x: x[None], mask_blocks(key, blocks, mask))
         return split_step(
             s.segments, s.config.wire, client, server, batch, jnp.ones(1), None, shared_client=True
@@ -270,11 +275,11 @@ def step_traffic(s: Setting) -> dict[str, int]:
 def segment_traffic(s: Setting, trips: int, side: str) -> dict[str, int]:
     """Bytes of fetching a segment and handing it back, with its optimizer state where that travels, `trips` times."""
 
-    def shapes(key: jax.Array) -> tuple[Params, Any]:
-        model = Pair(*s.segments.init(key))
+    def shapes() -> tuple[Params, Any]:
+        model = s.fresh()
         return getattr(model, side), getattr(s.init_opt(model), side)
 
-    params, opt = jax.eval_shape(shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    params, opt = jax.eval_shape(shapes)
     sizes = {f"{side}_segment": num_bytes(params) * trips}
     if s.config.federated.client_optimizer_state == "average":
         sizes[f"{side}_optimizer"] = num_bytes(opt) * trips

@@ -19,7 +19,14 @@ from fedbert_jax.models.bert import Params, Segments
 from fedbert_jax.models.layers import fold_in, take_positions
 from fedbert_jax.wire import Messages, decode, encode
 
-EMBED, BODY, HEAD = 0, 1, 2  # tags that keep the dropout draws of a client's three segments apart
+EMBED, HEAD = 0, 1  # tags that keep the dropout draws of a client's two segments apart
+
+
+class DropoutKeys(NamedTuple):
+    """Keys of one step's dropout: what a client draws by itself, and what the server draws for it."""
+
+    client: jax.Array  # [C], or of one client []
+    server: jax.Array  # [C], or of one client []
 
 
 class StepResult(NamedTuple):
@@ -38,7 +45,7 @@ def split_step(
     server_params: Params,
     batch: MaskedBatch,
     weights: jax.Array,
-    keys: jax.Array | None = None,
+    keys: DropoutKeys | None = None,
     *,
     shared_client: bool = False,
 ) -> StepResult:
@@ -52,12 +59,13 @@ def split_step(
       server_params: the one body.
       batch: leaves [C, B, ...].
       weights: float32 [C], non-negative, summing to 1: each client's share in the body's gradient. A client of weight
-        0 (padding, or absent) changes nothing.
-      keys: PRNG keys [C] for dropout, or None.
+        0 (padding, or absent) changes nothing, even if its numbers are not finite.
+      keys: for dropout, [C], or None.
       shared_client: see `client_params`.
     """
     own = None if shared_client else 0
-    embed_keys, head_keys = (None if keys is None else fold_in(keys, n)[:, None] for n in (EMBED, HEAD))  # type: ignore[index]
+    embed_keys, head_keys = (None if keys is None else fold_in(keys.client, n)[:, None] for n in (EMBED, HEAD))  # type: ignore[index]
+    body_keys = None if keys is None else keys.server
 
     # Client: embed. Each keeps the residuals for its own backward pass.
     def client_embed(params: Params, b: MaskedBatch, key: jax.Array | None):  # type: ignore[no-untyped-def]
@@ -76,11 +84,14 @@ def split_step(
         rows = received.reshape(clients * size, *received.shape[2:])  # [C*B, T, D]
         mask = None if lengths_up is None else attention_mask(lengths_up.reshape(-1), rows.shape[1])
         positions = None if positions_up is None else positions_up.reshape(clients * size, -1)
-        z = segments.transform(params, rows, fold_in(keys, BODY), mask, positions)  # [C*B, M, D], or T for M
+        z = segments.transform(params, rows, body_keys, mask, positions)  # [C*B, M, D], or T for M
         return z.reshape(clients, size, *z.shape[1:])
 
+    scale = weights.reshape(-1, 1, 1, 1)
     with jax.named_scope("transform"):
-        z, transform_vjp = jax.vjp(server_transform, server_params, decode(activations_up, like=h))
+        # What weighs nothing is taken out, not multiplied by 0: 0 times what is not finite is not finite.
+        received = jnp.where(scale > 0, decode(activations_up, like=h), 0.0)
+        z, transform_vjp = jax.vjp(server_transform, server_params, received)
     with jax.named_scope("downlink"):
         hidden_states_down = encode(z, wire)  # ---- message 2, down
 
@@ -97,10 +108,9 @@ def split_step(
 
     # Server: the body's gradient is the weighted mean over clients. Scaling dz does that in one backward pass, and
     # scales what flows on to each client, too, which is undone: a client's gradient is of its own loss.
-    scale = weights.reshape(-1, 1, 1, 1)
-    received = decode(head_gradient_up, like=z)
     with jax.named_scope("transform"):
-        server_grads, dh = transform_vjp((received * scale).astype(received.dtype))
+        dz = decode(head_gradient_up, like=z)
+        server_grads, dh = transform_vjp(jnp.where(scale > 0, dz * scale, 0.0).astype(dz.dtype))
         dh = jnp.where(scale > 0, dh / jnp.where(scale > 0, scale, 1.0), 0.0)
     with jax.named_scope("downlink"):
         input_gradient_down = encode(dh, wire)  # ---- message 4, down
@@ -117,37 +127,39 @@ def split_step(
 
 
 def joined_loss(
-    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: jax.Array | None = None
+    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: DropoutKeys | None = None
 ) -> jax.Array:
     """Returns the loss of the uncut model on one client's batch [B, ...]: what `centralized` trains.
 
     With the same key, dropout draws are those of `split_step`.
     """
-    keys = None if key is None else key[None]
-    z = _joined_hidden(segments, client_params, server_params, batch, keys)
+    z = _joined_hidden(segments, client_params, server_params, batch, key)
     with jax.named_scope("predict"):
-        return segments.loss(client_params, z, batch.labels, batch.weights, fold_in(keys, HEAD))
+        return segments.loss(client_params, z, batch.labels, batch.weights, _of_client(key, HEAD))
 
 
 def joined_logits(
-    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: jax.Array | None = None
+    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: DropoutKeys | None = None
 ) -> jax.Array:
     """Returns the uncut model's logits [B, M, ...] at the positions of one client's batch [B, ...]."""
-    keys = None if key is None else key[None]
-    z = _joined_hidden(segments, client_params, server_params, batch, keys)
+    z = _joined_hidden(segments, client_params, server_params, batch, key)
     with jax.named_scope("predict"):
-        return segments.predict(client_params, z, fold_in(keys, HEAD))
+        return segments.predict(client_params, z, _of_client(key, HEAD))
 
 
 def _joined_hidden(
-    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, keys: jax.Array | None
+    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: DropoutKeys | None
 ) -> jax.Array:
-    """Returns the body's output [B, M, D] at the positions of one client's batch; keys are [1]."""
+    """Returns the body's output [B, M, D] at the positions of one client's batch."""
     with jax.named_scope("embed"):
-        h = segments.embed(client_params, batch.tokens, fold_in(keys, EMBED), batch.token_types)
+        h = segments.embed(client_params, batch.tokens, _of_client(key, EMBED), batch.token_types)
     with jax.named_scope("transform"):
         mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
-        return segments.transform(server_params, h, fold_in(keys, BODY), mask, batch.positions)
+        return segments.transform(server_params, h, None if key is None else key.server[None], mask, batch.positions)
+
+
+def _of_client(key: DropoutKeys | None, tag: int) -> jax.Array | None:
+    return None if key is None else fold_in(key.client[None], tag)
 
 
 def attention_mask(lengths: jax.Array, size: int) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedbert_jax.federated.aggregate import client_average, outer_update, replicate
+from fedbert_jax.federated.aggregate import client_average, outer_update, replicate, weighted_sum
 from fedbert_jax.federated.setting import (
     GradFn,
     Pair,
@@ -70,7 +70,7 @@ def parallel(s: Setting) -> Strategy:
                 out = split_step(s.segments, s.config.wire, params, server, batch, weights, keys, shared_client=shared)
                 axes = (0, None if shared and mode != "keep" else 0, None if shared else 0, None)
                 params, opt, norms = jax.vmap(s.client_tx.update, axes)(out.client_grads, opt, params, now)
-                sums = (out.server_grads, out.loss @ weights, norms @ weights)
+                sums = (out.server_grads, weighted_sum(weights, out.loss), weighted_sum(weights, norms))
                 return (constrain_clients(params), constrain_clients(opt)), sums
 
             per_client = (tokens, inputs.client_ids, inputs.weights) + (() if shared else (clients, client_opt))
@@ -168,7 +168,8 @@ def sequential(s: Setting) -> Strategy:
         tokens = constrain(clients_first(inputs.tokens), None, None, "data")  # [C, K, B, T]
         xs = (jnp.arange(cohort), inputs.client_ids, tokens)
         (model, client_opt, server_opt), metrics = jax.lax.scan(one_turn, (state.model, *state.opt), xs)
-        return State(model, Pair(client_opt, server_opt), ()), jax.tree.map(jnp.mean, metrics)
+        metrics = jax.tree.map(lambda m: jnp.mean(weighted_sum(inputs.weights, m)), metrics)
+        return State(model, Pair(client_opt, server_opt), ()), metrics
 
     traffic = step_traffic(s) | segment_traffic(s, s.cohort, "client")
     return Strategy(init, round, lambda state, _: state.model, local_steps * s.cohort, traffic)

@@ -28,7 +28,7 @@ class Segments(NamedTuple):
     """A model cut in a U. Keys are PRNG keys [G], one for each of G equal groups of rows, or None for no dropout."""
 
     config: ModelConfig
-    init: Callable[[jax.Array], tuple[Params, Params]]  # key -> (client_params, server_params)
+    init: Callable[[jax.Array, jax.Array], tuple[Params, Params]]  # (client's key, server's) -> parameters of each
     embed: Callable[..., jax.Array]  # (client_params, tokens [B, T], keys=None, token_types=None) -> [B, T, D]
     # (server_params, h [B, T, D], keys=None, attention_mask=None, positions [B, M]=None) -> [B, M, D]; without, [B, T, D]
     transform: Callable[..., jax.Array]
@@ -63,8 +63,7 @@ def make_segments(
     client_def, _ = nnx.split(nnx.eval_shape(new_client, shape_key))
     layer_def, _ = nnx.split(nnx.eval_shape(new_layer, shape_key))
 
-    def init(key: jax.Array) -> tuple[Params, Params]:
-        client_key, server_key = jax.random.split(key)
+    def init(client_key: jax.Array, server_key: jax.Array) -> tuple[Params, Params]:
         client = nnx.to_pure_dict(nnx.state(new_client(client_key)))
         stack = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(new_layer(k))))
         return client, {"layers": stack(jax.random.split(server_key, layers))}  # leaves [L, ...]

@@ -28,6 +28,7 @@ from fedbert_jax.models.bert import Params, Segments, make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 from fedbert_jax.runtime.simulation import compute_dtype
 from fedbert_jax.sharding import make_mesh, tree_shardings
+from fedbert_jax.streams import Secrets, Seeds, secrets, seeds_of
 
 Start = Callable[[Params, Params], tuple[Params, Params, list[str]]]
 
@@ -99,16 +100,23 @@ class Finetuning:
     def _streams(self) -> list[list[ExampleStream]]:
         f, lengths = self.config.federated, self.data.train.lengths
         return [
-            [ExampleStream(seed, c, lengths[own], f.local_steps, f.batch_size) for c, own in enumerate(self.clients)]
-            for seed in self.seeds
+            [ExampleStream(seeds, c, lengths[own], f.local_steps, f.batch_size) for c, own in enumerate(self.clients)]
+            for seeds in self._seeds_of_each()
         ]
+
+    def _seeds_of_each(self) -> list[Seeds]:
+        return [Seeds(seed, seed) for seed in self.seeds]
+
+    def _secrets(self) -> Secrets:
+        """Returns the secrets of the seeds side by side, [S]."""
+        return jax.tree.map(lambda *keys: jnp.stack(keys), *map(secrets, self._seeds_of_each()))
 
     def _deal(self, count: int) -> list[np.ndarray]:
         train, partition = self.data.train, self.config.data.partition
         if count == 1:
             return [np.arange(len(train))]
         labels = np.round(train.labels).astype(int)  # a regression's, to the nearest whole number
-        _, owned = assign([str(x) for x in labels], np.ones(len(train)), partition, count, self.config.seed)
+        _, owned = assign([str(x) for x in labels], np.ones(len(train)), partition, count, seeds_of(self.config))
         empty = [n for n, own in enumerate(owned) if not len(own)]
         if empty:
             raise ConfigError(
@@ -119,8 +127,8 @@ class Finetuning:
 
     def _fresh_state(self) -> State:
         strategy = STRATEGIES[self.config.federated.strategy](self.setting)
-        make = lambda seed: strategy.init(Pair(*self.setting.segments.init(jax.random.key(seed))))  # noqa: E731
-        return jax.vmap(make)(jnp.asarray(self.seeds))
+        make = lambda of: strategy.init(dataclasses.replace(self.setting, secrets=of).fresh())  # noqa: E731
+        return jax.vmap(make)(self._secrets())
 
     def init_state(self) -> tuple[State, list[str]]:
         """Returns the states before the first round [S, ...], and the names that the checkpoint lacked."""
@@ -129,16 +137,16 @@ class Finetuning:
                 return jax.jit(self._fresh_state, out_shardings=self.state_sharding)(), []
         strategy, states = STRATEGIES[self.config.federated.strategy](self.setting), []
         missing: list[str] = []
-        for seed in self.seeds:
-            client, server = jax.jit(self.segments.init)(jax.random.key(seed))
-            client, server, missing = self.start(client, server)
+        for seeds in self._seeds_of_each():
+            fresh = jax.jit(dataclasses.replace(self.setting, secrets=secrets(seeds)).fresh)()
+            client, server, missing = self.start(*fresh)
             states.append(strategy.init(Pair(client, server)))
         return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), self.state_sharding), missing
 
     def _one_round(
-        self, state: State, batches: MaskedBatch, clients: jax.Array, round: jax.Array, seed: jax.Array
+        self, state: State, batches: MaskedBatch, clients: jax.Array, round: jax.Array, of: Secrets
     ) -> tuple[State, RoundMetrics]:
-        s = dataclasses.replace(self.setting, seed=seed)
+        s = dataclasses.replace(self.setting, secrets=of)
         inputs = RoundInputs(batches, clients, jnp.asarray(self.weights)[clients], round)
         return STRATEGIES[self.config.federated.strategy](s).round(state, inputs)
 
@@ -146,7 +154,7 @@ class Finetuning:
         """Returns the clients [C] in the order of a round: of their turns, if they take turns."""
         f, count = self.config.federated, len(self.clients)
         shuffled = f.arrangement == "turns" and f.order == "shuffled"
-        return turn_order(self.config.seed, round, count) if shuffled else np.arange(count)
+        return turn_order(seeds_of(self.config), round, count) if shuffled else np.arange(count)
 
     def batches(self, round: int) -> MaskedBatch:
         """Returns a round's batches [S, K, C, B, ...]: functions of (seed, round, client). The last round may be short."""
@@ -167,7 +175,7 @@ class Finetuning:
         batches = jax.device_put(self.batches(round), self._spread(spec, rows))
         with jax.set_mesh(self.mesh):
             clients = jnp.asarray(self.order(round), jnp.int32)
-            return self._round(state, batches, clients, jnp.int32(round), jnp.asarray(self.seeds))
+            return self._round(state, batches, clients, jnp.int32(round), self._secrets())
 
     def _spread(self, spec: P, rows: int) -> NamedSharding:
         """Lays an axis of `rows` over the devices; all devices hold all of it if `data` doesn't divide it."""

@@ -19,12 +19,21 @@ from fedbert_jax.data import sampling
 from fedbert_jax.data.blocks import TokenBlocks
 from fedbert_jax.data.masking import MaskSpec, num_masked
 from fedbert_jax.errors import ConfigError
-from fedbert_jax.federated.evaluation import EvalSet, Scores, make_eval_set, make_evaluate, scores
+from fedbert_jax.federated.evaluation import (
+    EvalSet,
+    Evaluation,
+    evaluation,
+    log_frequencies,
+    make_eval_set,
+    make_evaluate,
+    make_evaluate_frequencies,
+)
 from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State, slices
 from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 from fedbert_jax.sharding import place, put, tree_shardings
+from fedbert_jax.streams import Stream, generator, seeds_of
 from fedbert_jax.wire import Traffic
 
 ON_DEVICE_LIMIT = 2**30  # bytes of token blocks that `data.store=auto` puts on the device
@@ -82,7 +91,7 @@ class Simulation:
 
     def __init__(self, config: Config, train: TokenBlocks, heldout: TokenBlocks, mask: MaskSpec, mesh: Mesh):
         f = config.federated
-        self.config, self.train, self.mesh = config, train, mesh
+        self.config, self.train, self.mesh, self.seeds = config, train, mesh, seeds_of(config)
         self.num_clients = train.num_clients
         self.cohort = min(f.clients_per_round or self.num_clients, self.num_clients)
         pooled, abreast = f.arrangement == "pooled", f.arrangement == "abreast"
@@ -128,8 +137,11 @@ class Simulation:
                 self.strategy.round, donate_argnums=0, out_shardings=(self.state_sharding, self._everywhere)
             )
             self._evaluate = jax.jit(
-                make_evaluate(self.setting.segments, mask, config.seed, self.strategy.model_of),
+                make_evaluate(self.setting.segments, mask, self.seeds, self.strategy.model_of),
                 out_shardings=self._everywhere,
+            )
+            self._evaluate_frequencies = jax.jit(
+                make_evaluate_frequencies(mask, self.seeds), out_shardings=self._everywhere
             )
             self._model_of = jax.jit(self.strategy.model_of, out_shardings=self._everywhere)
         self._eval_set = self._make_eval_set(heldout)
@@ -139,7 +151,7 @@ class Simulation:
         self._next: tuple[int, Future[RoundInputs]] | None = None
 
     def _fresh_state(self) -> State:
-        return self.strategy.init(Pair(*self.setting.segments.init(jax.random.key(self.config.seed))))
+        return self.strategy.init(self.setting.fresh())
 
     def init_state(self) -> State:
         """Returns the state before round 0, a function of the seed."""
@@ -168,17 +180,17 @@ class Simulation:
         return self.round_inputs(round)
 
     def round_inputs(self, round: int) -> RoundInputs:
-        """Draws a round's cohort and blocks: a function of (seed, round).
+        """Draws a round's cohort and blocks: a function of (seeds, round).
 
         Reads only the blocks that this process's devices are to hold, unless all blocks lie on the device anyway.
         """
-        f, seed = self.config.federated, self.config.seed
+        f = self.config.federated
         if f.arrangement == "pooled":
             clients, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
         else:
-            clients = sampling.draw_cohort(seed, round, self.num_clients, self.cohort)
+            clients = sampling.draw_cohort(self.seeds, round, self.num_clients, self.cohort)
             if f.arrangement == "turns" and f.order == "shuffled":
-                clients = clients[sampling.turn_order(seed, round, self.cohort)]
+                clients = clients[sampling.turn_order(self.seeds, round, self.cohort)]
             weights = sampling.client_weights(self.train.sizes, clients, f.weighting)
         if self.padding:
             clients = np.concatenate([clients, np.repeat(clients[:1], self.padding)])
@@ -188,7 +200,7 @@ class Simulation:
         for n, c in enumerate(clients):
             start, stop = self.offsets[c], self.offsets[c + 1]
             first = round * f.local_steps * per_step
-            places = sampling.block_indices(seed, int(c), int(stop - start), first, f.local_steps * per_step)
+            places = sampling.block_indices(self.seeds, int(c), int(stop - start), first, f.local_steps * per_step)
             index[:, n] = start + places.reshape(f.local_steps, per_step)
         with jax.set_mesh(self.mesh):
             if self._on_device:
@@ -211,21 +223,37 @@ class Simulation:
         e = self.config.eval
         chosen = np.flatnonzero(heldout.sizes > 0)
         if len(chosen) > e.max_clients:
-            rng = np.random.default_rng([self.config.seed, 0x65766C])
+            rng = generator(self.seeds, Stream.EVALUATED)
             chosen = np.sort(rng.choice(chosen, e.max_clients, replace=False))
-        data = make_eval_set(heldout.offsets, chosen, e.max_blocks, e.batch_size, self.mesh.shape["data"])
+        multiple = self.mesh.shape["data"]
+        data = make_eval_set(heldout.offsets, chosen, e.max_blocks, e.batch_size, self.seeds, multiple)
         by_rows = place(self.mesh, data.tokens.shape, None, "data")  # [S, B]
-        ids, clients = put(data.batch_ids, self._everywhere), put(data.clients, self._everywhere)
-        self._evaluated = data.clients
-        return EvalSet(self._blocks(heldout, data.tokens, by_rows), put(data.real, by_rows), ids, clients)
+        clients = put(data.clients, self._everywhere)
+        self._owners = data.clients
+        tokens = self._blocks(heldout, data.tokens, by_rows)
+        return EvalSet(tokens, put(data.real, by_rows), put(data.blocks, by_rows), clients)
 
-    def evaluate(self, state: State) -> Scores | None:
+    def evaluate(self, state: State) -> Evaluation | None:
         """Scores the state on held-out text; None if there is none. Waits for the result."""
-        if not len(self._evaluated):
+        if not len(self._owners):
             return None
         with jax.set_mesh(self.mesh):
             sums = self._evaluate(state, self._eval_set)
-        return scores(np.asarray(sums), self._evaluated)
+        return evaluation(np.asarray(sums), self._owners, self.train.sizes)
+
+    def evaluate_frequencies(self, counts: np.ndarray, special_ids: tuple[int, ...]) -> Evaluation | None:
+        """Scores guessing by training frequency, as `evaluate` scores a state: on the same positions of the same text.
+
+        Args:
+          counts: int [V], how often each token is in the training blocks.
+          special_ids: tokens that are never guessed.
+        """
+        if not len(self._owners):
+            return None
+        log_probs = put(log_frequencies(counts, special_ids), self._everywhere)
+        with jax.set_mesh(self.mesh):
+            sums = self._evaluate_frequencies(log_probs, self._eval_set)
+        return evaluation(np.asarray(sums), self._owners, self.train.sizes)
 
     def model_of(self, state: State, client: int = 0) -> Pair:
         """Returns the model that a client would use (for most strategies, everyone's).

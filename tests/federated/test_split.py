@@ -27,7 +27,7 @@ joined_grad = jax.jit(jax.value_and_grad(joined_loss, (1, 2)), static_argnums=0)
 @pytest.fixture(scope="module")
 def clients(segments):
     """Three clients' own segments [3, ...] and the server's."""
-    inits = [segments.init(jax.random.key(n)) for n in range(3)]
+    inits = [segments.init(*jax.random.split(jax.random.key(n))) for n in range(3)]
     return jax.tree.map(lambda *x: jnp.stack(x), *[c for c, _ in inits]), inits[0][1]
 
 
@@ -55,7 +55,7 @@ def test_gradients_in_float64(batch):
         config = tiny_config()
         segments = make_segments(config.model, jnp.float64)
         as64 = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), tree)  # noqa: E731
-        client, server = as64(segments.init(jax.random.key(0)))
+        client, server = as64(segments.init(*jax.random.split(jax.random.key(0))))
         # The wire carries float32; two messages of rounding are all that may be seen.
         out = split_step(segments, WireConfig(), client, server, batch, WEIGHTS, shared_client=True)
         expected = [joined_grad(segments, client, server, of_client(batch, n))[1][1] for n in range(3)]
@@ -111,7 +111,7 @@ def test_a_codec_trains_through_what_the_wire_carries(segments, batch, clients, 
 def test_dropout_draws_are_a_clients_own(batch):
     config = tiny_config(model=dict(hidden_dropout=0.2, attention_dropout=0.2))
     segments = make_segments(config.model)
-    client, server = segments.init(jax.random.key(0))
+    client, server = segments.init(*jax.random.split(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), 3)
     out = split_step(segments, WireConfig(), client, server, batch, WEIGHTS, keys, shared_client=True)
     for n in range(3):

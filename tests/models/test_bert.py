@@ -40,7 +40,7 @@ def pair():
     config = tiny_config().model
     model = torch_model(config)
     segments = make_segments(config)
-    client, server = jax.jit(segments.init)(jax.random.key(0))
+    client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     client, server, missing = huggingface.from_tensors(tensors_of(model), client, server)
     assert missing == []
     return config, model, segments, client, server
@@ -105,7 +105,7 @@ def test_gradients_equal_torchs(pair, asked):
 
 @pytest.mark.parametrize("change", [dict(unroll_layers=True), dict(remat="full"), dict(remat="dots")])
 def test_scanning_unrolling_and_remat_are_one_function(segments, change):
-    _, server = jax.jit(segments.init)(jax.random.key(0))
+    _, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     other = make_segments(tiny_config(model=change).model)
     h, at = jax.random.normal(jax.random.key(1), (2, 12, 16)), jnp.array([[1, 5, 9], [0, 2, 11]])
 
@@ -118,7 +118,7 @@ def test_scanning_unrolling_and_remat_are_one_function(segments, change):
 def test_explicit_attention_equals_the_fused(segments):
     """A vanishing attention dropout takes the explicit path and must give the fused path's numbers."""
     explicit = make_segments(tiny_config(model=dict(attention_dropout=1e-7)).model)
-    _, server = jax.jit(segments.init)(jax.random.key(0))
+    _, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     h = jax.random.normal(jax.random.key(1), (2, 12, 16))
     mask = jnp.asarray(np.arange(12)[None] < np.array([[12], [7]]))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -142,7 +142,7 @@ def test_dropout_keeps_the_mean_and_its_groups_apart():
 def test_dropout_does_not_depend_on_padding():
     """The body's output at real positions is the same however far a batch is padded, all dropouts included."""
     segments = make_segments(tiny_config(model=dict(hidden_dropout=0.3, attention_dropout=0.3)).model)
-    _, server = jax.jit(segments.init)(jax.random.key(0))
+    _, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     h = jax.random.normal(jax.random.key(1), (4, 12, 16))
     keys, lengths = jax.random.split(jax.random.key(2), 2), np.array([7, 5, 3, 7])
 
@@ -158,7 +158,7 @@ def test_dropout_does_not_depend_on_padding():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_logits():
     segments = make_segments(tiny_config().model, jnp.bfloat16)
-    client, server = jax.jit(segments.init)(jax.random.key(0))
+    client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     assert {x.dtype for x in jax.tree.leaves((client, server))} == {jnp.dtype("float32")}
     h = segments.embed(client, jnp.zeros((1, 12), jnp.int32))
     assert h.dtype == jnp.bfloat16

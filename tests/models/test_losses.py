@@ -78,7 +78,7 @@ def test_memory_is_that_of_a_chunk():
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_split_step_in_chunks(segments, batch, shared):
     """Three clients of 6 masked positions each, 4 of them at a time: 2 chunks."""
-    inits = [segments.init(jax.random.key(0 if shared else n)) for n in range(3)]
+    inits = [segments.init(*jax.random.split(jax.random.key(0 if shared else n))) for n in range(3)]
     clients = inits[0][0] if shared else jax.tree.map(lambda *x: jnp.stack(x), *[c for c, _ in inits])
     chunked = make_segments(tiny_config(model=dict(logits_at_once=4)).model)
     weights = jnp.array([0.5, 0.2, 0.3])

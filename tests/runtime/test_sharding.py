@@ -45,7 +45,7 @@ def test_every_array_of_a_state_has_a_rule(strategy, optimizer):
 
     setting = make_setting(config)
     rule = STRATEGIES[strategy](setting)
-    state = jax.eval_shape(lambda: rule.init(Pair(*setting.segments.init(jax.random.key(0)))))
+    state = jax.eval_shape(lambda: rule.init(Pair(*setting.segments.init(*jax.random.split(jax.random.key(0))))))
     shardings = tree_shardings(state, make_mesh(MeshConfig()))
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
 
