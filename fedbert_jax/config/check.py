@@ -1,0 +1,197 @@
+"""What cannot run: values and combinations of them that are refused before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+from fedbert_jax.config.keys import flatten, to_dict
+from fedbert_jax.config.schema import PRESETS, AggregatorConfig, Config, ModelConfig, WireConfig
+from fedbert_jax.errors import ConfigError
+
+# Settings that fine-tuning doesn't have: refused, rather than passed over. By what it has or does instead.
+UNUSED_IN_FINETUNING = {
+    "goes by finetune.epochs and finetune.warmup, and judges and saves once an epoch": (
+        "federated.rounds", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
+        "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
+    ),
+    "reads labelled examples, and masks nothing": (
+        "mlm.mask_prob", "mlm.whole_word", "model.logits_at_once", "data.lowercase", "data.eval_fraction", "data.documents",
+        "data.document_start", "data.text_field", "data.client_field", "data.client_pattern", "data.split",
+        "data.deduplicate", "data.small_clients", "data.store", "data.cache_dir", "eval.max_clients", "eval.max_blocks",
+    ),
+}  # fmt: skip
+
+
+def resolve_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """Fills in the sizes that the preset gives and the tokenizer's vocabulary size."""
+    sizes = dict(PRESETS[model.preset])
+    for name in ("num_layers", "hidden_size", "num_heads"):
+        sizes[name] = getattr(model, name) or sizes[name]
+    sizes["intermediate_size"] = model.intermediate_size or 4 * sizes["hidden_size"]
+    sizes["vocab_size"] = model.vocab_size or vocab_size
+    return dataclasses.replace(model, **sizes)  # type: ignore[arg-type]
+
+
+def validate(config: Config) -> None:
+    """Raises `ConfigError` for the first value or combination that cannot run; reads no file."""
+    m, d, f = config.model, config.data, config.federated
+
+    def need(ok: bool, key: str, value: Any, accepted: str) -> None:
+        if not ok:
+            raise ConfigError(f"config key {key}={value!r}: accepted: {accepted}.")
+
+    flat = flatten(to_dict(config))
+    at_least_1 = (
+        "federated.local_steps", "federated.rounds", "federated.batch_size", "federated.num_clients",
+        "federated.clients_per_round", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
+        "eval.every_rounds", "eval.batch_size", "eval.max_clients", "eval.max_blocks", "model.hidden_size",
+        "model.num_layers", "model.num_heads", "model.intermediate_size", "model.vocab_size", "model.type_vocab_size",
+        "client_optimizer.decay_steps", "server_optimizer.decay_steps", "mesh.model", "model.logits_at_once",
+    )  # fmt: skip
+    for key in at_least_1:
+        need(flat[key] is None or flat[key] >= 1, key, flat[key], "an integer of at least 1")
+    span = re.fullmatch(r"(\d+):(\d+)", config.profile)
+    need(
+        config.profile == "" or (span is not None and 1 <= int(span[1]) <= int(span[2])), "profile", config.profile,
+        "'' or 'START:STOP', rounds counted from 1, such as '3:5'",
+    )  # fmt: skip
+    need(config.profile == "" or config.task == "pretrain", "profile", config.profile, "'' with task='finetune'")
+    most = 2**31 - 1 - config.finetune.seeds
+    need(0 <= config.seed <= most, "seed", config.seed, f"an integer from 0 to {most}")
+    need(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "-1 or at least 1")
+    need(d.seq_len >= 8, "data.seq_len", d.seq_len, "at least 8")
+    known = m.init_from == "" or m.vocab_size is not None  # a checkpoint's sizes are filled in later, and checked again
+    need(
+        not known or d.seq_len <= m.max_position_embeddings, "data.seq_len", d.seq_len,
+        f"at most model.max_position_embeddings={m.max_position_embeddings}, the size of the position table",
+    )  # fmt: skip
+    need(0.0 < d.eval_fraction < 1.0, "data.eval_fraction", d.eval_fraction, "a number between 0 and 1")
+    need(d.partition.alpha > 0, "data.partition.alpha", d.partition.alpha, "a number above 0")
+    need(0.0 < config.mlm.mask_prob < 1.0, "mlm.mask_prob", config.mlm.mask_prob, "a number between 0 and 1")
+    for key in ("model.hidden_dropout", "model.attention_dropout"):
+        need(0.0 <= flat[key] < 1.0, key, flat[key], "a number from 0 to below 1")
+
+    kind, _, rest = d.source.partition(":")
+    tuning = config.task == "finetune"
+    kinds = ("glue",) if tuning else ("docs", "text", "hf")
+    shown = "'glue:TASK' or 'glue:TASK@DIR'" if tuning else "'docs:[PACKAGE,...]', 'text:GLOB' or 'hf:NAME[/CONFIG]'"
+    need(
+        kind in kinds and ":" in d.source, "data.source", d.source, f"{shown} with task={config.task!r}"
+    )  # fmt: skip
+    need(kind == "docs" or rest != "", "data.source", d.source, f"'{kind}:' followed by what to read")
+    if d.tokenizer.startswith("train:"):
+        size = d.tokenizer.removeprefix("train:")
+        need(
+            size.isdigit() and int(size) >= 64, "data.tokenizer", d.tokenizer,
+            "a Hugging Face directory or hub name, or train:SIZE with a SIZE of at least 64",
+        )  # fmt: skip
+    need(
+        d.tokenizer != "" or m.init_from != "", "data.tokenizer", d.tokenizer,
+        "a Hugging Face directory or hub name, or train:SIZE",
+    )  # fmt: skip
+
+    need(
+        m.init_from == "" or not d.tokenizer.startswith("train:"), "data.tokenizer", d.tokenizer,
+        "'' with model.init_from (the checkpoint's own), or a Hugging Face directory or hub name",
+    )  # fmt: skip
+
+    sizes = resolve_model(m, vocab_size=1)
+    need(
+        sizes.hidden_size % sizes.num_heads == 0, "model.hidden_size", sizes.hidden_size,  # type: ignore[operator]
+        f"a multiple of model.num_heads={sizes.num_heads}",
+    )  # fmt: skip
+
+    need(
+        m.attention != "cudnn" or (f.shared_body and not m.attention_dropout and not tuning), "model.attention", m.attention,
+        "'auto' or 'xla' with task='finetune', model.attention_dropout, or bodies of clients' own",
+    )  # fmt: skip
+    if tuning:
+        _validate_finetune(config, need)
+    need(
+        d.partition.kind == "natural" or f.num_clients is not None, "federated.num_clients", f.num_clients,
+        f"an integer, which data.partition.kind={d.partition.kind!r} needs",
+    )  # fmt: skip
+    if f.num_clients is not None and f.clients_per_round is not None:
+        need(
+            f.clients_per_round <= f.num_clients, "federated.clients_per_round", f.clients_per_round,
+            f"at most federated.num_clients={f.num_clients}",
+        )  # fmt: skip
+    need(
+        f.body == "pooled" or f.strategy == "parallel", "federated.body", f.body,
+        f"'pooled' with federated.strategy={f.strategy!r} (merged and private belong to 'parallel')",
+    )  # fmt: skip
+    need(
+        f.clients_at_once is None
+        or (f.strategy in ("parallel", "fedavg") and f.body != "private" and f.client_optimizer_state != "keep"),
+        "federated.clients_at_once", f.clients_at_once,
+        "None, unless clients train side by side and end the round in an average: federated.strategy 'parallel' (body "
+        "'pooled' or 'merged') or 'fedavg', and client_optimizer_state 'average' or 'reset'",
+    )  # fmt: skip
+    fixed = f.clients_per_round is None or f.clients_per_round == f.num_clients
+    keeps_all = f.client_optimizer_state == "keep" or f.body == "private" or f.strategy == "local"
+    need(
+        fixed or not keeps_all, "federated.clients_per_round", f.clients_per_round,
+        "all clients, since this strategy, body or client_optimizer_state='keep' has state of its own for each client",
+    )  # fmt: skip
+    need(
+        f.client_optimizer_state != "keep" or f.strategy in ("parallel", "sequential"),
+        "federated.client_optimizer_state", f.client_optimizer_state,
+        f"'average' or 'reset' with federated.strategy={f.strategy!r}",
+    )  # fmt: skip
+    need(
+        f.client_optimizer_state == "average" or f.strategy not in ("local", "centralized"),
+        "federated.client_optimizer_state", f.client_optimizer_state,
+        f"'average' with federated.strategy={f.strategy!r}, which averages nothing",
+    )  # fmt: skip
+    need(
+        config.aggregator == AggregatorConfig() or f.strategy in ("parallel", "fedavg"), "aggregator",
+        dataclasses.asdict(config.aggregator),
+        f"its defaults with federated.strategy={f.strategy!r}, which averages nothing",
+    )  # fmt: skip
+    need(
+        config.wire == WireConfig() or f.strategy in ("parallel", "sequential"), "wire", dataclasses.asdict(config.wire),
+        f"its defaults with federated.strategy={f.strategy!r}, which has no cut",
+    )  # fmt: skip
+    need(
+        f.weighting == "examples" or f.strategy in ("parallel", "fedavg"), "federated.weighting", f.weighting,
+        f"'examples' with federated.strategy={f.strategy!r}, which averages nothing",
+    )  # fmt: skip
+    need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
+    for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):
+        need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")
+        need(opt.warmup_steps >= 0, f"{section}.warmup_steps", opt.warmup_steps, "an integer of at least 0")
+        need(
+            opt.decay_steps is None or opt.decay_steps > opt.warmup_steps, f"{section}.decay_steps", opt.decay_steps,
+            f"more than {section}.warmup_steps={opt.warmup_steps}",
+        )  # fmt: skip
+        need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
+
+
+def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], None]) -> None:
+    f, t = config.federated, config.finetune
+    need(f.strategy != "local" and f.body != "private", "federated.strategy", f.strategy,
+         "'centralized', 'parallel' (pooled or merged), 'sequential' or 'fedavg' with task='finetune'")  # fmt: skip
+    need(
+        f.strategy == "centralized" or (config.data.partition.kind != "natural" and f.num_clients is not None),
+        "federated.num_clients", f.num_clients,
+        "an integer, with data.partition.kind 'iid' or 'dirichlet' (over the labels): GLUE has no clients of its own",
+    )  # fmt: skip
+    need(f.clients_per_round in (None, f.num_clients), "federated.clients_per_round", f.clients_per_round,
+         "all clients with task='finetune'")  # fmt: skip
+    need(not config.data.tokenizer.startswith("train:"), "data.tokenizer", config.data.tokenizer,
+         "'' with model.init_from (the checkpoint's own), or a Hugging Face directory or hub name")  # fmt: skip
+    need(f.client_optimizer_state != "keep", "federated.client_optimizer_state", f.client_optimizer_state,
+         "'average' or 'reset' with task='finetune'")  # fmt: skip
+    need(0 < t.epochs < float("inf"), "finetune.epochs", t.epochs, "a number above 0")
+    need(t.seeds >= 1, "finetune.seeds", t.seeds, "an integer of at least 1")
+    defaults, given = flatten(to_dict(Config())), flatten(to_dict(config))
+    for instead, keys in UNUSED_IN_FINETUNING.items():
+        for key in keys:
+            need(given[key] == defaults[key], key, given[key],
+                 f"its default, {defaults[key]!r}, with task='finetune', which {instead}")  # fmt: skip
+    need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
+    for key, share in (("finetune.warmup", t.warmup), ("finetune.holdout", t.holdout)):
+        need(0.0 <= share < 1.0, key, share, "a number from 0 to below 1")

@@ -1,0 +1,91 @@
+"""From a ConfigDict or a plain mapping to a `Config`: the only way in, which refuses unknown keys and wrong types."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict
+
+from fedbert_jax.config.check import validate
+from fedbert_jax.config.keys import unknown_key
+from fedbert_jax.config.schema import Config
+from fedbert_jax.errors import ConfigError
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns every key with its default, as a ConfigDict for a `configs/*.py` to change and return."""
+    return _to_config_dict(Config)
+
+
+def _to_config_dict(cls: type) -> ml_collections.ConfigDict:
+    result = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(cls)
+    defaults = cls()
+    for f in dataclasses.fields(cls):
+        kind, value = hints[f.name], getattr(defaults, f.name)
+        if dataclasses.is_dataclass(kind):
+            result[f.name] = _to_config_dict(typing.cast(type, kind))
+        elif type(None) in typing.get_args(kind):
+            inner = next(a for a in typing.get_args(kind) if a is not type(None))
+            result[f.name] = value if value is not None else config_dict.placeholder(inner)
+        else:
+            result[f.name] = value
+    return result
+
+
+def from_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
+    """Builds and validates a `Config`.
+
+    Args:
+      values: nested mapping of keys to values; keys left out keep their defaults.
+
+    Raises:
+      ConfigError: for an unknown key, a value of the wrong type, or a combination that cannot run.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    config = _build(Config, values, "")
+    validate(config)
+    return config
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config key {prefix.rstrip('.')}={values!r} is a section; accepted: a mapping of its keys.")
+    hints = typing.get_type_hints(cls)
+    fields = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise unknown_key(prefix + str(name))
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            fields[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.")
+        else:
+            fields[name] = _convert(value, kind, prefix + name)
+    return cls(**fields)
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value not in args:
+            raise ConfigError(f"config key {key}={value!r}: accepted: {', '.join(map(repr, args))}.")
+        return value
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # T | None
+        if value is None:
+            return None
+        kind = next(a for a in args if a is not type(None))
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)) or not all(isinstance(v, args[0]) for v in value):
+            raise ConfigError(f"config key {key}={value!r}: accepted: a tuple of {args[0].__name__}.")
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"config key {key}={value!r} is {type(value).__name__}; accepted: {kind.__name__}.")
+    return value

@@ -1,0 +1,241 @@
+"""Every key a user can set, with its default: frozen dataclasses.
+
+Nothing else in the package invents a key. Code past the configuration receives a `Config` and trusts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+StrategyName = Literal["parallel", "sequential", "centralized", "local", "fedavg"]
+# How the clients of a round train: side by side, one after another, or as one client who holds all text.
+Arrangement = Literal["abreast", "turns", "pooled"]
+ARRANGEMENTS: dict[StrategyName, Arrangement] = {
+    "parallel": "abreast", "sequential": "turns", "centralized": "pooled", "local": "abreast", "fedavg": "abreast",
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, int]] = {
+    # Turc et al. 2019 (the miniatures) and Devlin et al. 2019 (base, large).
+    "tiny": dict(num_layers=2, hidden_size=128, num_heads=2),
+    "mini": dict(num_layers=4, hidden_size=256, num_heads=4),
+    "small": dict(num_layers=4, hidden_size=512, num_heads=8),
+    "medium": dict(num_layers=8, hidden_size=512, num_heads=8),
+    "base": dict(num_layers=12, hidden_size=768, num_heads=12),
+    "large": dict(num_layers=24, hidden_size=1024, num_heads=16),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """BERT's shape. A preset gives the sizes; any size set here overrides it."""
+
+    preset: Literal["tiny", "mini", "small", "medium", "base", "large"] = "tiny"
+    init_from: str = ""  # a Hugging Face directory or hub name to start from, with data.tokenizer=""; "" is from scratch
+    vocab_size: int | None = None  # the tokenizer's, unless set (larger is allowed: padding of the table)
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    intermediate_size: int | None = None  # 4 * hidden_size
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0  # non-zero leaves the fused attention for an explicit one
+    # cudnn: flash attention on NVIDIA GPUs, in bfloat16; auto takes it where it compiles, if clients have no own bodies.
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    unroll_layers: bool = True  # False scans over the layers: smaller programs, quicker compiles, slower steps on CPU
+    remat: Literal["none", "dots", "full"] = "none"  # what the body's backward pass computes again
+    logits_at_once: int | None = None  # at how many of a client's masked positions logits exist at a time; None: at all
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Which client holds which document."""
+
+    kind: Literal["natural", "iid", "dirichlet"] = "natural"
+    alpha: float = 0.5  # dirichlet: small is skewed, large is near iid
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes token blocks."""
+
+    source: str = "docs:"  # docs:[PACKAGE,...] | text:GLOB | hf:NAME[/CONFIG]
+    tokenizer: str = "train:4096"  # a Hugging Face directory or hub name, or train:SIZE
+    lowercase: bool = True  # of a tokenizer trained here
+    seq_len: int = 128
+    eval_fraction: float = 0.05  # of each client's documents, held out
+    documents: Literal["blank_lines", "file"] = "blank_lines"  # text: what separates documents
+    document_start: str = ""  # a regular expression; a line or row that matches begins a new document
+    text_field: str = "text"  # JSON lines and hf: the column of text
+    client_field: str = ""  # JSON lines and hf: the column that names the client
+    client_pattern: str = ""  # text: a regular expression on the file name; its first group names the client
+    split: str = "train"  # hf: the split to read
+    deduplicate: bool = True  # drop a paragraph seen anywhere before, so that held-out text is not in the training text
+    small_clients: Literal["drop", "error"] = "drop"  # a client with less text than one training block
+    store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks lie during training
+    cache_dir: str = ""  # "" is ~/.cache/fedbert_jax
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+
+
+@dataclass(frozen=True)
+class FederatedConfig:
+    """The strategy, and the shape of a round."""
+
+    strategy: StrategyName = "parallel"
+    body: Literal["pooled", "merged", "private"] = "pooled"  # parallel: what the server does with its part
+    num_clients: int | None = None  # None: as many as the natural partition has
+    clients_per_round: int | None = None  # None: all of them
+    # parallel, fedavg: how many of the cohort are computed side by side; None is all. The result is the same. What is
+    # saved: activations and logits, and but for a pooled body the clients' copies of what they train.
+    clients_at_once: int | None = None
+    local_steps: int = 8
+    rounds: int = 140
+    batch_size: int = 4  # sequences per client per step
+    weighting: Literal["examples", "uniform"] = "examples"
+    order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
+    # At the start of a round (of bodies, too, where clients have their own). In `sequential`, average means handed on.
+    client_optimizer_state: Literal["average", "reset", "keep"] = "average"
+
+    @property
+    def arrangement(self) -> Arrangement:
+        return ARRANGEMENTS[self.strategy]
+
+    @property
+    def shared_body(self) -> bool:
+        """Whether there is one body, which all clients of a step train; else each trains a copy."""
+        return self.strategy not in ("local", "fedavg") and self.body == "pooled"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optax optimizer by name, its arguments (None leaves optax's default), and its schedule in global steps."""
+
+    name: Literal["adamw", "adam", "sgd", "lamb", "lion", "adagrad", "nadamw", "yogi"] = "adamw"
+    learning_rate: float = 2e-3  # the schedule's peak
+    schedule: Literal["constant", "linear", "cosine", "polynomial"] = "linear"
+    warmup_steps: int = 100
+    decay_steps: int | None = None  # the step at which the schedule ends; None is the end of the run
+    end_learning_rate: float = 0.0
+    power: float = 1.0  # polynomial
+    clip_norm: float | None = 1.0  # per segment: in a real federation nobody sees the other's gradient
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None  # never of biases or LayerNorm
+    momentum: float | None = None
+    nesterov: bool | None = None
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    """The outer update on the averaged client change: sgd 1.0 is FedAvg, with momentum FedAvgM, adam FedAdam."""
+
+    name: Literal["sgd", "adam", "adamw", "adagrad", "yogi"] = "sgd"
+    learning_rate: float = 1.0
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+
+
+@dataclass(frozen=True)
+class MlmConfig:
+    """Masked language modelling: ceil(mask_prob * seq_len) positions a block, replaced 80/10/10."""
+
+    mask_prob: float = 0.15
+    whole_word: bool = False
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """What crosses between client and server."""
+
+    codec: Literal["float32", "bfloat16"] = "float32"
+    downlink: Literal["masked", "all"] = "masked"
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Types of parameters and of the arithmetic; LayerNorm, softmax and loss are float32 always."""
+
+    param_dtype: Literal["float32"] = "float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices: clients and batch lie on `data`, the body's and the tables' wide dimensions on `model`."""
+
+    data: int = -1  # -1 takes what is left
+    model: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often the whole state is saved, and how many of the newest saves stay."""
+
+    every_rounds: int = 50
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out text."""
+
+    every_rounds: int = 20
+    batch_size: int = 32
+    max_clients: int = 64  # evaluated clients (drawn once, by seed), so that cost does not grow with num_clients
+    max_blocks: int = 64  # held-out blocks a client
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """task=finetune: how long, and how often again. What is reported is the last epoch's, never the best one's."""
+
+    epochs: float = 3.0
+    # Runs of the task, with seeds seed, seed + 1, ...: of the order, of dropout, and of what the checkpoint lacks, as a
+    # rule the classifier.
+    seeds: int = 1
+    seeds_at_once: int = 0  # how many are trained in one program; 0 is all of them on accelerators and one on CPU
+    warmup: float = 0.1  # share of the steps in which the rates rise; takes the place of *_optimizer.warmup_steps
+    holdout: float = 0.0  # share of the training examples to judge by in place of the dev set: to choose settings by
+    predict: bool = False  # write the test files' predictions as GLUE's site takes them
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, entirely."""
+
+    task: Literal["pretrain", "finetune"] = "pretrain"
+    seed: int = 0
+    resume: Literal["auto", "force"] = "auto"  # force: accept harmless changes to an old workdir's config
+    profile: str = ""  # START:STOP writes a trace of these rounds to the workdir's profile/
+    fill_mask: tuple[str, ...] = ()  # sentences with [MASK], filled in when training ends
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    federated: FederatedConfig = field(default_factory=FederatedConfig)
+    client_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    server_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    mlm: MlmConfig = field(default_factory=MlmConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+
+# A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
+HARMLESS = frozenset({
+    "resume", "fill_mask", "federated.rounds", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
+    "eval.every_rounds", "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
+    "model.attention", "model.logits_at_once",
+})  # fmt: skip
+# A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
+EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})
