@@ -107,10 +107,40 @@ def decays(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
+def lamb(
+    learning_rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, weight_decay: float = 0.0, mask: Any = None
+) -> optax.GradientTransformation:
+    """LAMB (You et al. 2020) with a trust ratio for each matrix of each layer.
+
+    `optax.lamb` takes an array for a layer. Here an array is a stack of layers, and in attention of three matrices, which
+    would share one ratio.
+    """
+
+    def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
+        return jax.tree_util.tree_map_with_path(_scale_by_trust_ratio, updates, params), state
+
+    return optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), update),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_trust_ratio(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> jax.Array:
+    names = [str(getattr(part, "key", part)) for part in path]
+    scale: Callable[..., jax.Array] = lambda u, p: optax.scale_by_trust_ratio().update(u, optax.EmptyState(), p)[0]  # noqa: E731
+    if "qkv" in names:  # [..., 3, D]
+        scale = jax.vmap(scale, in_axes=-2, out_axes=-2)
+    if "layers" in names:  # [L, ...]
+        scale = jax.vmap(scale)
+    return scale(update, param)
+
+
 def _optax(
     config: OptimizerConfig | AggregatorConfig, section: str, learning_rate: float
 ) -> optax.GradientTransformation:
-    factory = getattr(optax, config.name)
+    factory = lamb if config.name == "lamb" else getattr(optax, config.name)
     accepted = inspect.signature(factory).parameters
     names = ("b1", "b2", "eps", "weight_decay", "momentum", "nesterov")
     given = {n: v for n, v in dataclasses.asdict(config).items() if n in names and v is not None}

@@ -14,7 +14,8 @@ from test_main import load
 
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
-from fedbert_jax.federated.evaluation import eval_batch
+from fedbert_jax.federated import evaluation
+from fedbert_jax.streams import secrets
 from fedbert_jax.train import train
 from fedbert_jax.workdir import Workdir
 
@@ -44,8 +45,11 @@ def test_torch_gives_the_runs_own_loss_on_the_same_masked_text(trained, tmp_path
         model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / name).eval()
         total = right = count = 0.0
         for n in np.flatnonzero(data.clients == c):
-            batch = eval_batch(simulation.config.seed, data.tokens[n], data.batch_ids[n], simulation.setting.mask)
+            one = jax.tree.map(lambda x, n=n: x[n], data)
+            batch = evaluation.masked(secrets(simulation.seeds), one, simulation.setting.mask)
             tokens, positions, labels, weights = (np.array(x) for x in batch[:4])
+            at_masked = np.take_along_axis(tokens, positions, axis=1)
+            assert (at_masked[weights > 0] == simulation.setting.mask.mask_id).all()
             weights = torch.tensor(weights * data.real[n][:, None])
             with torch.no_grad():
                 logits = model(torch.tensor(tokens).long()).logits

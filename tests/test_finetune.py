@@ -26,6 +26,7 @@ from fedbert_jax.data.sequences import ExampleStream, encode, take
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import load_run
+from fedbert_jax.streams import Seeds
 from fedbert_jax.workdir import Workdir
 
 WORDS = "the a film play song was is good bad dull bright long short very not never always".split()
@@ -422,10 +423,10 @@ def test_another_seed_compiles_nothing_anew(tokenizer: BertTokenizerFast, glue: 
 
 def test_a_stream_has_every_example_once_an_epoch() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 100)
-    stream = ExampleStream(0, 0, lengths, steps=2, batch=5)
+    stream = ExampleStream(Seeds(0, 0), 0, lengths, steps=2, batch=5)
     first = np.concatenate([stream.round(n).ravel() for n in range(10)])
     assert sorted(first) == list(range(100))
-    again = ExampleStream(0, 0, lengths, steps=2, batch=5)
+    again = ExampleStream(Seeds(0, 0), 0, lengths, steps=2, batch=5)
     assert np.array_equal(again.round(13), stream.round(13))
     spread = np.mean([np.ptp(lengths[stream.round(n)]) for n in range(10)])
     assert spread < 0.5 * np.ptp(lengths)
@@ -435,7 +436,7 @@ def test_a_stream_has_every_example_once_an_epoch() -> None:
 def test_later_epochs_are_sorted_by_length_like_the_first(count: int) -> None:
     """An epoch that whole rounds don't divide costs one round of mixed lengths, and no example is lost or doubled."""
     lengths = np.random.default_rng(0).integers(3, 60, count)
-    stream = ExampleStream(0, 0, lengths, steps=2, batch=5)
+    stream = ExampleStream(Seeds(0, 0), 0, lengths, steps=2, batch=5)
     rounds = [stream.round(n) for n in range(-(-3 * count // 10))]
     examples = np.concatenate([r.ravel() for r in rounds])
     for epoch in range(3):

@@ -58,7 +58,7 @@ def forward(model: ModelConfig, outputs: int | None = None):
     """(empty parameters, the compiled model: (client, server, tokens, types, mask) -> (h, z, logits))."""
     segments = make_segments(model, outputs=outputs)
     empty = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(segments.init, jax.eval_shape(lambda: jax.random.key(0)))
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(segments.init, *[jax.eval_shape(lambda: jax.random.key(0))] * 2)
     )
 
     @jax.jit

@@ -10,6 +10,7 @@ import pytest
 from tiny import assert_trees_close
 
 from fedbert_jax.config import AggregatorConfig, OptimizerConfig
+from fedbert_jax.huggingface import to_tensors
 from fedbert_jax.optim import decays, make_aggregator, make_optimizer, make_schedule
 
 PARAMS = {
@@ -40,6 +41,36 @@ def test_equals_optax_with_the_schedule_inside(name):
         updates, their_state = tx.update(grads(n), their_state, theirs)
         theirs = optax.apply_updates(theirs, updates)
     assert_trees_close(params, theirs, rtol=2e-6, atol=1e-6)
+
+
+def test_lamb_trusts_every_matrix_of_every_layer_by_itself(segments):
+    """Against optax's LAMB on the tensors as Hugging Face names them, where no two matrices share an array."""
+    keys = jax.random.split(jax.random.key(0))
+    start = jax.jit(segments.init)(*keys)
+    # Layers and matrices of unlike sizes, so that a ratio of several together is another one.
+    sizes = jnp.array([1.0, 30.0])
+    stack = jax.tree.map(lambda x: x * sizes.reshape(2, *(1,) * (x.ndim - 1)) + 0.01, start[1])
+    qkv = stack["layers"]["attention"]["qkv"]
+    qkv["kernel"] = qkv["kernel"] * jnp.array([1.0, 9.0, 0.2])[None, None, :, None]
+    params = (start[0], stack)
+    as_tensors = lambda tree: {k: jnp.asarray(v) for k, v in to_tensors(*tree, num_layers=2).items()}  # noqa: E731
+    config = OptimizerConfig(
+        name="lamb", learning_rate=0.1, warmup_steps=0, schedule="constant", clip_norm=None, weight_decay=0.1
+    )
+    ours = [make_optimizer(config, "client_optimizer", 9) for _ in range(2)]
+    states = [tx.init(part) for tx, part in zip(ours, params, strict=True)]
+    reference = optax.lamb(0.1, weight_decay=0.1, mask=lambda tree: jax.tree.map(lambda x: x.ndim == 2, tree))
+    theirs = as_tensors(params)
+    their_state = reference.init(theirs)
+    update = [jax.jit(tx.update) for tx in ours]
+    for n in range(2):
+        rng = np.random.default_rng(n)
+        given = jax.tree.map(lambda p, rng=rng: rng.standard_normal(p.shape, np.float32), params)
+        moved = [f(g, s, p, jnp.int32(n)) for f, g, s, p in zip(update, given, states, params, strict=True)]
+        params, states = tuple(m[0] for m in moved), [m[1] for m in moved]
+        updates, their_state = jax.jit(reference.update)(as_tensors(given), their_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    assert_trees_close(as_tensors(params), theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_weight_decay_spares_biases_and_norms():

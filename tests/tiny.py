@@ -11,7 +11,7 @@ import numpy as np
 
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, num_masked
-from fedbert_jax.federated.setting import Pair, Setting, State, Strategy
+from fedbert_jax.federated.setting import Setting, State, Strategy
 from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
@@ -65,7 +65,7 @@ def make_strategy(config: config_lib.Config) -> tuple[Setting, Strategy, State]:
     """The strategy of a config and its first state."""
     setting = make_setting(config)
     strategy = STRATEGIES[config.federated.strategy](setting)
-    return setting, strategy, strategy.init(Pair(*setting.segments.init(*jax.random.split(jax.random.key(config.seed)))))
+    return setting, strategy, strategy.init(setting.fresh())
 
 
 def random_blocks(seed: int, *shape: int) -> jax.Array:

@@ -19,7 +19,7 @@ from rich.console import Console
 from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config
 from fedbert_jax.data import dataset as dataset_lib
-from fedbert_jax.data.dataset import ClientSummary, Dataset, baselines, client_table, prepare
+from fedbert_jax.data.dataset import ClientSummary, Dataset, client_table, prepare
 from fedbert_jax.errors import UserError
 
 LENGTH = 16
@@ -271,23 +271,9 @@ def test_a_client_with_one_document_has_no_held_out_text(tmp_path: Path) -> None
     data, _ = prepare(config, tmp_path / "data", warn=warnings.append)
     assert len(warnings) == 1 and "data.eval_fraction" in warnings[0]
     assert (data.train.sizes > 0).all() and data.heldout.sizes.tolist() == [0, 0]
-    assert np.isnan(baselines(data).unigram_loss) and np.isnan(baselines(data).commonest_accuracy)
 
 
-# --- tables and baselines ---
-
-
-def test_baselines_by_hand(prepared: tuple[Dataset, Any, Path]) -> None:
-    data = prepared[0]
-    train = [t for t in data.train.tokens.ravel().tolist() if t not in data.special_ids]
-    held = [t for t in data.heldout.tokens.ravel().tolist() if t not in data.special_ids]
-    commonest = max(set(train), key=lambda t: (train.count(t), -t))
-    found = baselines(data)
-    assert found.commonest_accuracy == pytest.approx(held.count(commonest) / len(held))
-    size = data.vocab_size - len(data.special_ids)
-    loss = -np.mean([np.log((train.count(t) + 1) / (len(train) + size)) for t in held])
-    assert found.unigram_loss == pytest.approx(loss)
-    assert found.unigram_loss < np.log(size)
+# --- tables ---
 
 
 def printed(data: Dataset) -> str:

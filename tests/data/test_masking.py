@@ -14,7 +14,7 @@ SPECIAL = (0, 1, 2, 3, 4)
 CONTINUES = np.arange(V) % 3 == 0
 CONTINUES[:5] = False
 
-mask = jax.jit(mask_blocks, static_argnums=2)
+mask = jax.jit(mask_blocks, static_argnums=(2, 3))
 
 
 class Hashed(MaskSpec):
@@ -49,6 +49,24 @@ def test_exactly_m_positions_and_no_special_token():
     places = np.zeros_like(changed)
     np.put_along_axis(places, np.asarray(out.positions), True, 1)
     assert not np.any(changed & ~places)
+
+
+def test_with_hide_all_every_chosen_position_is_the_mask_token():
+    tokens = blocks()
+    out, usual = (mask(jax.random.key(0), tokens, TOKENS, hide_all) for hide_all in (True, False))
+    for a, b in zip(out[1:4], usual[1:4], strict=True):  # the same positions, labels and weights
+        assert np.array_equal(a, b)
+    expected = np.array(tokens, np.int32)
+    np.put_along_axis(expected, np.asarray(out.positions), 4, 1)
+    assert np.array_equal(out.tokens, expected)
+
+
+@pytest.mark.parametrize(
+    "mask_prob, length, expected",
+    [(0.07, 100, 7), (0.15, 128, 20), (0.15, 100, 15), (0.1, 30, 3), (1e-3, 12, 1), (1.0, 8, 8)],
+)
+def test_how_many_are_masked_is_reckoned_in_decimals(mask_prob, length, expected):
+    assert num_masked(mask_prob, length) == expected
 
 
 def test_every_position_is_as_likely():

@@ -13,7 +13,7 @@ from tiny import LENGTH, assert_trees_close, mask_spec, random_blocks, tiny_conf
 from fedbert_jax.config import WireConfig
 from fedbert_jax.data.masking import MaskedBatch, mask_blocks
 from fedbert_jax.federated import split
-from fedbert_jax.federated.split import joined_loss
+from fedbert_jax.federated.split import DropoutKeys, joined_loss
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.models.layers import take_positions
 from fedbert_jax.models.losses import cross_entropy
@@ -112,10 +112,10 @@ def test_dropout_draws_are_a_clients_own(batch):
     config = tiny_config(model=dict(hidden_dropout=0.2, attention_dropout=0.2))
     segments = make_segments(config.model)
     client, server = segments.init(*jax.random.split(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), 3)
+    keys = DropoutKeys(*jax.random.split(jax.random.key(1), (2, 3)))
     out = split_step(segments, WireConfig(), client, server, batch, WEIGHTS, keys, shared_client=True)
     for n in range(3):
-        expected = joined_grad(segments, client, server, of_client(batch, n), keys[n])[0]
+        expected = joined_grad(segments, client, server, of_client(batch, n), of_client(keys, n))[0]
         np.testing.assert_allclose(out.loss[n], expected, rtol=1e-6)
     undropped = split_step(segments, WireConfig(), client, server, batch, WEIGHTS, shared_client=True)
     assert not np.allclose(undropped.loss, out.loss, rtol=1e-4)

@@ -123,7 +123,7 @@ def main() -> None:
                 np.testing.assert_allclose(
                     a, b, rtol=1e-5, atol=2e-6, err_msg=f"{case} on {mesh}: {jax.tree_util.keystr(path)}"
                 )
-            np.testing.assert_allclose(same.loss, scores.loss, rtol=1e-5)
+            np.testing.assert_allclose(same.by_text.loss, scores.by_text.loss, rtol=1e-5)
             kernel = state.model.server["layers"]["attention"]["qkv"]["kernel"]
             assert len(kernel.sharding.device_set) == 8
             parts = {shard.index[-1].indices(16) for shard in kernel.addressable_shards}

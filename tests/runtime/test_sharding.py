@@ -15,7 +15,6 @@ from tiny import make_setting, tiny_config
 
 from fedbert_jax.config import MeshConfig
 from fedbert_jax.errors import ConfigError
-from fedbert_jax.federated.setting import Pair
 from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.sharding import make_mesh, tree_shardings
 
@@ -45,7 +44,7 @@ def test_every_array_of_a_state_has_a_rule(strategy, optimizer):
 
     setting = make_setting(config)
     rule = STRATEGIES[strategy](setting)
-    state = jax.eval_shape(lambda: rule.init(Pair(*setting.segments.init(*jax.random.split(jax.random.key(0))))))
+    state = jax.eval_shape(lambda: rule.init(setting.fresh()))
     shardings = tree_shardings(state, make_mesh(MeshConfig()))
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
 

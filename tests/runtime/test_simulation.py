@@ -7,11 +7,10 @@ import logging
 import jax
 import numpy as np
 import pytest
-from tiny import VOCAB, assert_trees_close, make_simulation, random_blocks, tiny_config
+from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.errors import ConfigError
-from fedbert_jax.federated.evaluation import make_eval_set, scores
 from fedbert_jax.federated.setting import slices
 from fedbert_jax.runtime.simulation import resolve_attention
 
@@ -122,25 +121,6 @@ def test_only_the_cohort_costs():
         assert len(np.unique(simulation._eval_set.clients)) <= 4
         simulation.close()
     assert sizes[0] == sizes[1]
-
-
-def test_eval_sums_count_every_held_out_block_once():
-    offsets = np.array([0, 5, 5, 12])
-    tokens = np.asarray(random_blocks(0, 12))
-    data = make_eval_set(offsets, np.arange(3), max_blocks=6, batch=4)
-    assert data.tokens.shape == (4, 4)
-    assert list(data.clients) == [0, 0, 2, 2]
-    assert data.real.sum() == 5 + 6
-    kept = tokens[data.tokens[data.real.astype(bool)]]
-    assert np.array_equal(kept, np.concatenate([tokens[:5], tokens[5:11]]))
-    wider = make_eval_set(offsets, np.arange(3), max_blocks=6, batch=4, multiple=8)
-    assert wider.tokens.shape == (4, 8)
-    assert np.array_equal(wider.tokens[:, :4], data.tokens) and np.array_equal(wider.real[:, :4], data.real)
-    assert not wider.real[:, 4:].any()
-    found = scores(np.array([[8.0, 1, 4], [4, 1, 4], [2, 4, 8], [0, 0, 0]]), data.clients)
-    assert found.loss == 14 / 16 and found.accuracy == 6 / 16
-    assert found.clients == {0: (12 / 8, 2 / 8), 2: (2 / 8, 4 / 8)}
-    assert scores(np.zeros((0, 3)), np.zeros(0, int)) is None
 
 
 def test_a_cohort_that_devices_do_not_divide_is_padded_with_weight_0():
