@@ -85,8 +85,18 @@ class Workdir:
         write_atomically(self.config, to_json(config_lib.to_dict(config), indent=2) + "\n")
 
     def read_facts(self) -> dict[str, Any]:
-        """Reads run.json; empty if there is none."""
-        return json.loads(self.facts.read_text()) if self.facts.is_file() else {}
+        """Reads run.json; empty if there is none.
+
+        Raises:
+          UserError: if it can't be read.
+        """
+        try:
+            facts = json.loads(self.facts.read_text()) if self.facts.is_file() else {}
+        except ValueError as e:
+            raise UserError(f"{self.facts} is damaged ({e}); delete it, and it is written anew.") from e
+        if not isinstance(facts, dict):
+            raise UserError(f"{self.facts} holds no JSON object; delete it, and it is written anew.")
+        return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Writes run.json."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,8 @@ def validate(config: Config) -> None:
             raise ConfigError(f"config key {key}={value!r}: accepted: {accepted}.")
 
     flat = flatten(to_dict(config))
+    for key, value in flat.items():
+        need(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     at_least_1 = (
         "federated.local_steps", "federated.rounds", "federated.batch_size", "federated.num_clients",
         "federated.clients_per_round", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
@@ -69,8 +72,10 @@ def validate(config: Config) -> None:
         f"at most model.max_position_embeddings={m.max_position_embeddings}, the size of the position table",
     )  # fmt: skip
     need(0.0 < d.eval_fraction < 1.0, "data.eval_fraction", d.eval_fraction, "a number between 0 and 1")
-    need(d.partition.alpha > 0, "data.partition.alpha", d.partition.alpha, "a number above 0")
+    need(0 < d.partition.alpha <= 1e6, "data.partition.alpha", d.partition.alpha, "a number above 0, up to 1e6 (near iid)")
     need(0.0 < config.mlm.mask_prob < 1.0, "mlm.mask_prob", config.mlm.mask_prob, "a number between 0 and 1")
+    need(0 < m.layer_norm_eps < 1, "model.layer_norm_eps", m.layer_norm_eps, "a number between 0 and 1")
+    need(m.initializer_range > 0, "model.initializer_range", m.initializer_range, "a number above 0")
     for key in ("model.hidden_dropout", "model.attention_dropout"):
         need(0.0 <= flat[key] < 1.0, key, flat[key], "a number from 0 to below 1")
 
@@ -167,6 +172,12 @@ def validate(config: Config) -> None:
             opt.decay_steps is None or opt.decay_steps > opt.warmup_steps, f"{section}.decay_steps", opt.decay_steps,
             f"more than {section}.warmup_steps={opt.warmup_steps}",
         )  # fmt: skip
+        for name in ("b1", "b2", "momentum"):
+            value = getattr(opt, name)
+            need(value is None or 0 <= value < 1, f"{section}.{name}", value, "None, or a number from 0 to below 1")
+        for name in ("eps", "weight_decay", "power", "end_learning_rate"):
+            value = getattr(opt, name)
+            need(value is None or value >= 0, f"{section}.{name}", value, "a number of at least 0")
         need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
 
 
