@@ -8,6 +8,8 @@ import numpy as np
 
 from fedbert_jax.metrics import BYTE_UNITS, Run, number, percent, quantity
 
+LONGEST = 80  # characters of a client's name
+
 
 def alt_texts(run: Run) -> dict[str, str]:
     """Returns a sentence or a few for each plot of `fedbert_jax.plots`, by the plot's name."""
@@ -21,6 +23,11 @@ def alt_texts(run: Run) -> dict[str, str]:
         "loss": _sentence(loss), "accuracy": _sentence(accuracy), "clients": _clients(run),
         "partition": _partition(run), "bytes": _traffic(run),
     }  # fmt: skip
+
+
+def _name(name: Any) -> str:
+    name = str(name)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST - 1]}…"
 
 
 def _sentence(parts: list[str]) -> str:
@@ -45,12 +52,12 @@ def _clients(run: Run) -> str:
     if not known:
         return "Nothing yet."
     if len(known) <= 12:
-        return "Held-out loss at the end: " + ", ".join(f"{name} {number(loss)}" for loss, name in known) + "."
+        return "Held-out loss at the end: " + ", ".join(f"{_name(name)} {number(loss)}" for loss, name in known) + "."
     (high, worst), (low, best) = known[0], known[-1]
     middle = float(np.median([loss for loss, _ in known]))
     return (
-        f"Held-out loss at the end, of {len(known):,} clients: highest {number(high)} ({worst}), median {number(middle)}, "
-        f"lowest {number(low)} ({best})."
+        f"Held-out loss at the end, of {len(known):,} clients: highest {number(high)} ({_name(worst)}), "
+        f"median {number(middle)}, lowest {number(low)} ({_name(best)})."
     )
 
 
@@ -60,15 +67,15 @@ def _partition(run: Run) -> str:
     if not clients:
         return "Nothing yet."
     if len(clients) <= 12:
-        held = ", ".join(
-            f"{client.get('name', '')} {quantity(client['tokens'])} (divergence {number(client.get('js_divergence'), 2)})"
+        held = [
+            f"{_name(client.get('name', ''))} {quantity(client['tokens'])} ({number(client.get('js_divergence'), 2)})"
             for client in clients
-        )
-        return f"Training tokens: {held}."
+        ]
+        return f"Training tokens, and in brackets the divergence from all clients' words: {', '.join(held)}."
     most, least = clients[0], clients[-1]
     return (
-        f"Training tokens of {len(clients):,} clients: from {quantity(least['tokens'])} ({least.get('name', '')}) to "
-        f"{quantity(most['tokens'])} ({most.get('name', '')})."
+        f"Training tokens of {len(clients):,} clients: from {quantity(least['tokens'])} ({_name(least.get('name', ''))}) to "
+        f"{quantity(most['tokens'])} ({_name(most.get('name', ''))})."
     )
 
 

@@ -8,8 +8,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 
+from fedbert_jax import exit_on_interrupt
 from fedbert_jax.console import lenient_streams, shown
 from fedbert_jax.errors import UserError
 
@@ -55,24 +55,19 @@ def tell(error: BaseException) -> int:
     return 1
 
 
-# --- Ctrl-C before there is a round to finish -------------------------------------------------------------------------
+def raise_on_interrupt() -> None:
+    """Makes Ctrl-C raise KeyboardInterrupt, so that what is under way is undone and the terminal's cursor comes back.
 
-
-def exit_on_interrupt() -> None:
-    """Makes Ctrl-C end the process there and then: for imports, in which an exception gets lost or ends in a traceback.
-
-    A command calls it before its own imports, and `raise_on_interrupt` when it has something to clean up.
+    Until a command says so, Ctrl-C ends the process at once (`exit_on_interrupt`): it has only imported modules.
     """
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"interrupted\n")
-        os._exit(INTERRUPTED)
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, KeyboardInterrupt):  # it came in a callback, from which it can't get any further
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        sys.__unraisablehook__(what)
 
-    signal.signal(signal.SIGINT, stop)
-
-
-def raise_on_interrupt() -> None:
-    """Makes Ctrl-C raise KeyboardInterrupt, so that what is under way is undone and the terminal's cursor comes back."""
+    sys.unraisablehook = lost
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -7,16 +7,11 @@ Runs that differ only in their seed share a row, as mean ± standard deviation.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # from before the imports that take a while
-    from fedbert_jax import cli
-
-    cli.exit_on_interrupt()
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedbert_jax import comparison
+from fedbert_jax import cli, comparison
 from fedbert_jax.console import make_console, print_table, shown
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import to_json

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 # Keys that change where and how often a run saves, and none of its numbers.
 IGNORED = frozenset({
-    "seed", "resume", "fill_mask", "checkpoint.every_rounds", "checkpoint.keep", "data.cache_dir", "data.store",
+    "seed", "resume", "fill_mask", "checkpoint.every_rounds", "checkpoint.times", "checkpoint.keep", "data.cache_dir",
+    "data.store",
 })  # fmt: skip
 # Keys that decide what is read and what is asked of it: losses compare only where they are the same.
 DATA = (

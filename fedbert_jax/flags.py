@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import sys
 import traceback
@@ -221,8 +222,8 @@ def _unknown_flag(argument: str, name: str) -> ConfigError:
 def _read(file: str) -> ConfigDict:
     """Runs a config file and returns what its `get_config()` does."""
     path = Path(file).expanduser()
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # no error for a name that is too long
+        what = "is a directory" if os.path.isdir(path) else "does not exist"
         raise ConfigError(f"config file {file} {what}; accepted: --config FILE.py, such as configs/demo.py.")
     loader = importlib.machinery.SourceFileLoader("fedbert_config", str(path))
     spec = importlib.util.spec_from_file_location("fedbert_config", path, loader=loader)

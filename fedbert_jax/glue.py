@@ -5,11 +5,6 @@ Fine-tunes a model on every GLUE task found, the ordinary way, and prints GLUE's
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # from before the imports that take a while
-    from fedbert_jax import cli
-
-    cli.exit_on_interrupt()
-
 import argparse
 import json
 from pathlib import Path

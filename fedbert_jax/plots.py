@@ -202,7 +202,7 @@ def partition_figure(run: Run) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.22, y=0.02)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4 if i == 0 else 2))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
     return figure
 

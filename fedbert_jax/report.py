@@ -5,11 +5,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # from before the imports that take a while
-    from fedbert_jax import cli
-
-    cli.exit_on_interrupt()
-
 import argparse
 import base64
 import html
@@ -23,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fedbert_jax import plots
+from fedbert_jax import cli, plots
 from fedbert_jax.alt_texts import alt_texts
 from fedbert_jax.console import shown
 from fedbert_jax.errors import UserError

@@ -52,6 +52,7 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     workdir, _lock = open_workdir(root)
     old = workdir.read_config() if workdir.exists() else None
     if old is not None:
+        config = config_lib.as_begun(config, old)
         check_same(old, run_lib.resolve(config, old.model.vocab_size or 0))
     run = run_lib.build(
         config, workdir, progress=lambda text: console.print(shown(text), style="dim"),
@@ -307,7 +308,8 @@ class Loop:
         }
         workdir.write_facts(self.facts)
         report = write_report(workdir.root)
-        self.console.print()
+        if filled:
+            self.console.print()
         for text, predictions in zip(config.fill_mask, filled, strict=True):
             self.console.print(f"  {shown(text)}", style="bold")
             self.console.print("    " + "  ".join(f"{t} {p:.0%}" for t, p in predictions))
@@ -325,4 +327,5 @@ class Loop:
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
+            disable=not self.console.is_terminal,
         )  # fmt: skip

@@ -154,7 +154,12 @@ def test_configs_of_the_repository_are_valid(path):
     scope: dict = {}
     exec(compile(path.read_text(), str(path), "exec"), scope)
     assert len(scope["__doc__"]) > 100  # says what it does, costs and reaches
-    from_dict(scope["get_config"]())
+    config = scope["get_config"]()
+    if path.stem == "text":
+        with pytest.raises(ConfigError, match=r"data\.source='text:'"):  # it is the user's to give
+            from_dict(config)
+        config.data.source = "text:here"
+    from_dict(config)
 
 
 # --- the data and the workdir ----------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def validate(config: Config) -> None:
             raise ConfigError(f"config key {key}={value!r}: accepted: {accepted}.")
 
     flat = flatten(to_dict(config))
+    for key, value in flat.items():
+        need(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     at_least_1 = (
         "federated.local_steps", "federated.rounds", "federated.batch_size", "federated.num_clients",
         "federated.clients_per_round", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
@@ -56,8 +58,6 @@ def validate(config: Config) -> None:
     )  # fmt: skip
     for key in at_least_1:
         need(flat[key] is None or flat[key] >= 1, key, flat[key], "an integer of at least 1")
-    for key, value in flat.items():
-        need(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     span = re.fullmatch(r"(\d+):(\d+)", config.profile)
     need(
         config.profile == "" or (span is not None and 1 <= int(span[1]) <= int(span[2])), "profile", config.profile,
@@ -74,12 +74,12 @@ def validate(config: Config) -> None:
         f"at most model.max_position_embeddings={m.max_position_embeddings}, the size of the position table",
     )  # fmt: skip
     need(0.0 < d.eval_fraction < 1.0, "data.eval_fraction", d.eval_fraction, "a number between 0 and 1")
-    need(d.partition.alpha > 0, "data.partition.alpha", d.partition.alpha, "a number above 0")
+    need(0 < d.partition.alpha <= 1e6, "data.partition.alpha", d.partition.alpha, "a number above 0, up to 1e6 (near iid)")
     need(0.0 < config.mlm.mask_prob < 1.0, "mlm.mask_prob", config.mlm.mask_prob, "a number between 0 and 1")
+    need(0 < m.layer_norm_eps < 1, "model.layer_norm_eps", m.layer_norm_eps, "a number between 0 and 1")
+    need(m.initializer_range > 0, "model.initializer_range", m.initializer_range, "a number above 0")
     for key in ("model.hidden_dropout", "model.attention_dropout"):
         need(0.0 <= flat[key] < 1.0, key, flat[key], "a number from 0 to below 1")
-    for key in ("model.layer_norm_eps", "model.initializer_range"):
-        need(flat[key] > 0, key, flat[key], "a number above 0")
     for key in ("data.client_pattern", "data.document_start"):
         groups = _groups(flat[key])
         need(groups is not None, key, flat[key], "'' or a regular expression")
@@ -178,28 +178,25 @@ def validate(config: Config) -> None:
         need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")
         need(opt.warmup_steps >= 0, f"{section}.warmup_steps", opt.warmup_steps, "an integer of at least 0")
         share = opt.warmup
-        need(share is None or 0 <= share < 1, f"{section}.warmup", share, "None or a number from 0 to below 1")
+        need(share is None or 0 <= share < 1, f"{section}.warmup", share, "None, or a number from 0 to below 1")
         need(
-            opt.decay_steps is None or opt.warmup is not None or opt.decay_steps > opt.warmup_steps,
-            f"{section}.decay_steps", opt.decay_steps, f"more than {section}.warmup_steps={opt.warmup_steps}",
+            opt.decay_steps is None or share is not None or opt.decay_steps > opt.warmup_steps, f"{section}.decay_steps",
+            opt.decay_steps, f"more than {section}.warmup_steps={opt.warmup_steps}",
         )  # fmt: skip
-        need(opt.end_learning_rate >= 0, f"{section}.end_learning_rate", opt.end_learning_rate, "a number of at least 0")
-        need(opt.power > 0, f"{section}.power", opt.power, "a number above 0")
-        need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
-    for section in ("client_optimizer", "server_optimizer", "aggregator"):
         for name in ("b1", "b2", "momentum"):
-            value = flat[f"{section}.{name}"]
-            need(value is None or 0 <= value < 1, f"{section}.{name}", value, "None or a number from 0 to below 1")
-        for name in ("eps", "weight_decay"):
-            value = flat[f"{section}.{name}"]
-            need(value is None or value >= 0, f"{section}.{name}", value, "None or a number of at least 0")
+            value = getattr(opt, name)
+            need(value is None or 0 <= value < 1, f"{section}.{name}", value, "None, or a number from 0 to below 1")
+        for name in ("eps", "weight_decay", "power", "end_learning_rate"):
+            value = getattr(opt, name)
+            need(value is None or value >= 0, f"{section}.{name}", value, "a number of at least 0")
+        need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
 
 
 def _groups(pattern: str) -> int | None:
     """Returns how many groups a regular expression has, None if it is none."""
     try:
         return re.compile(pattern).groups
-    except (re.error, RecursionError):
+    except (re.error, RecursionError, OverflowError):
         return None
 
 
