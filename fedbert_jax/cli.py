@@ -29,7 +29,7 @@ def run(command: Callable[[], int | None]) -> None:
             code = command() or 0
         except SystemExit as e:  # argparse's, after --help or a mistake
             code = _code_of(e)
-        _flush()
+        say(end="")  # what is left in the buffer
     except (UserError, KeyboardInterrupt, BrokenPipeError) as e:
         code = tell(e)
     sys.exit(code)
@@ -39,7 +39,7 @@ def tell(error: BaseException) -> int:
     """Prints what ended a command and returns its exit code; only an error that nobody foresaw gets a traceback."""
     if isinstance(error, UserError):
         _tell_no_more()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):
             sys.stdout.flush()
         print(f"error: {shown(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -49,7 +49,7 @@ def tell(error: BaseException) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone: nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
     else:
         traceback.print_exception(error)
     return 1
@@ -81,19 +81,25 @@ def _code_of(stop: SystemExit) -> int:
     return 1
 
 
-def _flush() -> None:
-    """Writes out what was printed, while what goes wrong with it can still be told.
+def say(text: str = "", end: str = "\n") -> None:
+    """Prints something and writes it out at once, while what goes wrong with that can still be told.
 
     Raises:
       UserError: if it can't be written.
+      BrokenPipeError: if nobody reads it any more.
     """
     try:
-        sys.stdout.flush()
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         raise
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again, and complain
+        _close_stdout()
         raise UserError(f"what the command prints can't be written ({e.strerror}).") from e
+
+
+def _close_stdout() -> None:
+    """Lets go of what could not be written; Python would try again at the end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell_no_more() -> None:

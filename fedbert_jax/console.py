@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 # A file has no edge to fold at. Rich wants a number; nothing is padded to it.
 FILE_WIDTH = 1_000_000
 ALIGNED = 60  # columns of a table in a file are padded to at most this, so that one endless name stretches its own row only
+ON_TERMINAL, FOLDED = 120, 12  # letters of a name on a terminal; and how narrow a column may be folded there
 # What moves the cursor, ends a line, or turns the text after it around.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -59,9 +61,30 @@ def make_console(**options: Any) -> Console:
     return console
 
 
+class Name:
+    """A name in a table: whole in a file, and on a terminal without its middle if it would fill the screen."""
+
+    def __init__(self, name: str) -> None:
+        self.plain = shown(name)
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        half = ON_TERMINAL // 2
+        return Text(self.plain if len(self.plain) <= ON_TERMINAL else f"{self.plain[:half]}…{self.plain[1 - half:]}")
+
+
 def print_table(console: Console, table: Table) -> None:
-    """Prints a table: folded to a terminal's width; in a file as plain columns, each cell whole."""
-    if console.is_terminal:
+    """Prints a table: folded to a terminal's width; in a file as plain columns, each cell whole.
+
+    On a terminal too narrow for the columns that do not fold, the plain columns are printed, too: rich would drop some.
+    """
+    from rich.cells import cell_len
+
+    stiff = [column for column in table.columns if column.no_wrap]
+    widths = [max(cell_len(_plain(cell)) for cell in (column.header, *column.cells)) for column in stiff]
+    needed = sum(widths) + 3 * len(table.columns) + 1 + FOLDED * (len(table.columns) - len(stiff))
+    if console.is_terminal and needed <= console.width:
         console.print(table, soft_wrap=False)
     else:
         console.print("\n".join(plain_table(table)))

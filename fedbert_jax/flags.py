@@ -189,7 +189,7 @@ def _stray(argument: str) -> ConfigError:
     """Returns the error for an argument that belongs to no flag."""
     flag = argument.partition("=")[0]
     if argument[:1] in ("–", "—", "−"):
-        meant = f" (did you mean --{argument[1:]}, with two hyphens?)"
+        meant = f" (did you mean --{argument.lstrip('–—−-')}, with two hyphens?)"
     elif argument.endswith(".py"):
         meant = f" (did you mean --config {argument}?)"
     elif flag in all_keys() or flag.startswith("config."):

@@ -24,7 +24,7 @@ def main() -> int:
     given = flags.parse(sys.argv[1:])
     told = flags.tell_about(given, __doc__ or "")
     if told is not None:
-        print(told)
+        cli.say(told)
         return 0
     config = flags.load_config(given)
     workdir = Path(given.need("workdir"))

@@ -85,6 +85,8 @@ def check_before_reading(config: Config) -> None:
     """
     if config.data.store == "device" and jax.process_count() > 1:
         raise ConfigError("config key data.store='device': accepted with several processes: 'auto' or 'memmap'.")
+    if config.model.init_from:
+        local(config.model.init_from)
     name = config.data.tokenizer or config.model.init_from
     tokenizer = None if name.startswith("train:") else load_tokenizer(name)
     resolved = resolve(config, vocab_size(tokenizer) if tokenizer else 1)

@@ -63,6 +63,10 @@ def validate(config: Config) -> None:
         config.profile == "" or (span is not None and 1 <= int(span[1]) <= int(span[2])), "profile", config.profile,
         "'' or 'START:STOP', rounds counted from 1, such as '3:5'",
     )  # fmt: skip
+    need(
+        span is None or f.epochs is not None or int(span[1]) <= f.rounds, "profile", config.profile,
+        f"rounds up to federated.rounds={f.rounds}",
+    )  # fmt: skip
     need(config.profile == "" or config.task == "pretrain", "profile", config.profile, "'' with task='finetune'")
     most = 2**31 - 1 - config.finetune.seeds
     need(0 <= config.seed <= most, "seed", config.seed, f"an integer from 0 to {most}")

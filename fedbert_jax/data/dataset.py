@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from fedbert_jax.config import Config
-from fedbert_jax.console import shown
+from fedbert_jax.console import Name
 from fedbert_jax.data.blocks import BlockWriter, TokenBlocks, pack
 from fedbert_jax.data.corpus import Document, read_documents
 from fedbert_jax.data.partition import assign, hold_out, js_divergence
@@ -290,7 +289,7 @@ def client_table(dataset: Dataset) -> Table:
     def add(name: str, members: Sequence[ClientSummary]) -> None:
         sums = [sum(getattr(c, k) for c in members) for k in ("documents", "train_blocks", "heldout_blocks", "tokens")]
         share, divergence = sum(c.share for c in members), np.mean([c.js_divergence for c in members])
-        table.add_row(Text(shown(name)), *(f"{n:,}" for n in sums), f"{share:.1%}", f"{divergence:.3f}")
+        table.add_row(Name(name), *(f"{n:,}" for n in sums), f"{share:.1%}", f"{divergence:.3f}")
 
     for place, client in enumerate(clients):
         if not hidden or not TABLE_LARGEST <= place < TABLE_LARGEST + hidden:
