@@ -3,11 +3,11 @@
 Three epochs with batches of 32, AdamW at 1e-4 with dropout 0.1 (try 2e-5 to 5e-5 for BERT-base, more for tiny models). Name
 the model and the task on the command line, the task from the hub or from a folder in the official TSV layout:
 
-    python -m fedbert_jax.main --config configs/finetune.py --workdir runs/sst2 \\
+    .venv/bin/python -m fedbert_jax.main --config configs/finetune.py --workdir runs/sst2 \\
         --config.model.init_from=runs/demo/hf --config.data.source=glue:SST-2@GLUE/SST-2 --config.finetune.seeds=5
 
 Across clients, examples dealt by label: --config.federated.strategy=parallel --config.federated.num_clients=8
---config.data.partition.kind=dirichlet. `python -m fedbert_jax.glue` does all tasks and prints GLUE's table.
+--config.data.partition.kind=dirichlet. `.venv/bin/python -m fedbert_jax.glue` does all tasks and prints GLUE's table.
 """
 
 import ml_collections

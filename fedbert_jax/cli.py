@@ -1,111 +1,111 @@
-"""The edge: flags become a `Config`, and a user's mistake becomes one sentence and an exit code."""
+"""The edge of every command: a user's mistake becomes one sentence and an exit code, and Ctrl-C one word."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
 
-from absl import flags
+from fedbert_jax import exit_on_interrupt
+from fedbert_jax.console import lenient_streams, shown
+from fedbert_jax.errors import UserError
 
-from fedbert_jax.config import Config, all_keys, from_dict, kind_of, unknown_key
-from fedbert_jax.errors import ConfigError, UserError
+INTERRUPTED = 128 + signal.SIGINT
 
 
-def run(command: Callable[[], None]) -> None:
-    """Runs a command and ends the process: 0, 2 for a user's mistake, 130 for Ctrl-C; never with a traceback for these."""
+def run(command: Callable[[], int | None]) -> None:
+    """Runs a command and ends the process: 0 or what the command returns, 2 for a user's mistake, 130 for Ctrl-C.
+
+    A traceback is for errors that nobody foresaw.
+    """
+    exit_on_interrupt()
+    lenient_streams()
     _quieten()
     try:
-        command()
+        try:
+            code = command() or 0
+        except SystemExit as e:  # argparse's, after --help or a mistake
+            code = _code_of(e)
+        say(end="")  # what is left in the buffer
     except (UserError, KeyboardInterrupt, BrokenPipeError) as e:
-        sys.exit(tell(e))
+        code = tell(e)
+    sys.exit(code)
 
 
 def tell(error: BaseException) -> int:
     """Prints what ended a command and returns its exit code; only an error that nobody foresaw gets a traceback."""
     if isinstance(error, UserError):
         _tell_no_more()
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stdout.flush()
+        print(f"error: {shown(str(error))}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one while threads and files are closed: at once, silently
+        _tell_no_more()
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone: nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
     else:
         traceback.print_exception(error)
     return 1
+
+
+def raise_on_interrupt() -> None:
+    """Makes Ctrl-C raise KeyboardInterrupt, so that what is under way is undone and the terminal's cursor comes back.
+
+    Until a command says so, Ctrl-C ends the process at once (`exit_on_interrupt`): it has only imported modules.
+    """
+
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, KeyboardInterrupt):  # it came in a callback, from which it can't get any further
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        sys.__unraisablehook__(what)
+
+    sys.unraisablehook = lost
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# --- the process's surroundings ---------------------------------------------------------------------------------------
+
+
+def _code_of(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    print(stop.code, file=sys.stderr)
+    return 1
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Prints something and writes it out at once, while what goes wrong with that can still be told.
+
+    Raises:
+      UserError: if it can't be written.
+      BrokenPipeError: if nobody reads it any more.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        _close_stdout()
+        raise UserError(f"what the command prints can't be written ({e.strerror}).") from e
+
+
+def _close_stdout() -> None:
+    """Lets go of what could not be written; Python would try again at the end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell_no_more() -> None:
     """Silences what ends with the process: of a damaged checkpoint, the reads of its other arrays."""
     sys.excepthook = lambda *_: None
     sys.unraisablehook = lambda _: None
-
-
-def parse_flags(argv: list[str], usage: str) -> list[str]:
-    """Parses absl flags, `--config.KEY=VALUE` overrides among them.
-
-    Args:
-      argv: the command line.
-      usage: printed with --help.
-
-    Returns:
-      The positional arguments.
-
-    Raises:
-      ConfigError: for an unknown flag or key, or a value of the wrong type, in one sentence.
-    """
-    if any(a in ("-h", "--help", "-help") for a in argv[1:]):
-        print(usage.strip())
-        sys.exit(0)
-    try:
-        return flags.FLAGS(argv)[1:]
-    except AttributeError as e:
-        raise _bad_key(argv, e) from e
-    except (flags.Error, TypeError, ValueError, KeyError) as e:
-        text = " ".join(str(e).split())
-        for arg in argv:
-            key, _, value = arg.removeprefix("--").removeprefix("config.").partition("=")
-            if arg.startswith("--config.") and key in text and key in all_keys():
-                kind = kind_of(key)
-                why = f"accepted: {kind}" if kind else text.split(": ", 1)[-1]
-                raise ConfigError(f"config key {key}={value!r}: {why}.") from e
-        raise ConfigError(f"{text}; see --help.") from e
-    except Exception as e:  # the config file's own code runs here
-        raise ConfigError(f"the config file fails: {type(e).__name__}: {e}") from e
-
-
-def load_config(value: Any) -> Config:
-    """Validates what `--config FILE.py` returned.
-
-    Raises:
-      ConfigError: if the file is missing, fails, or has a key or value that can't be used.
-    """
-    if value is None:
-        raise ConfigError("no config given; accepted: --config configs/NAME.py.")
-    try:
-        to_dict = value.to_dict
-    except FileNotFoundError as e:
-        raise ConfigError(f"config file {e.filename} does not exist.") from e
-    except Exception as e:  # config_flags puts off a file's own errors until its value is used
-        raise ConfigError(f"the config file fails: {type(e).__name__}: {e}") from e
-    return from_dict(to_dict())
-
-
-def _bad_key(argv: list[str], error: Exception) -> ConfigError:
-    known = all_keys()
-    for arg in argv:
-        key = arg.removeprefix("--config.").partition("=")[0]
-        if arg.startswith("--config.") and key not in known:
-            return unknown_key(key)
-    return ConfigError(
-        f"the config file lacks a key that the command line sets ({' '.join(str(error).split())}); "
-        "begin the file with fedbert_jax.config.default_config()."
-    )
 
 
 def _quieten() -> None:

@@ -8,46 +8,46 @@ Runs that differ only in their seed share a row, as mean ± standard deviation.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from fedbert_jax import comparison
+from fedbert_jax import cli, comparison
+from fedbert_jax.console import make_console, print_table, shown
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import to_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """The command; returns its exit code.
+
+    Raises:
+      UserError: for a directory that is no run, or a file that can't be written.
+    """
     parser = argparse.ArgumentParser(prog="python -m fedbert_jax.compare", description="Compares runs.")
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="the workdir of a run")
     parser.add_argument("--out", metavar="DIR", help="write compare.png and compare.json there")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, as JSON")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     flags = parser.parse_args(arguments)
+    groups = comparison.load_groups(flags.workdirs)
     try:
-        groups = comparison.load_groups(flags.workdirs)
         if flags.out:
             comparison.write(groups, flags.out)
         if flags.json:
             Path(flags.json).write_text(to_json(comparison.to_dict(groups), indent=1) + "\n", encoding="utf-8")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+    except OSError as e:
+        raise UserError(f"{e.filename or flags.out} can't be written ({e.strerror}).") from e
     warnings = comparison.warn(groups)
     if flags.markdown:
-        print("\n\n".join([comparison.to_markdown(groups), *(f"> Warning: {sentence}" for sentence in warnings)]))
+        print("\n\n".join([comparison.to_markdown(groups), *(f"> Warning: {shown(sentence)}" for sentence in warnings)]))
         return 0
-    console = Console()
-    # A file or a pipe has no edge to fold at; a narrow terminal folds whole lines, where rich would drop columns.
-    console.width = max(console.width, 112 if console.is_terminal else 240)
-    console.print(comparison.to_table(groups))
+    console = make_console()
+    console.width = max(console.width, 112)  # a narrower terminal folds whole lines, where rich would drop columns
+    print_table(console, comparison.to_table(groups))
     for sentence in warnings:
-        console.print(f"Warning: {sentence}", style="yellow", markup=False, highlight=False)
+        console.print(f"Warning: {shown(sentence)}", style="yellow")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -15,8 +15,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from fedbert_jax.console import shown
+from fedbert_jax.fonts import plot_name
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, scale, to_json
-from fedbert_jax.plots import INK, PALETTE, curve, new_figure, panel, plot_name, to_png, token_axis
+from fedbert_jax.plots import FAINT, INK, PALETTE, curve, new_figure, panel, to_png, token_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 # Keys that change where and how often a run saves, and none of its numbers.
 IGNORED = frozenset({
-    "seed", "resume", "fill_mask", "checkpoint.every_rounds", "checkpoint.keep", "data.cache_dir", "data.store",
+    "seed", "resume", "fill_mask", "checkpoint.every_rounds", "checkpoint.times", "checkpoint.keep", "data.cache_dir",
+    "data.store",
 })  # fmt: skip
 # Keys that decide what is read and what is asked of it: losses compare only where they are the same.
 DATA = (
@@ -32,6 +35,7 @@ DATA = (
     "mlm.mask_prob", "mlm.whole_word", "eval.max_clients", "eval.max_blocks",
 )  # fmt: skip
 OPTIMIZERS = ("client_optimizer", "server_optimizer")
+MAX_LEGEND, LEGEND_LINE = 400, 100  # characters of a name in the plot's legend, and of a line of it
 MAX_SETTINGS = 4  # keys spelled out beside a label; compare.json has them all
 
 
@@ -91,7 +95,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
         together.setdefault(key, []).append(run)
     members = [tuple(sorted(runs, key=lambda run: run.config["seed"])) for runs in together.values()]
     configs = [runs[0].config for runs in members]
-    keys = [key for key in configs[0] if key not in IGNORED and any(c[key] != configs[0][key] for c in configs)]
+    keys = [key for key in configs[0] if key not in IGNORED and any(c.get(key) != configs[0][key] for c in configs)]
     groups = []
     for label, runs_of_one in zip(_labels(members), members, strict=True):
         settings = {key: runs_of_one[0].config[key] for key in keys}
@@ -133,7 +137,7 @@ def _labels(members: Sequence[tuple[Run, ...]]) -> list[str]:
         parents.append(_common_start([path.parent.name for path in paths]))
         labels.append(name or parents[-1] or paths[0].name)
     return [
-        f"{parent}/{label}" if labels.count(label) > 1 and parent != label else label
+        shown(f"{parent}/{label}" if labels.count(label) > 1 and parent != label else label)
         for label, parent in zip(labels, parents, strict=True)
     ]
 
@@ -217,9 +221,14 @@ def to_table(groups: Sequence[Group]) -> Table:
 def to_markdown(groups: Sequence[Group]) -> str:
     """Returns the comparison as a Markdown table."""
     header, rows = _cells(groups, plus_minus=" ± ")
-    rows = [[group.name, *row] for group, row in zip(groups, rows, strict=True)]
+    rows = [[_as_markdown(group.name), *row] for group, row in zip(groups, rows, strict=True)]
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _as_markdown(name: str) -> str:
+    """Escapes what Markdown, HTML in it and formulas on GitHub would take for theirs."""
+    return re.sub(r"([\\`*|$<>&~]|(?<=\])\(|(?<!\w)_|_(?!\w))", r"\\\1", name)
 
 
 def to_dict(groups: Sequence[Group]) -> dict[str, Any]:
@@ -233,7 +242,7 @@ def to_dict(groups: Sequence[Group]) -> dict[str, Any]:
                 "body": group.runs[0].config["federated.body"],
                 "settings": group.settings,
                 "seeds": [run.config["seed"] for run in group.runs],
-                "workdirs": [str(run.workdir) for run in group.runs],
+                "workdirs": [shown(run.workdir) for run in group.runs],
                 **{name: vars(summarize(group, name)) for name in QUANTITIES},
             }
             for group in groups
@@ -252,30 +261,58 @@ def write(groups: Sequence[Group], directory: str | os.PathLike[str]) -> None:
 def draw(groups: Sequence[Group]) -> Figure:
     """Draws held-out loss against tokens, and against bytes or, where nobody sends any, time."""
     runs = [run for group in groups for run in group.runs]
-    figure = new_figure(height=4.0 + 0.22 * math.ceil(len(groups) / 2), width=10.0)
+    names = [plot_name(group.name, MAX_LEGEND, LEGEND_LINE) for group in groups]
+    columns = 1 if any(len(line) > LEGEND_LINE // 2 for name in names for line in name.split("\n")) else 2
+    lines = math.ceil(sum(name.count("\n") + 1 for name in names) / columns)
+    figure = new_figure(height=4.0 + 0.22 * lines, width=10.0)
     grid = figure.add_gridspec(1, 2)
     tokens_per, label = token_axis(runs)
     left = panel(figure, label, "held-out loss (nats per masked token)", grid[0])
-    _curves(left, groups, lambda run: run.series("eval_loss")[0] / tokens_per)
+    starts_left = _curves(left, groups, names, lambda run: run.series("eval_loss")[0] / tokens_per)
     sent = sorted(run.bytes for run in runs if run.bytes)
     per, unit = scale(sent[-1], BYTE_UNITS) if sent else (60.0, "minutes")
     silent = "; dotted: sends nothing" if len(sent) < len(runs) else ""
     right = panel(figure, f"sent up and down ({unit}){silent}" if sent else f"training time ({unit})", "", grid[1])
     right.sharey(left)
-    _curves(right, groups, lambda run: (_bytes_so_far(run) if sent else _seconds_so_far(run)) / per)
+    so_far = _bytes_so_far if sent else _seconds_so_far
+    starts_right = _curves(right, groups, names, lambda run: so_far(run) / per)
     if sent and sent[-1] > 20 * sent[0]:
-        right.set_xscale("log")
+        # Logarithmic from the first evaluation on, and straight from 0 to there: before round 1 nothing was sent.
+        first = min(x[x > 0].min() for run in runs if run.bytes and (x := _bytes_so_far(run) / per).any())
+        right.set_xscale("symlog", linthresh=first)
+        right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     late = [y[(y < np.inf) & (x > 0.05 * run.tokens)] for run in runs for x, y in [run.series("eval_loss")]]
     if any(y.size for y in late):  # the fall at the very start would flatten all that differs later
         left.set_ylim(top=1.02 * max(y.max() for y in late if y.size))
+        _mark_starts_above(left, starts_left)
+        _mark_starts_above(right, starts_right)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, labelcolor=INK)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK)
     return figure
 
 
-def _curves(axes: Axes, groups: Sequence[Group], x_of: Callable[[Run], np.ndarray]) -> None:
-    """Draws a line a group, the mean over its seeds, in a band of one standard deviation either way."""
-    for i, group in enumerate(groups):
+def _mark_starts_above(axes: Axes, starts: Sequence[tuple[float, float, str]]) -> None:
+    """Shows where curves begin whose first point (x, y, colour) lies above the axes: a triangle at the edge, and its y."""
+    above = [start for start in starts if start[1] > axes.get_ylim()[1]]
+    if not above:
+        return
+    for x, _, color in above:
+        axes.annotate("▲", (x, 1), xycoords=axes.get_xaxis_transform(), ha="center", va="center", color=color, fontsize=8)
+    low, high = (number(pick(y for _, y, _ in above), 2) for pick in (min, max))
+    words = f"▲ first point, at {low}" if low == high else f"▲ first points, at {low} to {high}"
+    axes.annotate(words, (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", color=FAINT, fontsize="small")
+
+
+def _curves(
+    axes: Axes, groups: Sequence[Group], names: Sequence[str], x_of: Callable[[Run], np.ndarray]
+) -> list[tuple[float, float, str]]:
+    """Draws a line a group, the mean over its seeds, in a band of one standard deviation either way.
+
+    Returns:
+      Each line's first point and its colour.
+    """
+    starts = []
+    for i, (group, name) in enumerate(zip(groups, names, strict=True)):
         color, dashes = PALETTE[i % len(PALETTE)], ("-", (0, (4, 1.5)), (0, (1, 1)))[i // len(PALETTE) % 3]
         lines = []
         for run in group.runs:
@@ -289,10 +326,12 @@ def _curves(axes: Axes, groups: Sequence[Group], x_of: Callable[[Run], np.ndarra
             axes.axhline(float(np.mean([y[-1] for _, y in lines])), color=color, linestyle=(0, (1, 2)), linewidth=1.4)
             continue
         losses = np.array([np.interp(x, *line) for line in lines])  # [runs, points]
-        curve(axes, x, mean := losses.mean(axis=0), color=color, linestyle=dashes, label=plot_name(group.name, 60))
+        curve(axes, x, mean := losses.mean(axis=0), color=color, linestyle=dashes, label=name)
+        starts.append((float(x[0]), float(mean[0]), color))
         if len(lines) > 1:
             sd = losses.std(axis=0, ddof=1)
             axes.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
+    return starts
 
 
 def _bytes_so_far(run: Run) -> np.ndarray:

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from fedbert_jax import cli
+from fedbert_jax.console import shown
 from fedbert_jax.errors import UserError
 
 
@@ -34,6 +35,7 @@ def main() -> None:
         raise UserError(f"{args.workdir} has no checkpoints yet.")
     # The parameters are the same, and this machine need not have the run's devices.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+    cli.raise_on_interrupt()
     checkpoints = Checkpoints(workdir.checkpoints)
     rounds = checkpoints.rounds()
     if not rounds or (args.round is not None and args.round not in rounds):
@@ -42,7 +44,7 @@ def main() -> None:
     round = rounds[-1] if args.round is None else args.round
     state, meta = restore(run, checkpoints, round)
     name = export(run, state, args.out, meta, args.client)
-    print(f"round {round}{f' of client {name}' if name else ''} is in {args.out}")
+    print(f"round {round}{f' of client {shown(name)}' if name else ''} is in {shown(args.out)}")
 
 
 if __name__ == "__main__":

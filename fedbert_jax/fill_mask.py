@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from fedbert_jax.errors import ConfigError
 from fedbert_jax.models.bert import Params, Segments
 
 Prediction = tuple[str, float]
+
+
+def check_sentences(texts: Sequence[str], tokenizer: Any, longest: int) -> None:
+    """Refuses sentences whose [MASK] the model would never see.
+
+    Args:
+      texts: each with a `[MASK]`.
+      tokenizer: with a mask token.
+      longest: how many tokens the model takes; the rest is cut off.
+
+    Raises:
+      ConfigError: naming the first such sentence.
+    """
+    for text in texts:
+        ids = tokenizer(text.replace("[MASK]", tokenizer.mask_token), truncation=True, max_length=longest)["input_ids"]
+        if tokenizer.mask_token_id not in ids:
+            raise ConfigError(
+                f"config key fill_mask={text!r}: accepted: [MASK] among the first {longest} tokens, which are "
+                "all that the model takes (model.max_position_embeddings)."
+            )
 
 
 def fill_mask(

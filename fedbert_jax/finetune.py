@@ -18,6 +18,7 @@ from fedbert_jax import config as config_lib
 from fedbert_jax import huggingface, optim, run
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
+from fedbert_jax.console import make_console, shown
 from fedbert_jax.data import glue
 from fedbert_jax.data.tasks import read_task
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
@@ -68,7 +69,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     Raises:
       UserError: for what the user can mend.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     optim.check(config)
     workdir, _lock = open_workdir(root)
     tokenizer = load_tokenizer(config.data.tokenizer or str(run.local(config.model.init_from)))
@@ -105,7 +106,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
             results = {"seeds": results["seeds"]}  # without the summary of fewer seeds
             for seed, scores in zip(group, scores_of_all, strict=True):
                 results["seeds"][str(seed)] = scores
-                console.print(f"  seed {seed}: {_show(scores)}", highlight=False)
+                console.print(f"  seed {seed}: {_show(scores)}")
             _write_results(workdir.root, results)
             shutil.rmtree(workdir.checkpoints / _name(group), ignore_errors=True)  # its results are safe
             if interrupts.received:  # in the group's last round, or after it
@@ -116,7 +117,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
         _predict(tuning, workdir)
     median, mean, std = (100 * results[k] for k in ("median", "mean", "std"))
     console.print(f"median {median:.1f}, mean {mean:.1f} ± {std:.1f} (last epoch)")
-    console.print(f"model    {workdir.hf} (of seed {all_seeds[0]})\nresults  {workdir.root / 'results.json'}")
+    console.print(f"model    {shown(workdir.hf)} (of seed {all_seeds[0]})\nresults  {shown(workdir.root / 'results.json')}")
     return interrupts.exit_code if interrupts.received else 0
 
 
@@ -229,7 +230,7 @@ def _train_group(
         state, missing = tuning.init_state()
         if missing:
             fresh = ", ".join(huggingface.describe_missing(missing))
-            console.print(f"the checkpoint lacks, so it starts fresh: {fresh}", style="dim")
+            console.print(f"the checkpoint lacks, so it starts fresh: {shown(fresh)}", style="dim")
         if tuning.start and huggingface.CLASSIFIER.keys().isdisjoint(missing):
             console.print("the checkpoint's own classifier is kept: it has as many outputs", style="dim")
     with MetricsLog(log_path) as log, _progress(console) as progress:
@@ -290,5 +291,5 @@ def _show(scores: dict[str, dict[str, float]]) -> str:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True,
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedbert_jax import cli
 from fedbert_jax.config import Config, from_dict
+from fedbert_jax.console import make_console
 from fedbert_jax.errors import ConfigError, UserError
 
 # What the command line calls a config's keys.
@@ -44,7 +45,6 @@ def main() -> None:
     args = parser.parse_args()
 
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from fedbert_jax import huggingface, run
@@ -71,7 +71,8 @@ def main() -> None:
             raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
         if new:
             args.json.unlink()
-    console, results = Console(highlight=False), {}
+    cli.raise_on_interrupt()
+    console, results = make_console(), {}
     for task, config in zip(tasks, configs, strict=True):
         workdir = args.workdir / task.name
         try:
@@ -92,7 +93,7 @@ def main() -> None:
         table.add_row(task.name, ", ".join(task.metrics), *numbers, f"{r['learning_rate']:g}")
     average = sum(r["median"] for r in results.values()) / len(results)
     table.add_row("average", "of medians", f"{100 * average:.1f}", "", "", "")
-    console.print(table)
+    console.print(table, soft_wrap=False)
     console.print("dev sets, last epoch; a task's number is the mean of its metrics")
     if args.json:
         args.json.write_text(json.dumps({"model": args.model, "tasks": results, "average": average}, indent=2) + "\n")

@@ -13,35 +13,29 @@ import contextlib
 import sys
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
-from fedbert_jax import cli
+from fedbert_jax import cli  # and nothing else yet: what takes long to import comes when Ctrl-C is seen to
 from fedbert_jax.errors import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A configs/NAME.py, whose get_config() gives the run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory: made if absent, resumed if not.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train with other processes that run the same command.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
-_JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds in which all processes have to be there.")
 
+def main() -> int:
+    """Parses the flags, validates the config before anything expensive, and trains; returns the exit code."""
+    from fedbert_jax import flags
 
-def main() -> None:
-    """Parses the flags, validates the config before anything expensive, and trains."""
-    rest = cli.parse_flags(sys.argv, __doc__ or "")
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; accepted: --config, --workdir and --config.KEY=VALUE.")
-    config = cli.load_config(_CONFIG.value)
-    if not _WORKDIR.value:
-        raise ConfigError("no workdir given; accepted: --workdir DIR.")
+    given = flags.parse(sys.argv[1:])
+    told = flags.tell_about(given, __doc__ or "")
+    if told is not None:
+        cli.say(told)
+        return 0
+    config = flags.load_config(given)
+    workdir = Path(given.need("workdir"))
     # JAX and its devices start here, after the config was found good.
     from fedbert_jax import distributed
 
+    which = given.flags
     join = distributed.check_flags(
-        _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value
-    )
+        which.get("distributed", False), which.get("coordinator"), which.get("processes"), which.get("process"),
+        which.get("join_timeout", 300),
+    )  # fmt: skip
     if config.task == "finetune":
         if join is not None:
             raise ConfigError("--distributed is for task='pretrain'; fine-tuning runs in one process.")
@@ -49,9 +43,9 @@ def main() -> None:
     else:
         from fedbert_jax.train import train as command
 
+    cli.raise_on_interrupt()
     with distributed.joined(join, cli.tell) if join else contextlib.nullcontext():
-        code = command(config, Path(_WORKDIR.value))
-    sys.exit(code)
+        return command(config, workdir)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
       UserError: if `workdir` is no workdir, or holds no metrics yet.
     """
     workdir = Path(workdir)
-    if not (workdir / "config.json").is_file():
+    if not os.path.isfile(workdir / "config.json"):  # no error for a name that is too long
         raise UserError(f"{workdir} is not a workdir: it holds no config.json.")
     config = flatten(to_dict(Config())) | flatten(_read_object(workdir / "config.json"))
     if config["task"] == "finetune":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedbert_jax.fonts import plot_name, use_fonts
 from fedbert_jax.metrics import BYTE_UNITS, Run, number, percent, quantity, scale
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and only the functions that draw need it
@@ -63,18 +64,12 @@ def token_axis(runs: Iterable[Run]) -> tuple[float, str]:
     return per, f"training tokens{unit}"
 
 
-def plot_name(name: str, longest: int = 24) -> str:
-    """Returns a name fit for a plot: one short line, without what matplotlib takes for markup."""
-    name = " ".join(name.split())
-    name = name if len(name) <= longest else name[: longest - 1] + "…"
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
 def to_png(figure: Figure) -> bytes:
     """Returns the figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that matplotlib's font lacks
+        warnings.filterwarnings("ignore", message="Glyph")
+        use_fonts(figure)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
@@ -207,7 +202,7 @@ def partition_figure(run: Run) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.22, y=0.02)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4 if i == 0 else 2))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
     return figure
 

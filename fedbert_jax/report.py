@@ -12,14 +12,15 @@ import json
 import math
 import os
 import string
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedbert_jax import plots
+from fedbert_jax import cli, plots
+from fedbert_jax.alt_texts import alt_texts
+from fedbert_jax.console import shown
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity
 from fedbert_jax.plots import accuracy_figure, bytes_figure, clients_figure, loss_figure, partition_figure, to_png
@@ -59,17 +60,19 @@ h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem }
 figure { margin: 0 } .plots h2 { margin-top: 0 } img { width: 100%; height: auto }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; font-weight: normal; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: break-word }
+  vertical-align: top; overflow-wrap: break-word; unicode-bidi: isolate }
 .facts th, thead th { color: var(--soft) } .facts td { overflow-wrap: anywhere }
 .numbers td, .numbers th + th { text-align: right } .numbers td { white-space: nowrap }
 .numbers tbody th { min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere }
 summary { cursor: pointer }
 </style></head><body>
 <header><h1>$title</h1><p class="soft">$subtitle</p></header>
+<main>
 <div class="key">$key</div>
 <div class="plots">$plots</div>
 $sections
-<h2>What the cut protects</h2><p>$threat_model</p>
+<section><h2>What the cut protects</h2><p>$threat_model</p></section>
+</main>
 </body></html>
 """)
 
@@ -116,7 +119,7 @@ def facts(run: Run) -> dict[str, str]:
         "time": duration(run.seconds),
         "tokens a second": quantity(run.tokens / run.seconds if run.seconds else None),
         "device": str(f.get("device") or "–"),
-        "model": c["model.preset"],
+        "model": _model(c),
         "parameters": f"{quantity(parameters.get('client'))} at a client, "
         f"{quantity(parameters.get('server'))} at the server",
         "text": f"{c['data.source']}, partition {c['data.partition.kind']}",
@@ -125,6 +128,16 @@ def facts(run: Run) -> dict[str, str]:
         "seed": str(c["seed"]),
         "versions": ", ".join(versions) or "–",
     }
+
+
+def _model(c: dict[str, Any]) -> str:
+    """Returns the model's own sizes: any of them may be another than the preset's."""
+    sizes = [c[f"model.{name}"] for name in ("num_layers", "hidden_size", "vocab_size")]
+    if None in sizes:  # of a run that never began
+        return str(c["model.preset"])
+    layers, width, words = sizes
+    start = f", begun from {c['model.init_from']}" if c["model.init_from"] else ""
+    return f"{layers} x {width}, {c['model.num_heads']} heads, {words:,} tokens{start}"
 
 
 def _page(run: Run, images: dict[str, bytes]) -> str:
@@ -138,19 +151,20 @@ def _page(run: Run, images: dict[str, bytes]) -> str:
         "bytes sent": quantity(run.bytes, BYTE_UNITS),
         "training time": words["time"],
     }
+    words_of = alt_texts(run)
     plots = [
-        f'<figure><h2>{title}</h2><img alt="{title}: {caption}" src="data:image/png;base64,'
+        f'<figure><h2>{title}</h2><img alt="{_escape(words_of[name])}" src="data:image/png;base64,'
         f'{base64.b64encode(images[name]).decode()}"><figcaption>{caption}</figcaption></figure>'
         for name, (_, title, caption) in PLOTS.items()
     ]
     plots.append("<section><h2>The run</h2>" + _table(words.items()) + "</section>")
     return PAGE.substitute(
-        title=html.escape(run.workdir.resolve().name),
-        subtitle=html.escape(f"{words['strategy']}. {_verdict(run)}{unfinished}"),
-        key="".join(f'<div class="soft">{name}<b>{html.escape(value)}</b></div>' for name, value in key.items()),
+        title=_escape(run.workdir.resolve().name),
+        subtitle=_escape(f"{words['strategy']}. {_verdict(run)}{unfinished}"),
+        key="".join(f'<div class="soft">{name}<b>{_escape(value)}</b></div>' for name, value in key.items()),
         plots="".join(plots),
         sections=_fill_mask(run) + _clients(run) + _config(run),
-        threat_model=html.escape(THREAT_MODEL),
+        threat_model=_escape(THREAT_MODEL),
     )
 
 
@@ -182,7 +196,7 @@ def _clients(run: Run) -> str:
         rows.append([name, *counts, share, divergence, number(scores.get("loss")), percent(scores.get("accuracy"))])
     header = ["client", "documents", "tokens", "training blocks", "held-out blocks"]
     header += ["share", "JS divergence", "loss", "accuracy"]
-    left_out = f"<p class=soft>The largest {MAX_ROWS:,}; all are in run.json.</p>" if len(names) > MAX_ROWS else ""
+    left_out = f'<p class="soft">The largest {MAX_ROWS:,}; all are in run.json.</p>' if len(names) > MAX_ROWS else ""
     folded = "" if len(names) <= plots.MAX_BARS else "<details><summary>All in a table</summary>"
     end = "</details>" if folded else ""
     return f"<h2>{len(names):,} clients</h2>{folded}{_table(rows, header, 'numbers')}{left_out}{end}"
@@ -205,10 +219,15 @@ def _count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
+def _escape(text: str) -> str:
+    """Returns text for HTML: nothing in it is a tag, and all of it can be encoded."""
+    return html.escape(shown(text))
+
+
 def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), style: str = "facts") -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    head = "".join(f'<th scope="col">{_escape(cell)}</th>' for cell in header)
     body = "".join(
-        f"<tr><th>{html.escape(first)}</th>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in rest) + "</tr>"
+        f'<tr><th scope="row">{_escape(first)}</th>' + "".join(f"<td>{_escape(cell)}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
     head = f"<thead><tr>{head}</tr></thead>" if head else ""
@@ -216,16 +235,21 @@ def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), style: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """The command; returns its exit code.
+
+    Raises:
+      UserError: if there is no such run, or its report can't be written.
+    """
     parser = argparse.ArgumentParser(prog="python -m fedbert_jax.report", description="Writes the report of a run.")
     parser.add_argument("--workdir", required=True, help="of a run that has finished, stopped or is still going on")
+    flags = parser.parse_args(arguments)
     try:
-        print(write_report(parser.parse_args(arguments).workdir))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        page = write_report(flags.workdir)
+    except OSError as e:
+        raise UserError(f"the report {e.filename or flags.workdir} can't be written ({e.strerror}).") from e
+    print(shown(page))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -15,10 +15,11 @@ from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.data.masking import MaskSpec, num_masked
-from fedbert_jax.data.tokenizer import continuation_mask, special_ids
+from fedbert_jax.data.tokenizer import continuation_mask, load_tokenizer, special_ids, vocab_size
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.federated.setting import State
-from fedbert_jax.runtime.simulation import Simulation
+from fedbert_jax.fill_mask import check_sentences
+from fedbert_jax.runtime.simulation import Simulation, resolve_attention
 from fedbert_jax.sharding import make_mesh
 from fedbert_jax.workdir import Workdir
 
@@ -43,6 +44,9 @@ def build(
     Of several processes the first prepares it; the others map the same files into memory.
     """
     mesh = make_mesh(config.mesh)
+    old = workdir.read_config() if workdir.exists() else None
+    if not (workdir.data / "meta.json").exists():
+        check_before_reading(config)
     data: list[tuple[Dataset, Any]] = []
 
     def prepared() -> str:
@@ -55,7 +59,10 @@ def build(
             raise UserError(f"process {jax.process_index()} doesn't see the data that process 0 prepared in {workdir.data}.")
         data.append(prepare(config, workdir.data, progress=progress, warn=warn))
     ((dataset, tokenizer),) = data
-    config = resolve(config, dataset.vocab_size)
+    blocks = len(dataset.train.tokens)
+    config = config_lib.work_out(resolve(config, dataset.vocab_size), blocks, dataset.train.num_clients, old)
+    config_lib.validate(config)
+    check_sentences(config.fill_mask, tokenizer, config.model.max_position_embeddings)
     if dataset.train.num_clients == 1 and config.federated.arrangement != "pooled":
         keys = "data.client_field, data.client_pattern and data.partition"
         warn(f"there is one client only, so nothing is federated; {keys} say who holds which text.")
@@ -68,6 +75,28 @@ def build(
     )
     simulation = Simulation(config, dataset.train, dataset.heldout, mask, mesh)
     return Run(config, workdir, dataset, tokenizer, simulation)
+
+
+def check_before_reading(config: Config) -> None:
+    """Refuses what can be refused before any text is read, which may take long.
+
+    Raises:
+      UserError: for a tokenizer or a checkpoint that isn't there or doesn't fit, and what depends on devices.
+    """
+    if config.data.store == "device" and jax.process_count() > 1:
+        raise ConfigError("config key data.store='device': accepted with several processes: 'auto' or 'memmap'.")
+    if config.model.init_from:
+        local(config.model.init_from)
+    name = config.data.tokenizer or config.model.init_from
+    tokenizer = None if name.startswith("train:") else load_tokenizer(name)
+    resolved = resolve(config, vocab_size(tokenizer) if tokenizer else 1)
+    if tokenizer:
+        special_ids(tokenizer)
+        check_sentences(config.fill_mask, tokenizer, resolved.model.max_position_embeddings)
+        if config.mlm.whole_word:
+            continuation_mask(tokenizer)
+    if config.model.attention == "cudnn":
+        resolve_attention(resolved)
 
 
 def resolve(config: Config, vocab_size: int) -> Config:

@@ -19,6 +19,7 @@ from fedbert_jax import distributed, optim
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
+from fedbert_jax.console import make_console, print_table, shown
 from fedbert_jax.data.dataset import client_table
 from fedbert_jax.errors import DivergedError
 from fedbert_jax.federated.setting import RoundMetrics, State
@@ -46,16 +47,17 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     Raises:
       UserError: for what the user can mend.
     """
-    console = console or Console(highlight=False, quiet=not distributed.first())
+    console = console or make_console(quiet=not distributed.first())
     optim.check(config)
     distributed.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
     workdir, _lock = open_workdir(root)
     old = workdir.read_config() if workdir.exists() else None
     if old is not None:
+        config = config_lib.as_begun(config, old)
         check_same(old, run_lib.resolve(config, old.model.vocab_size or 0))
     run = run_lib.build(
-        config, workdir, progress=lambda text: console.print(text, style="dim"),
-        warn=lambda text: console.print(f"warning: {text}", style="yellow"),
+        config, workdir, progress=lambda text: console.print(shown(text), style="dim"),
+        warn=lambda text: console.print(f"warning: {shown(text)}", style="yellow"),
     )  # fmt: skip
     if distributed.first():
         workdir.write_config(run.config)
@@ -113,7 +115,7 @@ class Loop:
         if not self.writes:
             return
         client, server = (count_parameters(part) for part in jax.eval_shape(sim.setting.fresh))
-        self.console.print(client_table(run.dataset))
+        print_table(self.console, client_table(run.dataset))
         body = f" ({f.body} body)" if f.strategy == "parallel" else ""
         m = run.config.model
         self.console.print(
@@ -195,7 +197,7 @@ class Loop:
                     self.checkpoints.save(self.round, state, self._meta())
             profile.close(state)
             if profile.written:
-                self.console.print(f"profile      {profile.directory} (tensorboard --logdir, or perfetto.dev)")
+                self.console.print(f"profile      {shown(profile.directory)} (tensorboard --logdir, or perfetto.dev)")
             if waiting is not None:
                 show(self._record(waiting))
             if interrupts.settle() and self.round:
@@ -274,7 +276,7 @@ class Loop:
         if "seconds" in record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"wire {(record['uplink_bytes'] + record['downlink_bytes']) / 1e6:,.0f} MB")
-        self.console.print("  ".join(parts), soft_wrap=True)
+        self.console.print("  ".join(parts))
 
     def _meta(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state, and the model card says."""
@@ -308,13 +310,14 @@ class Loop:
         }
         workdir.write_facts(self.facts)
         report = write_report(workdir.root)
-        self.console.print()
+        if filled:
+            self.console.print()
         for text, predictions in zip(config.fill_mask, filled, strict=True):
-            self.console.print(f"  {text}", style="bold", markup=False)
-            self.console.print("    " + "  ".join(f"{t} {p:.0%}" for t, p in predictions), markup=False)
-        self.console.print(f"\nmodel        {workdir.hf}" + (f" (of client {name})" if name else ""))
-        self.console.print(f"report       {report}")
-        self.console.print(f"checkpoints  {workdir.checkpoints}")
+            self.console.print(f"  {shown(text)}", style="bold")
+            self.console.print("    " + "  ".join(f"{t} {p:.0%}" for t, p in predictions))
+        self.console.print(f"\nmodel        {shown(workdir.hf)}" + (f" (of client {shown(name)})" if name else ""))
+        self.console.print(f"report       {shown(report)}")
+        self.console.print(f"checkpoints  {shown(workdir.checkpoints)}")
         if self.guessing is not None:
             accuracy, chance = self.scores["eval_accuracy"], self.guessing.headline(config.federated.weighting).accuracy
             times = f", {accuracy / chance:.1f} times the" if chance else "; the"
@@ -325,7 +328,8 @@ class Loop:
 
     def _progress(self) -> Progress:
         return Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self.console, transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
+            disable=not self.console.is_terminal,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import numpy as np
 from fedbert_jax import config as config_lib
 from fedbert_jax import distributed
 from fedbert_jax.config import Config
+from fedbert_jax.console import shown
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.metrics import to_json
 
@@ -65,7 +66,7 @@ class Workdir:
 
     def exists(self) -> bool:
         """Whether a run was begun here."""
-        return self.config.is_file()
+        return os.path.isfile(self.config)  # no error for a name that is too long
 
     def read_config(self) -> Config:
         """Reads the config the run was begun with.
@@ -126,6 +127,13 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
         os.fsync(lock.fileno())
         return nonce
 
+    try:
+        os.fspath(root.absolute()).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"--workdir {shown(root)} has bytes in its path that are not UTF-8, where no checkpoint and no tokenizer can be "
+            "saved; give another."
+        ) from e
     nonce = distributed.share(locked)
     if lock is None and not distributed.await_file(root / ".lock", nonce):
         raise UserError(
@@ -162,7 +170,8 @@ def check_same(old: Config, new: Config, free: Collection[str] = ()) -> None:
       ConfigError: naming the keys that differ.
     """
     before, after = (config_lib.flatten(config_lib.to_dict(c)) for c in (old, new))
-    differ = [k for k in before if before[k] != after.get(k) and k not in {"resume", "profile", *free}]
+    worked_out = {key for key, source in config_lib.WORKED_OUT.items() if after[source] is not None}
+    differ = [k for k in before if before[k] != after.get(k) and k not in {"resume", "profile", *worked_out, *free}]
     harmful = [k for k in differ if k not in config_lib.HARMLESS]
     show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731
     if harmful:

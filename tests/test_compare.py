@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from fedbert_jax import compare, comparison
 from fedbert_jax.config import from_dict, to_dict
+from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import MetricsLog, to_json
 
 
@@ -177,10 +179,10 @@ def test_a_directory_that_is_no_run_is_one_sentence_and_exit_code_2(
         bad.mkdir()
     if content == "no metrics":
         (bad / "config.json").write_text("{}")
-    assert compare.main([str(good), str(bad)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert str(bad) in captured.err
+    with pytest.raises(UserError, match=re.escape(str(bad))):
+        compare.main([str(good), str(bad)])
+    assert capsys.readouterr().out == ""
+    assert UserError.exit_code == 2
 
 
 def test_without_a_directory_the_command_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:

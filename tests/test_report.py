@@ -104,7 +104,8 @@ def check(page: Path) -> str:
 def test_a_report_holds_every_client_escaped_and_nothing_from_outside(tmp_path: Path) -> None:
     text = check(report.write_report(make_workdir(tmp_path / "a <run>", HOSTILE)))
     for name in HOSTILE:
-        assert f"<th>{html.escape(name)}</th>" in text
+        shown = name.replace("\n", "\\n")
+        assert f'<th scope="row">{html.escape(shown)}</th>' in text
     assert "<title>a &lt;run&gt;</title>" in text and "[MASK] &lt;b&gt;" in text
     assert "guessing by frequency (5.890)" in text
     assert "20 of 20" in text and "81.9 k" in text and "1.22 B" in text  # rounds, tokens, bytes a token
@@ -136,7 +137,7 @@ def test_many_clients_become_a_band(tmp_path: Path, count: int) -> None:
 def test_thousands_of_clients_are_histograms_and_a_table_of_bounded_length(tmp_path: Path) -> None:
     names = [f"site_{i:04d}" for i in range(3000)]
     text = check(report.write_report(make_workdir(tmp_path, names)))
-    assert text.count("<th>site_") == report.MAX_ROWS and "<th>site_2999</th>" in text
+    assert text.count('<th scope="row">site_') == report.MAX_ROWS and '<th scope="row">site_2999</th>' in text
     assert len(text) < 2_000_000
 
 
@@ -181,9 +182,12 @@ def test_the_command_prints_where_the_report_is_and_refuses_in_one_sentence(
     make_workdir(tmp_path / "run", ["a"])
     assert report.main(["--workdir", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report" / "index.html")
-    assert report.main(["--workdir", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and "config.json" in err
+    with pytest.raises(UserError, match=r"config\.json"):
+        report.main(["--workdir", str(tmp_path)])
+    (tmp_path / "run" / "report" / "index.html").unlink()
+    (tmp_path / "run" / "report" / "index.html").mkdir()
+    with pytest.raises(UserError, match=r"index\.html can't be written"):
+        report.main(["--workdir", str(tmp_path / "run")])
     with pytest.raises(UserError):
         report.write_report(tmp_path / "nowhere")
 
@@ -196,4 +200,4 @@ def test_importing_the_report_imports_neither_matplotlib_nor_jax() -> None:
 
 def test_the_configuration_is_on_the_page(tmp_path: Path) -> None:
     text = check(report.write_report(make_workdir(tmp_path, ["a"], local_steps=17)))
-    assert f"<tr><th>federated.local_steps</th><td>{json.dumps(17)}</td></tr>" in text
+    assert f'<tr><th scope="row">federated.local_steps</th><td>{json.dumps(17)}</td></tr>' in text

@@ -15,7 +15,8 @@ from fedbert_jax.errors import ConfigError
 # Settings that fine-tuning doesn't have: refused, rather than passed over. By what it has or does instead.
 UNUSED_IN_FINETUNING = {
     "goes by finetune.epochs and finetune.warmup, and judges and saves once an epoch": (
-        "federated.rounds", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
+        "federated.rounds", "federated.epochs", "client_optimizer.warmup", "server_optimizer.warmup", "checkpoint.times",
+        "eval.times", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
         "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
     ),
     "reads labelled examples, and masks nothing": (
@@ -53,6 +54,7 @@ def validate(config: Config) -> None:
         "eval.every_rounds", "eval.batch_size", "eval.max_clients", "eval.max_blocks", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.intermediate_size", "model.vocab_size", "model.type_vocab_size",
         "client_optimizer.decay_steps", "server_optimizer.decay_steps", "mesh.model", "model.logits_at_once",
+        "federated.max_clients_per_round", "checkpoint.times", "eval.times",
     )  # fmt: skip
     for key in at_least_1:
         need(flat[key] is None or flat[key] >= 1, key, flat[key], "an integer of at least 1")
@@ -60,6 +62,10 @@ def validate(config: Config) -> None:
     need(
         config.profile == "" or (span is not None and 1 <= int(span[1]) <= int(span[2])), "profile", config.profile,
         "'' or 'START:STOP', rounds counted from 1, such as '3:5'",
+    )  # fmt: skip
+    need(
+        span is None or f.epochs is not None or int(span[1]) <= f.rounds, "profile", config.profile,
+        f"rounds up to federated.rounds={f.rounds}",
     )  # fmt: skip
     need(config.profile == "" or config.task == "pretrain", "profile", config.profile, "'' with task='finetune'")
     most = 2**31 - 1 - config.finetune.seeds
@@ -78,6 +84,13 @@ def validate(config: Config) -> None:
     need(m.initializer_range > 0, "model.initializer_range", m.initializer_range, "a number above 0")
     for key in ("model.hidden_dropout", "model.attention_dropout"):
         need(0.0 <= flat[key] < 1.0, key, flat[key], "a number from 0 to below 1")
+    for key in ("data.client_pattern", "data.document_start"):
+        groups = _groups(flat[key])
+        need(groups is not None, key, flat[key], "'' or a regular expression")
+        need(flat[key] == "" or groups != 0 or key != "data.client_pattern", key, flat[key],
+             "a regular expression with a (group), which is the client's name")  # fmt: skip
+    for sentence in config.fill_mask:
+        need("[MASK]" in sentence, "fill_mask", sentence, "sentences with [MASK], whatever the tokenizer calls its mask")
 
     kind, _, rest = d.source.partition(":")
     tuning = config.task == "finetune"
@@ -136,9 +149,8 @@ def validate(config: Config) -> None:
         "'pooled' or 'merged') or 'fedavg', and client_optimizer_state 'average' or 'reset'",
     )  # fmt: skip
     fixed = f.clients_per_round is None or f.clients_per_round == f.num_clients
-    keeps_all = f.client_optimizer_state == "keep" or f.body == "private" or f.strategy == "local"
     need(
-        fixed or not keeps_all, "federated.clients_per_round", f.clients_per_round,
+        fixed or not f.own_state, "federated.clients_per_round", f.clients_per_round,
         "all clients, since this strategy, body or client_optimizer_state='keep' has state of its own for each client",
     )  # fmt: skip
     need(
@@ -164,13 +176,16 @@ def validate(config: Config) -> None:
         f.weighting == "examples" or f.strategy in ("parallel", "fedavg"), "federated.weighting", f.weighting,
         f"'examples' with federated.strategy={f.strategy!r}, which averages nothing",
     )  # fmt: skip
+    need(f.epochs is None or f.epochs > 0, "federated.epochs", f.epochs, "a number above 0, or None where rounds decides")
     need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
     for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):
         need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")
         need(opt.warmup_steps >= 0, f"{section}.warmup_steps", opt.warmup_steps, "an integer of at least 0")
+        share = opt.warmup
+        need(share is None or 0 <= share < 1, f"{section}.warmup", share, "None, or a number from 0 to below 1")
         need(
-            opt.decay_steps is None or opt.decay_steps > opt.warmup_steps, f"{section}.decay_steps", opt.decay_steps,
-            f"more than {section}.warmup_steps={opt.warmup_steps}",
+            opt.decay_steps is None or share is not None or opt.decay_steps > opt.warmup_steps, f"{section}.decay_steps",
+            opt.decay_steps, f"more than {section}.warmup_steps={opt.warmup_steps}",
         )  # fmt: skip
         for name in ("b1", "b2", "momentum"):
             value = getattr(opt, name)
@@ -179,6 +194,14 @@ def validate(config: Config) -> None:
             value = getattr(opt, name)
             need(value is None or value >= 0, f"{section}.{name}", value, "a number of at least 0")
         need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
+
+
+def _groups(pattern: str) -> int | None:
+    """Returns how many groups a regular expression has, None if it is none."""
+    try:
+        return re.compile(pattern).groups
+    except (re.error, RecursionError, OverflowError):
+        return None
 
 
 def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], None]) -> None:

@@ -1,6 +1,7 @@
-"""Every key a user can set, with its default: frozen dataclasses.
+"""Every key a user can set, with its default and what it does: frozen dataclasses.
 
-Nothing else in the package invents a key. Code past the configuration receives a `Config` and trusts it.
+Nothing else in the package invents a key. Code past the configuration receives a `Config` and trusts it. The comment at a
+key, above it or behind it, and the docstring of a section are what `python -m fedbert_jax.main --help` prints.
 """
 
 from __future__ import annotations
@@ -30,23 +31,25 @@ PRESETS: dict[str, dict[str, int]] = {
 class ModelConfig:
     """BERT's shape. A preset gives the sizes; any size set here overrides it."""
 
+    # Layers x hidden size: tiny 2 x 128, mini 4 x 256, small 4 x 512, medium 8 x 512, base 12 x 768, large 24 x 1024.
     preset: Literal["tiny", "mini", "small", "medium", "base", "large"] = "tiny"
     init_from: str = ""  # a Hugging Face directory or hub name to start from, with data.tokenizer=""; "" is from scratch
     vocab_size: int | None = None  # the tokenizer's, unless set (larger is allowed: padding of the table)
-    hidden_size: int | None = None
-    num_layers: int | None = None
-    num_heads: int | None = None
-    intermediate_size: int | None = None  # 4 * hidden_size
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_dropout: float = 0.0
+    hidden_size: int | None = None  # the preset's, unless set; a multiple of num_heads
+    num_layers: int | None = None  # the preset's, unless set
+    num_heads: int | None = None  # the preset's, unless set
+    intermediate_size: int | None = None  # of the feed-forward layers: 4 * hidden_size, unless set
+    max_position_embeddings: int = 512  # the longest sequence that the model can ever be given
+    type_vocab_size: int = 2  # kinds of segments, as in sentence A and sentence B; pre-training uses the first
+    hidden_dropout: float = 0.0  # of the embeddings and of what each layer adds to them
     attention_dropout: float = 0.0  # non-zero leaves the fused attention for an explicit one
     # cudnn: flash attention on NVIDIA GPUs, in bfloat16; auto takes it where it compiles, if clients have no own bodies.
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12  # added to LayerNorm's variance
+    initializer_range: float = 0.02  # standard deviation of the weights at the start
     unroll_layers: bool = True  # False scans over the layers: smaller programs, quicker compiles, slower steps on CPU
-    remat: Literal["none", "dots", "full"] = "none"  # what the body's backward pass computes again
+    # What the body's backward pass computes again to save memory: nothing, all but matrix products, or everything.
+    remat: Literal["none", "dots", "full"] = "none"
     logits_at_once: int | None = None  # at how many of a client's masked positions logits exist at a time; None: at all
 
 
@@ -54,6 +57,8 @@ class ModelConfig:
 class PartitionConfig:
     """Which client holds which document."""
 
+    # natural: as the source says (folders, names, a column); iid: dealt at random, equally many documents to each;
+    # dirichlet: each natural client's documents are divided in random shares.
     kind: Literal["natural", "iid", "dirichlet"] = "natural"
     alpha: float = 0.5  # dirichlet: small is skewed, large is near iid
 
@@ -65,9 +70,9 @@ class DataConfig:
     source: str = "docs:"  # docs:[PACKAGE,...] | text:GLOB | hf:NAME[/CONFIG]
     tokenizer: str = "train:4096"  # a Hugging Face directory or hub name, or train:SIZE
     lowercase: bool = True  # of a tokenizer trained here
-    seq_len: int = 128
+    seq_len: int = 128  # tokens of a block, [CLS] and [SEP] included
     eval_fraction: float = 0.05  # of each client's documents, held out
-    documents: Literal["blank_lines", "file"] = "blank_lines"  # text: what separates documents
+    documents: Literal["blank_lines", "file"] = "blank_lines"  # text: a document ends at a blank line, or with its file
     document_start: str = ""  # a regular expression; a line or row that matches begins a new document
     text_field: str = "text"  # JSON lines and hf: the column of text
     client_field: str = ""  # JSON lines and hf: the column that names the client
@@ -84,17 +89,25 @@ class DataConfig:
 class FederatedConfig:
     """The strategy, and the shape of a round."""
 
+    # parallel: all clients of a round against one server; sequential: they take turns; centralized: all text pooled;
+    # local: each alone; fedavg: whole models, averaged.
     strategy: StrategyName = "parallel"
-    body: Literal["pooled", "merged", "private"] = "pooled"  # parallel: what the server does with its part
+    # parallel, the server's layers: pooled is one body for all clients, trained at every step; merged a copy a client,
+    # averaged with the round; private a copy a client for good.
+    body: Literal["pooled", "merged", "private"] = "pooled"
     num_clients: int | None = None  # None: as many as the natural partition has
     clients_per_round: int | None = None  # None: all of them
     # parallel, fedavg: how many of the cohort are computed side by side; None is all. The result is the same. What is
     # saved: activations and logits, and but for a pooled body the clients' copies of what they train.
     clients_at_once: int | None = None
-    local_steps: int = 8
-    rounds: int = 140
+    # At most so many where clients_per_round is None and there are more; no limit where each has state of its own.
+    max_clients_per_round: int | None = None
+    local_steps: int = 8  # optimizer steps of each client in a round, before the average
+    rounds: int = 140  # how long the run is; worked out from the text where epochs is set
+    # How often, on average, each block of training text is seen; takes the place of rounds. None: rounds decides.
+    epochs: float | None = None
     batch_size: int = 4  # sequences per client per step
-    weighting: Literal["examples", "uniform"] = "examples"
+    weighting: Literal["examples", "uniform"] = "examples"  # of clients in an average: by their training text, or alike
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
     # At the start of a round (of bodies, too, where clients have their own). In `sequential`, average means handed on.
     client_optimizer_state: Literal["average", "reset", "keep"] = "average"
@@ -108,62 +121,68 @@ class FederatedConfig:
         """Whether there is one body, which all clients of a step train; else each trains a copy."""
         return self.strategy not in ("local", "fedavg") and self.body == "pooled"
 
+    @property
+    def own_state(self) -> bool:
+        """Whether each client keeps state of its own from round to round, so that all take part in each."""
+        return self.client_optimizer_state == "keep" or self.body == "private" or self.strategy == "local"
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """An optax optimizer by name, its arguments (None leaves optax's default), and its schedule in global steps."""
 
-    name: Literal["adamw", "adam", "sgd", "lamb", "lion", "adagrad", "nadamw", "yogi"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "lamb", "lion", "adagrad", "nadamw", "yogi"] = "adamw"  # optax's
     learning_rate: float = 2e-3  # the schedule's peak
-    schedule: Literal["constant", "linear", "cosine", "polynomial"] = "linear"
-    warmup_steps: int = 100
+    schedule: Literal["constant", "linear", "cosine", "polynomial"] = "linear"  # how the rate falls after the warm-up
+    warmup_steps: int = 100  # steps in which the rate rises from 0 to its peak
+    warmup: float | None = None  # the same as a share of the run's steps; takes the place of warmup_steps
     decay_steps: int | None = None  # the step at which the schedule ends; None is the end of the run
-    end_learning_rate: float = 0.0
-    power: float = 1.0  # polynomial
+    end_learning_rate: float = 0.0  # what the rate falls to
+    power: float = 1.0  # polynomial: 1 is a straight line
     clip_norm: float | None = 1.0  # per segment: in a real federation nobody sees the other's gradient
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
+    b1: float | None = None  # Adam's kin: decay of the mean of gradients
+    b2: float | None = None  # Adam's kin: decay of the mean of their squares
+    eps: float | None = None  # Adam's kin: what keeps a division from being one by zero
     weight_decay: float | None = None  # never of biases or LayerNorm
-    momentum: float | None = None
-    nesterov: bool | None = None
+    momentum: float | None = None  # sgd
+    nesterov: bool | None = None  # sgd, adam and adamw: Nesterov's momentum
 
 
 @dataclass(frozen=True)
 class AggregatorConfig:
     """The outer update on the averaged client change: sgd 1.0 is FedAvg, with momentum FedAvgM, adam FedAdam."""
 
-    name: Literal["sgd", "adam", "adamw", "adagrad", "yogi"] = "sgd"
-    learning_rate: float = 1.0
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-    weight_decay: float | None = None
-    momentum: float | None = None
-    nesterov: bool | None = None
+    name: Literal["sgd", "adam", "adamw", "adagrad", "yogi"] = "sgd"  # optax's
+    learning_rate: float = 1.0  # 1 with sgd takes the average as it is
+    b1: float | None = None  # Adam's kin: decay of the mean of changes
+    b2: float | None = None  # Adam's kin: decay of the mean of their squares
+    eps: float | None = None  # Adam's kin: what keeps a division from being one by zero
+    weight_decay: float | None = None  # adamw
+    momentum: float | None = None  # sgd
+    nesterov: bool | None = None  # sgd, adam and adamw: Nesterov's momentum
 
 
 @dataclass(frozen=True)
 class MlmConfig:
     """Masked language modelling: ceil(mask_prob * seq_len) positions a block, replaced 80/10/10."""
 
-    mask_prob: float = 0.15
-    whole_word: bool = False
+    mask_prob: float = 0.15  # share of a block's positions that are predicted
+    whole_word: bool = False  # choose words, and mask all tokens of each (WordPiece tokenizers)
 
 
 @dataclass(frozen=True)
 class WireConfig:
     """What crosses between client and server."""
 
-    codec: Literal["float32", "bfloat16"] = "float32"
-    downlink: Literal["masked", "all"] = "masked"
+    codec: Literal["float32", "bfloat16"] = "float32"  # the type of activations and gradients on their way
+    downlink: Literal["masked", "all"] = "masked"  # which positions' hidden states come back to the client
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
     """Types of parameters and of the arithmetic; LayerNorm, softmax and loss are float32 always."""
 
-    param_dtype: Literal["float32"] = "float32"
+    param_dtype: Literal["float32"] = "float32"  # of the parameters and the optimizers' moments
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
 
 
@@ -171,33 +190,35 @@ class PrecisionConfig:
 class MeshConfig:
     """Devices: clients and batch lie on `data`, the body's and the tables' wide dimensions on `model`."""
 
-    data: int = -1  # -1 takes what is left
-    model: int = 1
+    data: int = -1  # devices along this axis; -1 takes what is left
+    model: int = 1  # devices along this axis
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """How often the whole state is saved, and how many of the newest saves stay."""
 
-    every_rounds: int = 50
-    keep: int = 3
+    every_rounds: int = 50  # rounds between two saves; there is one at the end, too
+    times: int | None = None  # saves in the whole run; takes the place of every_rounds
+    keep: int = 3  # how many stay, the newest
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on held-out text."""
 
-    every_rounds: int = 20
-    batch_size: int = 32
+    every_rounds: int = 20  # rounds between two evaluations; there is one at the start and one at the end, too
+    times: int | None = None  # evaluations in the whole run; takes the place of every_rounds
+    batch_size: int = 32  # blocks that are evaluated at a time
     max_clients: int = 64  # evaluated clients (drawn once, by seed), so that cost does not grow with num_clients
-    max_blocks: int = 64  # held-out blocks a client
+    max_blocks: int = 64  # held-out blocks of a client that are evaluated
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """task=finetune: how long, and how often again. What is reported is the last epoch's, never the best one's."""
 
-    epochs: float = 3.0
+    epochs: float = 3.0  # how often each training example is seen
     # Runs of the task, with seeds seed, seed + 1, ...: of the order, of dropout, and of what the checkpoint lacks, as a
     # rule the classifier.
     seeds: int = 1
@@ -211,11 +232,13 @@ class FinetuneConfig:
 class Config:
     """One run, entirely."""
 
-    task: Literal["pretrain", "finetune"] = "pretrain"
-    seed: int = 0
+    task: Literal["pretrain", "finetune"] = "pretrain"  # masked language modelling, or one of GLUE's tasks
+    seed: int = 0  # of everything drawn: held-out text, initial weights, batches, masks, dropout
     resume: Literal["auto", "force"] = "auto"  # force: accept harmless changes to an old workdir's config
     profile: str = ""  # START:STOP writes a trace of these rounds to the workdir's profile/
-    fill_mask: tuple[str, ...] = ()  # sentences with [MASK], filled in when training ends
+    # A sentence with [MASK], or several as ('...', '...'), filled in when training ends. [MASK] stands for whatever the
+    # tokenizer calls its mask token.
+    fill_mask: tuple[str, ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     federated: FederatedConfig = field(default_factory=FederatedConfig)
@@ -233,9 +256,15 @@ class Config:
 
 # A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
 HARMLESS = frozenset({
-    "resume", "fill_mask", "federated.rounds", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
-    "eval.every_rounds", "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
-    "model.attention", "model.logits_at_once",
+    "resume", "fill_mask", "federated.rounds", "federated.epochs", "federated.clients_at_once", "checkpoint.every_rounds",
+    "checkpoint.times", "checkpoint.keep", "eval.every_rounds", "eval.times", "mesh.data", "mesh.model", "data.store",
+    "data.cache_dir", "model.remat", "model.unroll_layers", "model.attention", "model.logits_at_once",
 })  # fmt: skip
+# The key on the left is worked out from the amount of text (`config/extent.py`) where the one on the right is set.
+WORKED_OUT = {
+    "federated.rounds": "federated.epochs", "federated.clients_per_round": "federated.max_clients_per_round",
+    "checkpoint.every_rounds": "checkpoint.times", "eval.every_rounds": "eval.times",
+    "client_optimizer.warmup_steps": "client_optimizer.warmup", "server_optimizer.warmup_steps": "server_optimizer.warmup",
+}  # fmt: skip
 # A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
 EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})

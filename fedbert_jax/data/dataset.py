@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from fedbert_jax.config import Config
+from fedbert_jax.console import Name
 from fedbert_jax.data.blocks import BlockWriter, TokenBlocks, pack
 from fedbert_jax.data.corpus import Document, read_documents
 from fedbert_jax.data.partition import assign, hold_out, js_divergence
@@ -260,16 +260,17 @@ def _count(blocks: np.ndarray, size: int) -> np.ndarray:
 
 def client_table(dataset: Dataset) -> Table:
     """Lists the clients, largest first, and all together; of more than 40, the largest ten and the smallest five."""
-    table = Table("client", title=f"{len(dataset.summary):,} clients")
+    table = Table(title=f"{len(dataset.summary):,} clients")
+    table.add_column("client", overflow="fold")
     for column in ("documents", "blocks", "held-out", "tokens", "share", "JS (bits)"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     clients = sorted(dataset.summary, key=lambda c: (-c.train_blocks, c.name))
     hidden = len(clients) - TABLE_LARGEST - TABLE_SMALLEST if len(clients) > TABLE_ROWS else 0
 
     def add(name: str, members: Sequence[ClientSummary]) -> None:
         sums = [sum(getattr(c, k) for c in members) for k in ("documents", "train_blocks", "heldout_blocks", "tokens")]
         share, divergence = sum(c.share for c in members), np.mean([c.js_divergence for c in members])
-        table.add_row(escape(name), *(f"{n:,}" for n in sums), f"{share:.1%}", f"{divergence:.3f}")
+        table.add_row(Name(name), *(f"{n:,}" for n in sums), f"{share:.1%}", f"{divergence:.3f}")
 
     for place, client in enumerate(clients):
         if not hidden or not TABLE_LARGEST <= place < TABLE_LARGEST + hidden:

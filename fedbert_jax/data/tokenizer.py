@@ -63,6 +63,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     path = os.path.expanduser(name_or_path)
+    if path.startswith(("/", ".")) and not os.path.isdir(path):  # what a hub's name can't be
+        raise UserError(f"data.tokenizer={name_or_path!r}: there is no such directory.")
     if _has_vocabulary_only(path):
         return _from_vocabulary(os.path.join(path, "vocab.txt"))
     try:

@@ -84,9 +84,6 @@ class Simulation:
       heldout: held-out blocks of the same clients.
       mask: the vocabulary's facts for masking.
       mesh: the devices.
-
-    Raises:
-      ConfigError: for data.store=device with several processes, none of which may read everybody's text.
     """
 
     def __init__(self, config: Config, train: TokenBlocks, heldout: TokenBlocks, mask: MaskSpec, mesh: Mesh):
@@ -113,8 +110,6 @@ class Simulation:
         count, size = slices(self.cohort, f.clients_at_once, mesh.shape["data"])
         self.padding = count * size - self.cohort if abreast and not own_state else 0
         store = config.data.store
-        if store == "device" and jax.process_count() > 1:
-            raise ConfigError("config key data.store='device': accepted with several processes: 'auto' or 'memmap'.")
         small = store == "auto" and train.tokens.nbytes <= ON_DEVICE_LIMIT and jax.process_count() == 1
         self._on_device = store == "device" or small
         self.blocks_per_client = f.batch_size * (self.cohort if pooled else 1)
