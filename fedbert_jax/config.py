@@ -81,10 +81,11 @@ class DataConfig:
     eval_fraction: float = 0.05  # of each client's documents, held out
     documents: Literal["blank_lines", "file"] = "blank_lines"  # text: what separates documents
     document_start: str = ""  # a regular expression; a line or row that matches begins a new document
-    text_field: str = "text"  # JSON lines and hf: the column of text
-    client_field: str = ""  # JSON lines and hf: the column that names the client
+    text_field: str = "text"  # JSON, CSV, parquet and hf: the field or column of text
+    client_field: str = ""  # JSON, CSV, parquet and hf: the field or column that names the client
     client_pattern: str = ""  # text: a regular expression on the file name; its first group names the client
-    split: str = "train"  # hf: the split to read
+    missing_client: Literal["error", "drop"] = "error"  # a row, or file, in which client_field or client_pattern has no name
+    split: str = "train"  # hf and save_to_disk: the split to read, or a part of it as in train[:10%]
     deduplicate: bool = True  # drop a paragraph seen anywhere before, so that held-out text is not in the training text
     small_clients: Literal["drop", "error"] = "drop"  # a client with less text than one training block
     store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks lie during training
@@ -258,8 +259,9 @@ UNUSED_IN_FINETUNING = {
     ),
     "reads labelled examples, and masks nothing": (
         "mlm.mask_prob", "mlm.whole_word", "model.logits_at_once", "data.lowercase", "data.eval_fraction", "data.documents",
-        "data.document_start", "data.text_field", "data.client_field", "data.client_pattern", "data.split",
-        "data.deduplicate", "data.small_clients", "data.store", "data.cache_dir", "eval.max_clients", "eval.max_blocks",
+        "data.document_start", "data.text_field", "data.client_field", "data.client_pattern", "data.missing_client",
+        "data.split", "data.deduplicate", "data.small_clients", "data.store", "data.cache_dir", "eval.max_clients",
+        "eval.max_blocks",
     ),
 }  # fmt: skip
 # A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
