@@ -24,7 +24,7 @@ def parquet_rows(path: Path, data: DataConfig) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     shown = printable(str(path))
-    with _undamaged(shown, "parquet"), path.open("rb") as file, ParquetFile(file) as table:
+    with undamaged(shown, "parquet"), path.open("rb") as file, ParquetFile(file) as table:
         columns = [name for name in (data.text_field, data.client_field) if name]
         yield from arrow_rows(table.schema_arrow, table.iter_batches(ROWS_AT_ONCE, columns=columns), shown, data)
 
@@ -34,7 +34,7 @@ def arrow_file_rows(path: Path, data: DataConfig) -> Iterator[Row]:
     import pyarrow as pa
 
     shown = printable(str(path))
-    with _undamaged(shown, "Arrow"), path.open("rb") as file:
+    with undamaged(shown, "Arrow"), path.open("rb") as file:
         if file.read(6) == b"ARROW1":
             whole = pa.ipc.open_file(file)
             batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
@@ -46,7 +46,8 @@ def arrow_file_rows(path: Path, data: DataConfig) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _undamaged(shown: str, kind: str) -> Iterator[None]:
+def undamaged(shown: str, kind: str) -> Iterator[None]:
+    """Raises UserError for what pyarrow raises while it reads the file `shown`."""
     import pyarrow as pa
 
     try:
@@ -66,18 +67,23 @@ def arrow_rows(
     Raises:
       UserError: if a column is lacking or there twice, or a text is not UTF-8.
     """
+    import pyarrow as pa
+
     column(schema.names, "data.text_field", data.text_field, where)
     if data.client_field:
         column(schema.names, "data.client_field", data.client_field, where)
     labels = _labels(schema, data.client_field)
     number = 0
     for table in tables:
+        columns = [table.column(name) for name in (data.text_field, data.client_field) if name]
         try:
-            texts = table.column(data.text_field).to_pylist()
-            clients = table.column(data.client_field).to_pylist() if data.client_field else [None] * len(texts)
-        except UnicodeDecodeError as error:
+            for values in columns:
+                values.validate(full=True)  # else what is damaged in an Arrow file can crash the process
+        except pa.ArrowInvalid as error:
             rows = f"rows {number + 1:,} to {number + table.num_rows:,}"
-            raise UserError(f"{where} has text that is not UTF-8, somewhere in its {rows}.") from error
+            raise UserError(f"{where} is damaged or has text that is not UTF-8, somewhere in its {rows}.") from error
+        texts = columns[0].to_pylist()
+        clients = columns[1].to_pylist() if data.client_field else [None] * len(texts)
         for text, client in zip(texts, clients, strict=True):
             number += 1
             yield number, text, labels.get(client, client) if labels else client

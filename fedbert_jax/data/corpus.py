@@ -156,7 +156,7 @@ def _clients(files: Sequence[Path], data: DataConfig, left_out: LeftOut) -> Iter
         if client:
             yield path, client
         elif data.missing_client == "drop":
-            left_out.add(f"files in whose names {shown} finds no client", printable(str(path)))
+            left_out.add("file", f"in whose name {shown} finds no client", printable(str(path)))
         else:
             why = "finds nothing in" if match else "does not match"
             way_out = "data.missing_client='drop' leaves such files out"

@@ -188,7 +188,7 @@ class _Search:
         self._counts[why] += 1
         names = self._names.setdefault(why, [])
         if len(names) < NAMED:
-            names.append(shortened(path.removeprefix(self._root).lstrip("/") or path))
+            names.append(shortened(path.removeprefix(self._root).lstrip("/") or os.path.basename(path.rstrip("/")) or path))
 
     @property
     def count(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_jax.config import DataConfig
-from fedbert_jax.data.arrow import ROWS_AT_ONCE, arrow_rows
+from fedbert_jax.data.arrow import ROWS_AT_ONCE, arrow_rows, undamaged
 from fedbert_jax.data.files import is_saved_dataset
 from fedbert_jax.data.library import loading
 from fedbert_jax.data.lines import read_lines
@@ -105,9 +105,10 @@ def _read_rows(
     """Reads rows of a `datasets.Dataset`; numbers begin at 1, and count from its beginning."""
     schema = table.features.arrow_schema
     columns = [name for name in dict.fromkeys([data.text_field, data.client_field]) if name in schema.names]
-    batches = table.with_format("arrow", columns=columns).select(range(start, end)).iter(ROWS_AT_ONCE)
-    rows = ((start + number, text, owner) for number, text, owner in arrow_rows(schema, batches, where, data))
-    yield from texts_and_clients(rows, f"{where} row", client, data, left_out)
+    with undamaged(where, "Arrow"):
+        batches = table.with_format("arrow", columns=columns).select(range(start, end)).iter(ROWS_AT_ONCE)
+        rows = ((start + number, text, owner) for number, text, owner in arrow_rows(schema, batches, where, data))
+        yield from texts_and_clients(rows, f"{where} row", client, data, left_out)
 
 
 def _parts(split: str, lengths: Mapping[str, int], where: str) -> list[tuple[str, int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from fedbert_jax.data.names import printable
 from fedbert_jax.data.rows import listed
 from fedbert_jax.errors import UserError
 
-_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # what the machine refuses, in its own words
+# What the machine refuses is said in its own words.
+_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 _CONFIGS = re.compile(r"BuilderConfig .* not found\. Available: \[(.*?)\]|available configs: \[(.*?)\]")
 _REASONS = (  # for the names of classes that an error or its causes have
     ("ConnectionError OfflineModeIsEnabled TransportError LocalEntryNotFoundError",
@@ -22,11 +24,11 @@ _REASONS = (  # for the names of classes that an error or its causes have
      "no file or folder here has this name, and no dataset of the Hugging Face hub (or none that you have been let into: "
      "`hf auth login` tells it who you are)"),
     ("EmptyDatasetError DataFilesNotFoundError", "it has no data file of a format that is known"),
-    ("CastError", "its files do not have the same columns"),
+    ("CastError DatasetGenerationCastError", "its files do not have the same columns"),
     ("ChecksumVerificationError SplitsVerificationError", "what was downloaded is not what its description says"),
     ("DatasetGenerationError ArrowException JSONDecodeError UnicodeDecodeError ParserError EmptyDataError",
      "a file of it is damaged, or something else than its name says"),
-    ("FileNotFoundError KeyError", "a file of it is missing or damaged"),
+    ("FileNotFoundError KeyError OSError", "a file of it is missing or damaged"),
 )  # fmt: skip
 
 
@@ -69,7 +71,7 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     for e in errors:
         if isinstance(e, OSError) and e.errno in _LOCAL:
-            return f"{e.strerror} ({printable(str(e.filename))})" if e.filename else str(e.strerror)
+            return os.strerror(e.errno) + (f" ({printable(str(e.filename))})" if e.filename else "")
         if isinstance(e, ImportError) and e.name:
             return f"its format needs the package {e.name}, which is not installed"
     said = " ".join(" ".join(map(str, errors)).split())

@@ -36,15 +36,20 @@ class Number(str):
 class LeftOut:
     """Counts what reading leaves out, and remembers where each kind came first."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    first: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def add(self, kind: str, where: str) -> None:
-        self.counts[kind] += 1
-        self.first.setdefault(kind, where)
+    def add(self, thing: str, why: str, where: str) -> None:
+        """Counts a row or file."""
+        self.counts[thing, why] += 1
+        self.first.setdefault((thing, why), where)
 
     def sentences(self) -> list[str]:
-        return [f"left out {n:,} {kind}; the first is {self.first[kind]}." for kind, n in self.counts.items()]
+        """Returns a sentence for each kind of thing left out."""
+        return [
+            f"left out {count:,} {thing}{'s' if count > 1 else ''} {why}; the first is {self.first[thing, why]}."
+            for (thing, why), count in self.counts.items()
+        ]
 
 
 def column(names: Sequence[str], key: str, wanted: str, where: str) -> int:
@@ -81,7 +86,7 @@ def texts_and_clients(
     """
     for number, text, owner in rows:
         if text is None:
-            left_out.add(f"rows whose data.text_field={data.text_field!r} is null", f"{where} {number}")
+            left_out.add("row", f"whose data.text_field={data.text_field!r} is null", f"{where} {number}")
             continue
         if isinstance(text, Absent):
             fields = listed(text.there)
@@ -103,8 +108,8 @@ def texts_and_clients(
                     "or data.missing_client='drop', which leaves out the rows without one."
                 )
             if missing:
-                kind = f"rows whose data.client_field={data.client_field!r} is null, missing or empty"
-                left_out.add(f"{kind}, by data.missing_client='drop'", f"{where} {number}")
+                why = f"whose data.client_field={data.client_field!r} is null, missing or empty"
+                left_out.add("row", f"{why}, by data.missing_client='drop'", f"{where} {number}")
                 continue
         yield text, client
 
