@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from sources import read, refused, write
 
-from fedbert_jax.data.corpus import Document, drop_repeated_paragraphs
+from fedbert_jax.config import DataConfig
+from fedbert_jax.data import corpus
+from fedbert_jax.data.corpus import Document, drop_repeated_paragraphs, read_documents
 
 
 def test_blank_lines_separate_documents_and_the_folder_is_the_client(tmp_path: Path) -> None:
@@ -36,6 +39,39 @@ def test_folders_of_one_name_are_different_clients(tmp_path: Path) -> None:
     assert clients == {"north/2024", "south/2024", "2025"}
 
 
+def test_paragraphs_end_with_any_line_end(tmp_path: Path) -> None:
+    write(tmp_path / "x" / "mac.txt", "one\rtwo\r\rthree\r")
+    write(tmp_path / "x" / "mixed.txt.gz", "four\r\nfive\r\n\r\nsix\n\rseven\r\reight")
+    texts = ["one\ntwo", "three", "four\nfive", "six", "seven", "eight"]
+    assert [t for t, _ in read(f"text:{tmp_path}")] == texts
+
+
+def test_a_clients_name_is_its_folders_whatever_that_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["caf\udce9", "[b]bold", "two\nlines", "x" * 250, "שלום", r"caf\xe9"]
+    for name in names:
+        write(tmp_path / "t" / name / "a.txt", f"text of {names.index(name)}")
+    found = dict(read(f"text:{tmp_path}/t"))
+    assert [found[f"text of {i}"] for i in range(5)] == [r"caf\xe9 (2)", "[b]bold", r"two\x0alines", "x" * 250, "שלום"]
+    assert found["text of 5"] == r"caf\xe9"  # which comes first, and is another client
+    monkeypatch.chdir(tmp_path / "t" / "[b]bold")
+    assert read("text:a.txt") == read("text:*.txt") == read("text:.") == [("text of 1", "[b]bold")]
+    monkeypatch.chdir(tmp_path / "t")
+    assert read("text:שלום/../[[]*/*") == [("text of 1", "[b]bold")]
+
+
+def test_a_folder_that_is_inside_another_of_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "2024" / "a.txt", "one")
+    write(tmp_path / "2024" / "sub" / "2024" / "a.txt", "two")
+    assert read(f"text:{tmp_path}/2024") == [("one", "2024"), ("two", "sub/2024")]
+
+
+def test_a_linked_folder_is_the_client_that_its_link_says(tmp_path: Path) -> None:
+    write(tmp_path / "else" / "site-7" / "a.txt", "one")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "north").symlink_to(tmp_path / "else" / "site-7")
+    assert read(f"text:{tmp_path}/t") == [("one", "north")]
+
+
 def test_client_pattern_names_the_client(tmp_path: Path) -> None:
     write(tmp_path / "ward-3-notes.txt", "three")
     write(tmp_path / "ward-1-notes.txt", "one")
@@ -45,52 +81,42 @@ def test_client_pattern_names_the_client(tmp_path: Path) -> None:
     assert "group" in refused(f"text:{tmp_path}", client_pattern=r"ward")
 
 
-def test_which_files_a_folder_and_a_pattern_mean(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.py", "info.json", ".hidden/c.txt", "sub/d.text.gz"):
-        write(tmp_path / name, f"text of {name}")
-    assert [t for t, _ in read(f"text:{tmp_path}")] == ["text of a.txt", "text of sub/d.text.gz"]
-    assert [t for t, _ in read(f"text:{tmp_path}/*.py")] == ["text of b.py"]
-    assert len(read(f"text:{tmp_path}/**/*.t*")) == 2
-    assert "matches no file" in refused(f"text:{tmp_path}/*.rst")
-    assert "nowhere" in refused(f"text:{tmp_path}/nowhere")
+def test_a_file_whose_name_has_no_client_is_dropped_if_missing_clients_are(tmp_path: Path) -> None:
+    for name in ("ward-1.txt", "ward-.txt", "ward- .txt", "other.txt"):
+        write(tmp_path / name, name)
+    keys = dict(client_pattern=r"ward-(.*)\.txt")
+    message = refused(f"text:{tmp_path}/ward*", **keys)
+    assert "finds nothing in the file name" in message and "data.missing_client='drop'" in message
+    told: list[str] = []
+    assert read(f"text:{tmp_path}", told, missing_client="drop", **keys) == [("ward-1.txt", "1")]
+    assert told == [
+        f"left out 3 files in whose name data.client_pattern={keys['client_pattern']!r} finds no client; "
+        f"the first is {tmp_path}/other.txt."
+    ]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
-def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path: Path, name: str) -> None:
-    raw = '{"text": "né"}\n'.encode() + b'{"text": "\xff"}\n'
-    path = write(tmp_path / name, raw)
-    assert f"{path} is not UTF-8 text: byte {raw.index(0xFF)} " in refused(f"text:{path}")
+def test_reading_tells_how_many_documents_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.txt", "\n\n".join(f"document {i}" for i in range(50)))
+    told: list[int] = []
+    read_documents(DataConfig(source=f"text:{path}"), count=told.append)
+    assert told[-1] == 50 and len(told) < 10  # at most ten times a second
+    monkeypatch.setattr(corpus, "TOLD_EVERY", 0)
+    told.clear()
+    read_documents(DataConfig(source=f"text:{path}"), count=told.append)
+    assert told[-1] == 50 and len(told) > 50 and told == sorted(told)
 
 
-def test_a_damaged_gzip_file_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt.gz", "some text " * 1000)
-    path.write_bytes(path.read_bytes()[:-12])
-    assert str(path) in refused(f"text:{path}")
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz"])
-def test_json_lines(tmp_path: Path, name: str) -> None:
-    rows = [{"body": "one\n\ntwo", "who": 7}, {"body": "three", "who": "x"}]
-    path = write(tmp_path / "d" / name, "\n".join(map(json.dumps, rows)) + "\n\n")
-    found = read(f"text:{tmp_path}", text_field="body", client_field="who")
-    assert found == [("one\n\ntwo", "7"), ("three", "x")]
-    assert [g for _, g in read(f"text:{path}", text_field="body")] == ["d", "d"]
-
-
-def test_json_lines_that_lack_something_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", '{"text": "one", "who": 1}\n{"txt": "two", "who": 1}\n')
-    message = refused(f"text:{path}")
-    assert f"{path} line 2" in message and "data.text_field='text'" in message and "txt, who" in message
-    assert "line 1 has no field data.client_field='site'" in refused(f"text:{path}", client_field="site")
-    assert "line 1 is not a JSON object" in refused(f"text:{write(path, '[1]')}")
-    write(path, '{"text": ""}\n{')
-    assert "line 2 is not a JSON object" in refused(f"text:{path}")
-    assert "is a number, not text" in refused(f"text:{write(path, json.dumps(dict(text=3)))}")
-
-
-def test_lone_surrogates_do_not_reach_the_tokenizer(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", '{"text": "a \\ud800 b"}')
-    assert read(f"text:{path}")[0][0].encode() == b"a ? b"
+def test_a_long_document_is_not_taken_to_pieces(tmp_path: Path) -> None:
+    size = 4 << 20
+    path = write(tmp_path / "a.txt", "ab " * (size // 3))
+    read(f"text:{path}", deduplicate=False)
+    tracemalloc.start()
+    try:
+        read(f"text:{path}", deduplicate=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3.2 * size + (4 << 20)  # a list of its words would be twenty times as large
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:

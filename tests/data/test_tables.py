@@ -174,6 +174,31 @@ def test_text_that_is_none_is_refused(tmp_path: Path, value: Any, kind: str, for
 # --- JSON ---
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    rows = [{"body": "one\n\ntwo", "who": 7}, {"body": "three", "who": "x"}]
+    path = write(tmp_path / "d" / name, "\n".join(map(json.dumps, rows)) + "\n\n")
+    found = read(f"text:{tmp_path}", text_field="body", client_field="who")
+    assert found == [("one\n\ntwo", "7"), ("three", "x")]
+    assert [g for _, g in read(f"text:{path}", text_field="body")] == ["d", "d"]
+
+
+def test_json_lines_that_lack_something_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "one", "who": 1}\n{"txt": "two", "who": 1}\n')
+    message = refused(f"text:{path}")
+    assert f"{path} line 2" in message and "data.text_field='text'" in message and "txt, who" in message
+    assert "line 1 has no field data.client_field='site'" in refused(f"text:{path}", client_field="site")
+    assert "line 1 is not a JSON object" in refused(f"text:{write(path, '[1]')}")
+    write(path, '{"text": ""}\n{')
+    assert "line 2 is not a JSON object" in refused(f"text:{path}")
+    assert "is a number, not text" in refused(f"text:{write(path, json.dumps(dict(text=3)))}")
+
+
+def test_lone_surrogates_do_not_reach_the_tokenizer(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a \\ud800 b"}')
+    assert read(f"text:{path}")[0][0].encode() == b"a ? b"
+
+
 def test_an_array_is_read_from_json_only_and_its_errors_say_where(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '\n [{"text": "a"},\n\n {"text": "b"}]\n')
     assert [t for t, _ in read(f"text:{path}")] == ["a", "b"]
