@@ -18,7 +18,7 @@ from fedbert_jax.data.files import find_files
 from fedbert_jax.data.hub import read_dataset, read_saved
 from fedbert_jax.data.lines import read_lines
 from fedbert_jax.data.names import ClientNames, printable
-from fedbert_jax.data.rows import LeftOut
+from fedbert_jax.data.rows import LeftOut, listed
 from fedbert_jax.data.tables import read_table, table_format
 from fedbert_jax.errors import UserError
 
@@ -46,7 +46,7 @@ def read_documents(
 
     Args:
       data: says where the text is, and what is a document.
-      warn: is told in a sentence each of files that were passed over and of rows that were left out.
+      warn: is told in a sentence each of files that were passed over, rows that were left out, and clients without text.
       count: is told now and then, and at the end, how many documents have been read.
 
     Raises:
@@ -54,8 +54,8 @@ def read_documents(
     """
     kind, _, what = data.source.partition(":")
     min_words = DOCS_MIN_WORDS if kind == "docs" else 1
-    left_out, name = LeftOut(), ClientNames()
-    documents: Iterable[Document] = (Document(text, name(group)) for text, group in _read(kind, what, data, left_out, warn))
+    left_out, names = LeftOut(), ClientNames()
+    documents: Iterable[Document] = (Document(text, names(group)) for text, group in _read(kind, what, data, left_out, warn))
     if data.deduplicate:
         documents = drop_repeated_paragraphs(documents)
     kept, told = [], time.monotonic()
@@ -72,6 +72,10 @@ def read_documents(
         raise UserError(f"data.source={data.source!r} has no text: no document in it has {words}{why}.")
     for sentence in left_out.sentences():
         warn(sentence)
+    holders = {document.group for document in kept}
+    if without := [client for client in names.given() if client not in holders]:
+        more = " that did not come before elsewhere" if data.deduplicate else ""
+        warn(f"{len(without):,} client{'s have' if len(without) > 1 else ' has'} no text{more}: {listed(without)}.")
     return kept
 
 
@@ -99,7 +103,7 @@ def _read(
     if kind == "docs":
         return read_docstrings(what, data)
     if kind == "hf":
-        return _join(read_dataset(what, data, left_out), data, "\n\n", lambda row: True)
+        return _join(read_dataset(what, data, left_out, warn), data, "\n\n", lambda row: True)
     return _read_text(find_files(what, warn), data, left_out)
 
 
@@ -131,6 +135,8 @@ def _pattern(key: str, value: str) -> re.Pattern[str]:
 def _read_text(files: Sequence[Path], data: DataConfig, left_out: LeftOut) -> Iterator[tuple[str, str]]:
     blank_lines = data.documents == "blank_lines"
     for path, client in _clients(files, data, left_out):
+        if not data.client_field or not (path.is_dir() or table_format(path)):
+            yield "", client  # so that one who has empty files only is known of
         if path.is_dir() or table_format(path):
             rows = (read_saved if path.is_dir() else read_table)(path, client, data, left_out)
             yield from _join(rows, data, "\n\n", lambda row: True)

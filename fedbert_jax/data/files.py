@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fedbert_jax.data.names import printable, shortened
+from fedbert_jax.data.names import LONGEST, shortened
 from fedbert_jax.errors import UserError
 
 # What a folder is searched for, in any case. Not .json: folders hold metadata. But .json.gz is none.
@@ -19,6 +19,7 @@ FOLDER_SUFFIXES = (
     ".txt", ".text", ".md", ".jsonl", ".ndjson", ".csv", ".tsv",
     ".txt.gz", ".text.gz", ".md.gz", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz", ".json.gz", ".parquet",
 )  # fmt: skip
+_SUFFIXES = ".txt, .text, .md, .jsonl, .ndjson, .csv, .tsv, each also with .gz, .json.gz and .parquet"
 NAMED = 3  # of the things passed over for one reason, how many a warning names
 
 SUFFIX, HIDDEN, SPECIAL = "for the suffix", "hidden", "neither file nor folder"
@@ -43,6 +44,9 @@ def find_files(what: str, warn: Callable[[str], None]) -> list[Path]:
     Raises:
       UserError: if there is no such file.
     """
+    shown = f"data.source='text:{shortened(what, LONGEST)}'"
+    if not what or "\0" in what:
+        raise UserError(f"{shown} names no file; accepted: a file, a folder or a pattern.")
     path = os.path.expanduser(what)
     root, parts = path, []
     if glob.has_magic(path) and not os.path.lexists(path):  # else the brackets belong to a name
@@ -52,10 +56,9 @@ def find_files(what: str, warn: Callable[[str], None]) -> list[Path]:
     search = _Search(root, _Pattern(parts))
     search.run()
     passed_over = search.passed_over()
-    shown = f"data.source='text:{printable(what)}'"
     if not search.files:
         why = f"; passed over: {passed_over}" if passed_over else ""
-        raise UserError(f"{shown} matches no file (in a folder: {', '.join(FOLDER_SUFFIXES)}){why}.")
+        raise UserError(f"{shown} matches no file (a folder is searched for {_SUFFIXES}){why}.")
     if passed_over:
         warn(f"{shown} passes over {search.count:,} files or folders: {passed_over}.")
     return sorted(map(Path, search.files.values()))

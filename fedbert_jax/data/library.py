@@ -26,7 +26,8 @@ _REASONS = (  # for the names of classes that an error or its causes have
     ("EmptyDatasetError DataFilesNotFoundError", "it has no data file of a format that is known"),
     ("CastError DatasetGenerationCastError", "its files do not have the same columns"),
     ("ChecksumVerificationError SplitsVerificationError", "what was downloaded is not what its description says"),
-    ("DatasetGenerationError ArrowException JSONDecodeError UnicodeDecodeError ParserError EmptyDataError",
+    ("DatasetGenerationError ArrowException JSONDecodeError UnicodeDecodeError ParserError EmptyDataError"
+     " BadZipFile LZMAError EOFError",
      "a file of it is damaged, or something else than its name says"),
     ("FileNotFoundError KeyError OSError", "a file of it is missing or damaged"),
 )  # fmt: skip
@@ -81,7 +82,7 @@ def _reason(error: BaseException) -> str:
         return "it is a Python script, which is never executed; accepted: a dataset of data files"
     if configs := _CONFIGS.search(said):
         names = re.findall(r"'(.*?)'", configs[1] or configs[2])
-        return f"NAME must be followed by /CONFIG, which is one of: {listed(names)}"
+        return f"NAME must be followed by a /CONFIG that it has; there are: {listed(names)}"
     if needed := re.search(r"(\w+) needs to be installed", said):
         return f"its format needs {needed[1]}, which is not installed"
     classes = {kind.__name__ for e in errors for kind in type(e).__mro__}

@@ -32,6 +32,8 @@ def read_lines(path: Path) -> Iterator[str]:
             byte = before - (len(error.object) - len(chunk)) + error.start  # the chunk came after what was left over
             read = "\r" * (translator.getstate()[1] & 1) + error.object[: error.start].decode()  # & 1: a \r put by
             number += read.replace("\r\n", "\n").replace("\r", "\n").count("\n")
+            if not before and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{printable(str(path))} is UTF-16 text; accepted: UTF-8.") from error
             raise UserError(
                 f"{printable(str(path))} is not UTF-8 text: byte {byte} of the file, in line {number}, cannot be decoded."
             ) from error

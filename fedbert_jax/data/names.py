@@ -43,6 +43,10 @@ class ClientNames:
             self._taken.add(name)
         return self._names[client]
 
+    def given(self) -> list[str]:
+        """Returns every name given so far."""
+        return list(self._names.values())
+
     def _free(self, name: str) -> str:
         start = name[:LONGEST]  # others that begin like this, or that are written as another one's escape, get a number
         while True:

@@ -30,14 +30,20 @@ def table_format(path: Path) -> str:
     return formats.get(inner.rpartition(".")[2], "") if "." in inner else ""
 
 
-def read_table(path: Path, client: str, data: DataConfig, left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yields the text and client of each row of a file that has a `table_format`, see `texts_and_clients`.
+def table_rows(path: Path, data: DataConfig) -> tuple[str, Iterator[Row]]:
+    """Returns what the numbers of a file's rows follow to say where they are, and the rows; it has a `table_format`.
 
     Raises:
-      UserError: naming the file, and the line, item or row.
+      UserError: as soon as the rows are read, naming the file, and the line, item or row.
     """
     unit, rows = _READERS[table_format(path)](path, data)
-    return texts_and_clients(rows, f"{printable(str(path))} {unit}", client, data, left_out)
+    return f"{printable(str(path))} {unit}", rows
+
+
+def read_table(path: Path, client: str, data: DataConfig, left_out: LeftOut) -> Iterator[tuple[str, str]]:
+    """Yields the text and client of each of a file's rows, and raises UserError, as `texts_and_clients` does."""
+    where, rows = table_rows(path, data)
+    return texts_and_clients(rows, where, client, data, left_out)
 
 
 # --- JSON ---

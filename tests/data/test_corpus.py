@@ -59,6 +59,19 @@ def test_a_clients_name_is_its_folders_whatever_that_is(tmp_path: Path, monkeypa
     assert read("text:שלום/../[[]*/*") == [("text of 1", "[b]bold")]
 
 
+def test_clients_who_end_up_without_text_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "t" / "east" / "a.txt", "one\n\ntwo")
+    write(tmp_path / "t" / "north" / "a.txt", "Two\n\none")  # all of it came before
+    write(tmp_path / "t" / "west" / "a.txt", "")
+    write(tmp_path / "t" / "x" / "b.jsonl", '{"text": " "}')
+    told: list[str] = []
+    assert read(f"text:{tmp_path}/t", told) == [("one", "east"), ("two", "east")]
+    assert told == ["3 clients have no text that did not come before elsewhere: north, west, x."]
+    told.clear()
+    read(f"text:{tmp_path}/t", told, deduplicate=False)
+    assert told == ["2 clients have no text: west, x."]
+
+
 def test_a_folder_that_is_inside_another_of_its_name(tmp_path: Path) -> None:
     write(tmp_path / "2024" / "a.txt", "one")
     write(tmp_path / "2024" / "sub" / "2024" / "a.txt", "two")

@@ -220,7 +220,9 @@ def test_names_of_what_is_passed_over_are_data(tmp_path: Path) -> None:
 
 
 def test_a_source_without_files_says_what_there_is(tmp_path: Path) -> None:
-    assert "matches no file" in none_found(tmp_path / "nowhere")
+    for nothing in ("", "\0", "a\0*"):
+        assert "names no file" in none_found(nothing)
+    assert "matches no file" in none_found(tmp_path / "nowhere") and len(none_found("/" + "x" * 5000)) < 600
     assert "matches no file" in none_found(tmp_path / "no*")
     write(tmp_path / "f" / "a.pdf", "")
     message = none_found(tmp_path / "f")

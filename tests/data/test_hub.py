@@ -40,7 +40,16 @@ def test_a_dataset_on_disk(table: Path) -> None:
     assert "data.client_field='who'" in refused(f"hf:{table}", text_field="content", client_field="who")
     assert "data.split='dev'" in refused(f"hf:{table}", text_field="content", split="dev")
     assert "no such file or directory" in refused("hf:/no/such/place")
-    assert "no such file or directory" in refused("hf:nothing-here.parquet")
+    for name in ("nothing-here.parquet", f"{table}/nothing.parquet", f"{table}/no/thing.csv", "./x.csv"):
+        assert "no such file or directory" in refused(f"hf:{name}")
+
+
+def test_a_dataset_in_this_directory(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(table)
+    assert {client for _, client in read("hf:.", text_field="content")} == {"set"}
+    monkeypatch.chdir(table.parent)
+    (table / "sub").mkdir()
+    assert {client for _, client in read("hf:set/sub/..", text_field="content")} == {"set"}
 
 
 def test_name_and_config_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +118,21 @@ def test_a_saved_dataset_keeps_its_own_split_and_labels_and_no_format(tmp_path: 
     assert len(told) == 2 and told[0].startswith("left out 1 row whose data.text_field='text' is null; the first is ")
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", "a::b", "[x] *", "two\nlines"])
+def test_a_dataset_may_have_any_name(tmp_path: Path, name: str) -> None:
+    saved(["a"], ["n"]).save_to_disk(tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / name)
+    shown = {"caf\udce9": r"caf\xe9", "two\nlines": r"two\x0alines"}.get(name, name)
+    for kind in ("text", "hf"):
+        assert read(f"{kind}:{tmp_path}/{name}") == [("a", shown)]
+    write(tmp_path / "set" / "train.csv", "text\na\n")
+    (tmp_path / name).rename(tmp_path / "old")
+    (tmp_path / "set").rename(tmp_path / name)
+    assert read(f"hf:{tmp_path}/{name}/train.csv") == [("a", "train.csv")]
+    if name != "two\nlines":
+        assert "cannot look into a path with [ ] * ? :: or" in refused(f"hf:{tmp_path}/{name}")
+
+
 @pytest.mark.parametrize("damage", ["half", "gone", "state", "info"])
 @pytest.mark.parametrize("kind", ["text", "hf"])
 def test_a_damaged_saved_dataset_is_one_sentence(tmp_path: Path, kind: str, damage: str) -> None:
@@ -149,10 +173,52 @@ def test_csv_in_a_folder_stays_as_written_and_errors_name_file_and_line(folder: 
 
 
 @pytest.mark.parametrize("split, found", [
-    ("train[:2]", [("NA", "007"), ("null", "1")]), ("test+train[:1]", [("t", "2024-01-31"), ("u", "nan"), ("NA", "007")]),
+    ("train[:2]", [("NA", "007"), ("null", "1")]),
+    ("train[1:3]", [("null", "1"), ("a", "3")]),
+    ("train[-1:]", [("b", "4")]),
+    ("train[3:]+test[:50%]", [("b", "4"), ("t", "2024-01-31")]),
+    ("test+train[:1]", [("t", "2024-01-31"), ("u", "nan"), ("NA", "007")]),
 ])  # fmt: skip
 def test_a_part_of_a_split_is_read_as_the_whole_is(folder: Path, split: str, found: list[tuple[str, str]]) -> None:
+    write(folder / "data" / "train-1.csv", "text,site\na,3\nb,4\n")
     assert read(f"hf:{folder}", split=split, client_field="site") == found
+
+
+def test_a_part_of_json_stays_as_written(tmp_path: Path) -> None:
+    rows = ['{"text": "2024-01-31", "site": "2024-01-31"}', '{"text": "b", "site": 7}', '{"text": "c", "site": "x"}']
+    write(tmp_path / "set" / "train.jsonl", "\n".join([*rows, '{"text": "d"}']))
+    found = read(f"hf:{tmp_path}/set", split="train[:3]", client_field="site")
+    assert found == [("2024-01-31", "2024-01-31"), ("b", "7"), ("c", "x")]
+    message = refused(f"hf:{tmp_path}/set", split="train[2:]", client_field="site")
+    assert f"{tmp_path}/set/train.jsonl line 4 has no field" in message
+
+
+def test_files_that_the_library_does_not_see_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train.csv", "text\na\n")
+    write(tmp_path / "set" / "MORE.CSV", "text\nb\n")
+    write(tmp_path / "set" / "README.md", "about it")
+    write(tmp_path / "else" / "c.csv", "text\nc\n")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "else")
+    told: list[str] = []
+    assert read(f"hf:{tmp_path}/set", told) == [("a", "set")]
+    assert told == [
+        f"data.source='hf:{tmp_path}/set' passes over 2 files that are in none of its splits: MORE.CSV, linked/c.csv."
+    ]
+
+
+def test_what_only_the_library_reads_is_read_by_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = "text;site\nNA;007\nnull;\n;1\n"
+    write(tmp_path / "set" / "train.csv", rows)
+    write(tmp_path / "set" / "README.md", "---\nconfigs:\n- config_name: x\n  data_files: train.csv\n  sep: ';'\n---\n")
+    source = f"hf:{tmp_path}/set"
+    assert read(source) == [("NA", "set"), ("null", "set")]
+    assert read(source, split="train[:1]", client_field="site") == [("NA", "007")]
+    assert "train row 2 has nothing in data.client_field='site'" in refused(source, client_field="site")
+    assert "data.split='dev'" in refused(source, split="dev")
+    assert "no column data.text_field='note'; there are: text, site" in refused(source, text_field="note")
+    write(tmp_path / "set" / "train.csv", "text;site\na;b\nc;d;e\n")
+    assert "a file of it is damaged" in refused(source)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_text_files_in_a_folder_have_a_row_a_line(tmp_path: Path) -> None:
@@ -169,7 +235,7 @@ def test_a_description_of_the_files_is_heeded(tmp_path: Path) -> None:
     write(tmp_path / "set" / "README.md", "---\n" + config.format("x") + config.format("y")[9:] + "---\n")
     assert read(f"hf:{tmp_path}/set/y", client_field="n") == [("b", "2")]
     for source in ("", "/z"):
-        assert "/CONFIG, which is one of: x, y." in refused(f"hf:{tmp_path}/set{source}")
+        assert "a /CONFIG that it has; there are: x, y." in refused(f"hf:{tmp_path}/set{source}")
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
@@ -204,7 +270,8 @@ def test_errors_of_the_library_are_said_in_our_words() -> None:
     assert "the package lance, which" in boom(ImportError("pip install it", name="lance"))
     assert boom(DatasetGenerationError("x"), OSError(28, "No space left on device")) == "No space left on device."
     assert boom(PermissionError(13, "Permission denied", "/c/x\ny")) == r"Permission denied (/c/x\x0ay)."
-    assert "/CONFIG, which is one of: a, b." in boom(ValueError("BuilderConfig 'c' not found. Available: ['a', 'b']"))
+    config = ValueError("BuilderConfig 'c' not found. Available: ['a', 'b']")
+    assert "a /CONFIG that it has; there are: a, b." in boom(config)
     assert "needs PyTorch" not in boom(ValueError("Please use `load_from_disk` instead.\nOr `pip install x`"))
     assert boom(ValueError("Please use `load_from_disk` instead.")) == "the datasets library stops with ValueError."
 

@@ -52,6 +52,12 @@ def test_what_is_not_utf8_is_refused_with_byte_and_line(
     assert str(caught.value) == f"{path} is not UTF-8 text: byte {byte} of the file, in line {line}, cannot be decoded."
 
 
+def test_text_in_utf16_is_called_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "hello".encode("utf-16"))
+    with pytest.raises(UserError, match=r"a\.txt is UTF-16 text; accepted: UTF-8\.$"):
+        list(read_lines(path))
+
+
 def test_a_gzip_file_that_is_damaged_or_none(tmp_path: Path) -> None:
     whole = gzip.compress(b"some text " * 1000)
     flipped = bytearray(whole)
