@@ -21,8 +21,9 @@ UNUSED_IN_FINETUNING = {
     ),
     "reads labelled examples, and masks nothing": (
         "mlm.mask_prob", "mlm.whole_word", "model.logits_at_once", "data.lowercase", "data.eval_fraction", "data.documents",
-        "data.document_start", "data.text_field", "data.client_field", "data.client_pattern", "data.split",
-        "data.deduplicate", "data.small_clients", "data.store", "data.cache_dir", "eval.max_clients", "eval.max_blocks",
+        "data.document_start", "data.text_field", "data.client_field", "data.client_pattern", "data.missing_client",
+        "data.split", "data.deduplicate", "data.small_clients", "data.store", "data.cache_dir", "eval.max_clients",
+        "eval.max_blocks",
     ),
 }  # fmt: skip
 

@@ -74,10 +74,11 @@ class DataConfig:
     eval_fraction: float = 0.05  # of each client's documents, held out
     documents: Literal["blank_lines", "file"] = "blank_lines"  # text: a document ends at a blank line, or with its file
     document_start: str = ""  # a regular expression; a line or row that matches begins a new document
-    text_field: str = "text"  # JSON lines and hf: the column of text
-    client_field: str = ""  # JSON lines and hf: the column that names the client
+    text_field: str = "text"  # JSON, CSV, parquet and hf: the field or column of text
+    client_field: str = ""  # JSON, CSV, parquet and hf: the field or column that names the client
     client_pattern: str = ""  # text: a regular expression on the file name; its first group names the client
-    split: str = "train"  # hf: the split to read
+    missing_client: Literal["error", "drop"] = "error"  # a row, or file, in which client_field or client_pattern has no name
+    split: str = "train"  # hf and save_to_disk: the split to read, or a part of it as in train[:10%]
     deduplicate: bool = True  # drop a paragraph seen anywhere before, so that held-out text is not in the training text
     small_clients: Literal["drop", "error"] = "drop"  # a client with less text than one training block
     store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks lie during training

@@ -146,7 +146,7 @@ def _open(path: Path, sizes: Sequence[int]) -> TokenBlocks:
 def _make(config: Config, directory: Path, warn: Callable[[str], None], progress: Callable[[str], None]) -> None:
     data, f = config.data, config.federated
     progress(f"reading data.source={data.source!r}")
-    documents = read_documents(data)
+    documents = read_documents(data, warn=warn, count=lambda n: None)
     words = np.array([len(document.text.split()) for document in documents])
     names, owned = assign([d.group for d in documents], words, data.partition, f.num_clients, seeds_of(config))
     shares = []
