@@ -162,7 +162,8 @@ def check_same(old: Config, new: Config, free: Collection[str] = ()) -> None:
       ConfigError: naming the keys that differ.
     """
     before, after = (config_lib.flatten(config_lib.to_dict(c)) for c in (old, new))
-    differ = [k for k in before if before[k] != after.get(k) and k not in {"resume", "profile", *free}]
+    free = {"resume", "profile", *free, *(k for k in after if k.startswith("export."))}
+    differ = [k for k in before if before[k] != after.get(k) and k not in free]
     harmful = [k for k in differ if k not in config_lib.HARMLESS]
     show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731
     if harmful:

@@ -1,12 +1,13 @@
 """Configuration: frozen dataclasses, read from a ConfigDict and validated once, at the edge."""
 
 from fedbert_jax.config.check import resolve_model, validate
-from fedbert_jax.config.keys import all_keys, flatten, kind_of, to_dict, unknown_key
+from fedbert_jax.config.keys import all_keys, flatten, kind_of, listed, to_dict, unknown_key
 from fedbert_jax.config.load import default_config, from_dict
 from fedbert_jax.config.schema import (
     ARRANGEMENTS,
     EXTENDABLE,
     HARMLESS,
+    HUB_NAME,
     PRESETS,
     AggregatorConfig,
     Arrangement,
@@ -14,6 +15,7 @@ from fedbert_jax.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
+    ExportConfig,
     FederatedConfig,
     FinetuneConfig,
     MeshConfig,
@@ -27,8 +29,8 @@ from fedbert_jax.config.schema import (
 )
 
 __all__ = [
-    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "PRESETS", "AggregatorConfig", "Arrangement", "CheckpointConfig", "Config",
-    "DataConfig", "EvalConfig", "FederatedConfig", "FinetuneConfig", "MeshConfig", "MlmConfig", "ModelConfig",
-    "OptimizerConfig", "PartitionConfig", "PrecisionConfig", "StrategyName", "WireConfig", "all_keys", "default_config",
-    "flatten", "from_dict", "kind_of", "resolve_model", "to_dict", "unknown_key", "validate",
+    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "HUB_NAME", "PRESETS", "AggregatorConfig", "Arrangement", "CheckpointConfig",
+    "Config", "DataConfig", "EvalConfig", "ExportConfig", "FederatedConfig", "FinetuneConfig", "MeshConfig", "MlmConfig",
+    "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig", "StrategyName", "WireConfig", "all_keys",
+    "default_config", "flatten", "from_dict", "kind_of", "listed", "resolve_model", "to_dict", "unknown_key", "validate",
 ]  # fmt: skip

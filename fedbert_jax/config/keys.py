@@ -30,6 +30,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def listed(text: str | None) -> list[str]:
+    """Returns the parts of a value that holds several, with commas between."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def kind_of(key: str) -> str:
     """Returns in words what type of value a dotted key accepts; "" if words for it are lacking."""
     *sections, name = key.split(".")
