@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedbert_jax import __version__
-from fedbert_jax.config import Config, listed
+from fedbert_jax.config import Config, ModelConfig, listed
 from fedbert_jax.data.glue import HUB, MSR_TEST, Task
 
 PAPER = "[FedBERT](https://doi.org/10.1145/3510033) (Tian et al., ACM TIST 2022)"
@@ -54,12 +54,12 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
         "clients": _clients(facts),
         "whose model": f"the client {_plain(facts['client'])}'s own" if facts.get("client") else None,
         "rounds": f"{facts['round']:,}, each of {f.local_steps} steps of {step} a client" if "round" in facts else None,
-        "training tokens": f"{facts['tokens']:,}" if "tokens" in facts else None,
+        "training tokens": f"{facts['tokens']:,}, all clients' together" if "tokens" in facts else None,
         "started from": _origin(config),
         "text": _text(config),
         "tokenizer": f"WordPiece, trained on that text, up to {int(d.tokenizer[6:]):,} tokens"
         if d.tokenizer.startswith("train:") else None,
-        "held-out text": f"{d.eval_fraction:.1%} of each client's words, in whole documents",
+        "held-out text": f"{d.eval_fraction:.1%} or more of each client's words, in whole documents; never a client's only one",
         "seed": config.seed,
     }  # fmt: skip
     further = "further " if m.init_from else ""
@@ -67,8 +67,8 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     return "\n\n".join([
         head,
         f"# A BERT pre-trained {further}{HOW[f.strategy]}",
-        f"{m.num_layers} layers of {m.hidden_size}, {m.num_heads} heads, a vocabulary of {m.vocab_size:,}, at most "
-        f"{m.max_position_embeddings} positions. Trained by fedbert_jax {__version__}, which implements {PAPER}.",
+        f"{_layers(m)}, {m.num_heads} heads, a vocabulary of {m.vocab_size:,}, at most {m.max_position_embeddings} positions. "
+        f"Trained by fedbert_jax {__version__}, which implements {PAPER}.",
         "## How to use it",
         _snippet(
             'fill = pipeline("fill-mask", model=name)', 'print(fill(f"This is a {fill.tokenizer.mask_token} sentence."))'
@@ -127,7 +127,7 @@ def classifier_card(
     return "\n\n".join([
         _metadata(config, "text-classification", f"bert-{m.num_layers}x{m.hidden_size}-{name}", results),
         f"# A BERT fine-tuned on {task.name}",
-        f"{m.num_layers} layers of {m.hidden_size}. Trained by fedbert_jax {__version__}, which implements {PAPER}.",
+        f"{_layers(m)}. Trained by fedbert_jax {__version__}, which implements {PAPER}.",
         "## How to use it",
         _snippet('classify = pipeline("text-classification", model=name)', f"print(classify({example}))"),
         "## How it was trained", _table(how.items()),
@@ -229,6 +229,10 @@ def _result(
 def _clients(facts: Mapping[str, Any]) -> str | None:
     of, cohort = facts.get("num_clients"), facts.get("clients_per_round")
     return None if of is None else f"{of:,}" + (f", {cohort:,} of them a round" if cohort is not None else "")
+
+
+def _layers(model: ModelConfig) -> str:
+    return f"{model.num_layers} layer{'s' * (model.num_layers != 1)} of {model.hidden_size}"
 
 
 def _origin(config: Config) -> str | None:
