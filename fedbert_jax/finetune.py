@@ -47,6 +47,16 @@ class Checkpoint:
         return huggingface.from_tensors(self.tensors, client, server, huggingface.CLASSIFIER_CLIENT)
 
 
+def tokenizer_of(config: Config) -> Any:
+    """Loads the tokenizer: the one named, or the starting checkpoint's."""
+    key = "config key data.tokenizer" if config.data.tokenizer else "config key model.init_from"
+    with about(key):
+        try:
+            return load_tokenizer(config.data.tokenizer or str(run.local(config.model.init_from)))
+        except UserError as error:
+            raise type(error)(str(error).replace("data.tokenizer=", f"{key}=")) from error
+
+
 def resolve(config: Config, tokenizer: Any) -> tuple[Config, Checkpoint | None]:
     """Fills in the model's sizes, and reads the checkpoint to start from; None is a random start.
 
@@ -84,8 +94,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     console = console or Console(highlight=False)
     optim.check(config)
     workdir, _lock = open_workdir(root)
-    with about(f"config key {'data.tokenizer' if config.data.tokenizer else 'model.init_from'}"):
-        tokenizer = load_tokenizer(config.data.tokenizer or str(run.local(config.model.init_from)))
+    tokenizer = tokenizer_of(config)
     config, start = resolve(config, tokenizer)
     if workdir.exists():
         check_same(workdir.read_config(), config, free=config_lib.EXTENDABLE)
@@ -97,9 +106,9 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     all_seeds = tuple(range(config.seed, config.seed + config.finetune.seeds))
     at_once = config.finetune.seeds_at_once or (1 if jax.default_backend() == "cpu" else len(all_seeds))
     results = _read_results(workdir.root)
-    judges = ", ".join(f"{len(examples):,} of {split}" for split, examples in data.dev.items())
+    judges = ", ".join(f"{len(examples):,} of the split {split}" for split, examples in data.dev.items())
     console.print(
-        f"{data.task.name}: {len(data.train):,} training examples, {judges} to judge by; "
+        f"{data.task.name}: {len(data.train):,} training examples, judged by {judges}; "
         f"{config.federated.strategy}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
     )
     if str(config.seed) not in results["seeds"]:

@@ -56,7 +56,7 @@ def main() -> None:
     from rich.table import Table
 
     from fedbert_jax import huggingface, run
-    from fedbert_jax.finetune import choose_rate, finetune, with_rate
+    from fedbert_jax.finetune import choose_rate, finetune, resolve, tokenizer_of, with_rate
 
     console, results = Console(highlight=False), {}
     with _by_flags():
@@ -67,6 +67,7 @@ def main() -> None:
                 model = huggingface.sizes_of(huggingface.read_config(run.local(args.model)), args.model)
         configs = [_config(args, task.name, model) for task in tasks]
         # Before hours of work, not after: whatever else may be wrong.
+        resolve(configs[0], tokenizer_of(configs[0]))  # the others have the same model
         for task in tasks:
             with about("--glue"):
                 check(task, args.glue, args.predict)

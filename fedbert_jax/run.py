@@ -130,6 +130,15 @@ def _hub_name(name: str) -> str:
     return name if re.fullmatch(HUB_NAME, name) and not here else ""
 
 
+def check_start(config: Config) -> None:
+    """Raises UserError if a run can't start from its checkpoint, which is known before any text is read."""
+    if config.model.init_from:
+        with about("config key model.init_from"):
+            tensors, hf = huggingface.load_tensors(local(config.model.init_from))
+            huggingface.sizes_of(hf, config.model.init_from)
+            huggingface.check_finite(tensors)
+
+
 def initial_state(run: Run) -> tuple[State, list[str]]:
     """Returns the state before round 0, and the parts that the starting checkpoint lacked (initialised instead)."""
     init_from = run.config.model.init_from

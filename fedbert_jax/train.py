@@ -54,6 +54,8 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     old = workdir.read_config() if workdir.exists() else None
     if old is not None:
         check_same(old, run_lib.resolve(config, old.model.vocab_size or 0))
+    else:
+        run_lib.check_start(config)
     run = run_lib.build(
         config, workdir, progress=lambda text: console.print(text, style="dim"),
         warn=lambda text: console.print(f"warning: {text}", style="yellow"),

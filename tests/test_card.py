@@ -1,4 +1,4 @@
-"""The model card: metadata that the hub reads, every figure with what it is of, and nothing of the machine it was made on."""
+"""The model card: metadata that the hub reads, every figure with what it is of, and nothing of the machine that made it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FACTS: dict[str, Any] = dict(
     commonest_accuracy_over_clients=0.07,
 )  # fmt: skip
 ODD = [
-    "a|b", "two\nlines", "---\nlicense: mit\n---", "`code` <b>", "[link](http://x)", "emoji 🏥", "\u202eright", "\udc80", "# x",
+    "a|b", "two\nlines", "---\nlicense: mit\n---", "`code` <b>", "[link](http://x)", "emoji 🏥", "\u202eright", "\udc80",
 ]  # fmt: skip
 
 

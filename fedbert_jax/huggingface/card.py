@@ -59,7 +59,7 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
         "text": _text(config),
         "tokenizer": f"WordPiece, trained on that text, up to {int(d.tokenizer[6:]):,} tokens"
         if d.tokenizer.startswith("train:") else None,
-        "held-out text": f"{d.eval_fraction:.1%} or more of each client's words, in whole documents; never a client's only one",
+        "held-out text": f"{d.eval_fraction:.1%} or more of each client's words: whole documents, never its only one",
         "seed": config.seed,
     }  # fmt: skip
     further = "further " if m.init_from else ""
@@ -67,7 +67,7 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     return "\n\n".join([
         head,
         f"# A BERT pre-trained {further}{HOW[f.strategy]}",
-        f"{_layers(m)}, {m.num_heads} heads, a vocabulary of {m.vocab_size:,}, at most {m.max_position_embeddings} positions. "
+        f"{_layers(m)}, {m.num_heads} heads, a vocabulary of {m.vocab_size:,}, {m.max_position_embeddings} positions. "
         f"Trained by fedbert_jax {__version__}, which implements {PAPER}.",
         "## How to use it",
         _snippet(
