@@ -15,6 +15,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from fedbert_jax.config import all_keys
 from fedbert_jax.console import shown
 from fedbert_jax.fonts import plot_name
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, scale, to_json
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Keys that change where and how often a run saves, and none of its numbers.
+# Keys that change where and how often a run saves, and what its export says, and none of its numbers.
 IGNORED = frozenset({
     "seed", "resume", "fill_mask", "checkpoint.every_rounds", "checkpoint.times", "checkpoint.keep", "data.cache_dir",
     "data.store",
+    *(key for key in all_keys() if key.startswith("export.")),
 })  # fmt: skip
 # Keys that decide what is read and what is asked of it: losses compare only where they are the same.
 DATA = (

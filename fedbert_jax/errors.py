@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A mistake in the configuration, the data or the files given; its text is one sentence for the person who made it."""
@@ -17,3 +20,14 @@ class DivergedError(UserError):
     """Training produced a loss or a gradient that is not finite; the last good checkpoint is kept."""
 
     exit_code = 3
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts what a person set ("config key model.init_from", "--tasks") before an error of theirs that doesn't name it."""
+    try:
+        yield
+    except UserError as error:
+        if what.removeprefix("config key ") in str(error):
+            raise
+        raise type(error)(f"{what}: {error}") from error

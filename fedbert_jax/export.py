@@ -7,44 +7,91 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
+import sys
 from pathlib import Path
 
 from fedbert_jax import cli
 from fedbert_jax.console import shown
-from fedbert_jax.errors import UserError
+from fedbert_jax.errors import UserError, about
+
+# What the card says beyond what the run knows: flags for the keys of the config's `export` section.
+CARD = ("license", "language", "datasets", "base_model")
 
 
 def main() -> None:
     """Restores the newest checkpoint, or the one asked for, and exports it."""
     parser = argparse.ArgumentParser(prog="python -m fedbert_jax.export", description=__doc__)
     parser.add_argument("--workdir", required=True, type=Path, help="a run's directory")
-    parser.add_argument("--out", required=True, type=Path, help="where the model goes; replaced if it is there")
+    parser.add_argument("--out", required=True, help="where the model goes: a new or empty directory, or an earlier export")
     parser.add_argument("--client", default="", help="whose model, where each client has its own")
     parser.add_argument("--round", type=int, help="which checkpoint (default: the newest)")
+    for name in CARD:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, help=f"for the model card, in place of the run's config key export.{name}")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which clears up, as Ctrl-C does
 
+    from fedbert_jax import huggingface
     from fedbert_jax.checkpoint import Checkpoints
+    from fedbert_jax.config import MeshConfig, from_dict, to_dict
     from fedbert_jax.run import build, export, restore
     from fedbert_jax.workdir import Workdir
 
     workdir = Workdir(args.workdir)
     config = workdir.read_config()
     if config.task == "finetune":
-        raise UserError(f"{args.workdir} is a run of fine-tuning, whose model is in {workdir.hf} already.")
+        raise UserError(f"--workdir {args.workdir} is a run of fine-tuning, which writes its model itself, to {workdir.hf}.")
+    if not args.out:
+        raise UserError("--out is empty; accepted: a directory.")
+    out = Path(args.out)
+    with about("--out"):
+        check_place(out, workdir.root)
+        huggingface.check_target(out)
+    given = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
+    config = from_dict(to_dict(config) | {"export": to_dict(config)["export"] | given})
+    # The parameters are the same on whatever devices, which this machine need not have in the run's number and kind.
+    config = dataclasses.replace(
+        config, mesh=MeshConfig(), model=dataclasses.replace(config.model, attention="xla"),
+        data=dataclasses.replace(config.data, store="auto"),
+    )  # fmt: skip
     if not workdir.checkpoints.is_dir():
-        raise UserError(f"{args.workdir} has no checkpoints yet.")
-    # The parameters are the same, and this machine need not have the run's devices.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+        raise UserError(f"--workdir {args.workdir} has no checkpoints yet.")
     cli.raise_on_interrupt()
     checkpoints = Checkpoints(workdir.checkpoints)
     rounds = checkpoints.rounds()
-    if not rounds or (args.round is not None and args.round not in rounds):
-        raise UserError(f"{args.workdir} has no checkpoint of round {args.round}; it has {rounds or 'none'}.")
-    run = build(config, workdir)
+    if not rounds:
+        raise UserError(f"--workdir {args.workdir} has no checkpoints yet.")
+    if args.round is not None and args.round not in rounds:
+        raise UserError(f"--round {args.round}: there is no such checkpoint; accepted: {', '.join(map(str, rounds))}.")
+    if not (workdir.data / "meta.json").is_file():
+        raise UserError(f"--workdir {args.workdir} has no prepared text in {workdir.data}, where the tokenizer is.")
+    run = build(config, workdir, begun=True)
     round = rounds[-1] if args.round is None else args.round
     state, meta = restore(run, checkpoints, round)
-    name = export(run, state, args.out, meta, args.client)
-    print(f"round {round}{f' of client {shown(name)}' if name else ''} is in {shown(args.out)}")
+    with about("--client"):
+        name = export(run, state, out, meta, args.client)
+    print(f"round {round}{f' of client {shown(name)}' if name else ''} is in {shown(out)}")
+
+
+def check_place(out: Path, workdir: Path) -> None:
+    """Raises UserError if a directory is a run's workdir, lies in one, or has this run's workdir in it.
+
+    Links are followed, and a directory is known by what it is, not by what it is called. All that lies in a workdir is its
+    run's alone, `hf/` too, of which the run's report speaks.
+    """
+    try:
+        place, root = out.resolve(), workdir.resolve()
+        above = [path for path in (place, *place.parents) if path.is_dir()]
+        for path in above:
+            if path.samefile(root) or ((path / ".lock").is_file() and (path / "config.json").is_file()):
+                where = "is" if path == place else f"is in {path},"
+                raise UserError(f"{out} {where} a run's workdir, in which its run alone writes; give another place.")
+        if place in above and any(path.samefile(place) for path in root.parents):
+            raise UserError(f"{out} holds {workdir}, the run's workdir; give another place.")
+    except (OSError, RuntimeError) as error:  # a name too long, or links that go round in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{out} can't be written ({reason}); give another place.") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.console import make_console, shown
 from fedbert_jax.data import glue
-from fedbert_jax.data.tasks import read_task
+from fedbert_jax.data.submissions import submission_name, write_submission
+from fedbert_jax.data.tasks import read_task, task_of
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
-from fedbert_jax.errors import DivergedError, UserError
+from fedbert_jax.errors import DivergedError, UserError, about
 from fedbert_jax.federated.setting import Pair, State
 from fedbert_jax.glue_metrics import summary
 from fedbert_jax.interrupts import Interrupts
@@ -39,18 +41,39 @@ class Checkpoint:
     """A checkpoint's tensors, with which a fresh model is filled."""
 
     tensors: huggingface.Tensors
+    classifier: str = ""  # what became of its own classifier, for the person to read; "" if it has none
 
     def __call__(self, client: Params, server: Params) -> tuple[Params, Params, list[str]]:
         """Fills parameters; returns also the names of what it lacks."""
         return huggingface.from_tensors(self.tensors, client, server, huggingface.CLASSIFIER_CLIENT)
 
 
+def tokenizer_of(config: Config) -> Any:
+    """Loads the tokenizer: the one named, or the starting checkpoint's."""
+    key = "config key data.tokenizer" if config.data.tokenizer else "config key model.init_from"
+    with about(key):
+        try:
+            return load_tokenizer(config.data.tokenizer or str(run.local(config.model.init_from)))
+        except UserError as error:
+            raise type(error)(str(error).replace("data.tokenizer=", f"{key}=")) from error
+
+
 def resolve(config: Config, tokenizer: Any) -> tuple[Config, Checkpoint | None]:
-    """Fills in the model's sizes, and reads the checkpoint to start from; None is a random start."""
-    config = run.resolve(config, vocab_size(tokenizer))
+    """Fills in the model's sizes, and reads the checkpoint to start from; None is a random start.
+
+    A classifier that the checkpoint has is kept if its labels are the task's, with its outputs in the task's order.
+
+    Raises:
+      UserError: for a task that is none, or a checkpoint that can't be started from.
+    """
+    task, config = task_of(config), run.resolve(config, vocab_size(tokenizer))
     if not config.model.init_from:
         return config, None
-    return config, Checkpoint(huggingface.load_tensors(run.local(config.model.init_from))[0])
+    with about("config key model.init_from"):
+        tensors, hf = huggingface.load_tensors(run.local(config.model.init_from))
+        tensors, said = huggingface.fit_classifier(tensors, hf, task.name, task.labels)
+        huggingface.check_finite(tensors, huggingface.CLASSIFIER_CLIENT)
+    return config, Checkpoint(tensors, said)
 
 
 def finetune(config: Config, root: Path, console: Console | None = None) -> int:
@@ -72,7 +95,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     console = console or make_console()
     optim.check(config)
     workdir, _lock = open_workdir(root)
-    tokenizer = load_tokenizer(config.data.tokenizer or str(run.local(config.model.init_from)))
+    tokenizer = tokenizer_of(config)
     config, start = resolve(config, tokenizer)
     if workdir.exists():
         check_same(workdir.read_config(), config, free=config_lib.EXTENDABLE)
@@ -84,10 +107,13 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     all_seeds = tuple(range(config.seed, config.seed + config.finetune.seeds))
     at_once = config.finetune.seeds_at_once or (1 if jax.default_backend() == "cpu" else len(all_seeds))
     results = _read_results(workdir.root)
+    judges = ", ".join(f"{len(examples):,} of the split {split}" for split, examples in data.dev.items())
     console.print(
-        f"{data.task.name}: {len(data.train):,} training examples, {sum(map(len, data.dev.values())):,} to judge by; "
+        f"{data.task.name}: {len(data.train):,} training examples, judged by {judges}; "
         f"{config.federated.strategy}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
     )
+    if str(config.seed) not in results["seeds"]:
+        huggingface.check_target(workdir.hf)  # now, not after hours of training
     tuning = Finetuning(config, data, start, all_seeds[:at_once])
     workdir.write_config(config)  # now that nothing about it was refused
     workdir.write_facts({"inputs": inputs})
@@ -101,8 +127,9 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
                 return interrupts.exit_code
             state, scores_of_all = trained
             if config.seed in group:
-                export(tuning, state, tokenizer, workdir.hf)
-                shutil.rmtree(workdir.root / "predictions", ignore_errors=True)  # another model's, if there are any
+                export(tuning, state, tokenizer, workdir.hf, scores_of_all[group.index(config.seed)])
+                for split in glue.test_splits(data.task):  # another model's predictions, if there are any
+                    (workdir.root / "predictions" / submission_name(data.task, split)).unlink(missing_ok=True)
             results = {"seeds": results["seeds"]}  # without the summary of fewer seeds
             for seed, scores in zip(group, scores_of_all, strict=True):
                 results["seeds"][str(seed)] = scores
@@ -112,11 +139,17 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
             if interrupts.received:  # in the group's last round, or after it
                 console.print("stopped; the same command goes on from there")
                 return interrupts.exit_code
+        trained_now = "values" not in results
         results |= summarise(data.task, {seed: results["seeds"][seed] for seed in map(str, all_seeds)})
         _write_results(workdir.root, results)
+        if trained_now and workdir.hf.is_dir():
+            card = huggingface.classifier_card(config, data.task, results["seeds"][str(config.seed)], results)
+            write_atomically(workdir.root / "README.md", card)  # beside its place: hf/ holds an export and nothing else
+            os.replace(workdir.root / "README.md", workdir.hf / "README.md")
         _predict(tuning, workdir)
     median, mean, std = (100 * results[k] for k in ("median", "mean", "std"))
-    console.print(f"median {median:.1f}, mean {mean:.1f} ± {std:.1f} (last epoch)")
+    on = "" if data.dev.keys() == set(glue.dev_splits(data.task)) else f", on {', '.join(data.dev)}"
+    console.print(f"median {median:.1f}, mean {mean:.1f} ± {std:.1f} (last epoch{on})")
     console.print(f"model    {shown(workdir.hf)} (of seed {all_seeds[0]})\nresults  {shown(workdir.root / 'results.json')}")
     return interrupts.exit_code if interrupts.received else 0
 
@@ -136,7 +169,7 @@ def _predict(tuning: Finetuning, workdir: Workdir) -> None:
     """Writes the predictions of the exported model for the test files that have none yet."""
     task, folder = tuning.data.task, workdir.root / "predictions"
     for split, tests in tuning.data.test.items():
-        path = folder / glue.submission_name(task, split)
+        path = folder / submission_name(task, split)
         if path.exists():
             continue
         folder.mkdir(exist_ok=True)
@@ -144,7 +177,7 @@ def _predict(tuning: Finetuning, workdir: Workdir) -> None:
         client, server, _ = Checkpoint(huggingface.load_tensors(workdir.hf)[0])(client, server)
         model = jax.tree.map(lambda x: x[None], Pair(client, server))
         found = tuning.predictions(tuning.logits(model, tests))[0]
-        glue.write_submission(path, task, split, tuning.data.test_ids[split], found)
+        write_submission(path, task, split, tuning.data.test_ids[split], found)
 
 
 def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Console) -> tuple[float, int]:
@@ -176,7 +209,7 @@ def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Con
             console.print("stopped; the same command goes on from there")
             return rate, code
         scores[rate] = _read_results(folder)["median"]
-        shutil.rmtree(folder / "hf", ignore_errors=True)  # of no use
+        huggingface.remove(folder / "hf")  # of no use
     if len(rates) > 1 and not scores:
         raise DivergedError(f"none of the learning rates {', '.join(f'{r:g}' for r in rates)} trains; give lower ones.")
     return max(scores, key=lambda rate: scores[rate], default=rates[0]), 0
@@ -199,14 +232,24 @@ def summarise(task: glue.Task, seeds: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path) -> None:
-    """Writes a directory that `AutoModelForSequenceClassification` loads: the model of the first of the seeds."""
+def export(
+    tuning: Finetuning, state: State, tokenizer: Any, directory: Path, scores: dict[str, dict[str, float]] | None = None
+) -> None:
+    """Writes a directory that `AutoModelForSequenceClassification` loads: the model of the first of the seeds.
+
+    Args:
+      tuning: of these seeds.
+      state: [S, ...].
+      tokenizer: the run's.
+      directory: a new or empty one, or an earlier export, which is replaced.
+      scores: that model's, for its card.
+    """
     client, server = jax.device_get(jax.tree.map(lambda x: x[0], state.model))
-    task, card = tuning.data.task, huggingface.classifier_card(tuning.config, tuning.data.task.name)
-    names = task.labels or ("score",)
+    task, config = tuning.data.task, tuning.config
     huggingface.save(
-        directory, client, server, tuning.config.model, tokenizer, card, labels=names, regression=task.regression
-    )
+        directory, client, server, config.model, tokenizer, huggingface.classifier_card(config, task, scores or {}),
+        labels=task.labels or (huggingface.SCORE,), regression=task.regression, export=config.export,
+    )  # fmt: skip
 
 
 def _train_group(
@@ -227,12 +270,14 @@ def _train_group(
         truncate(log_path, finished)
     else:
         log_path.unlink(missing_ok=True)
-        state, missing = tuning.init_state()
-        if missing:
-            fresh = ", ".join(huggingface.describe_missing(missing))
-            console.print(f"the checkpoint lacks, so it starts fresh: {shown(fresh)}", style="dim")
-        if tuning.start and huggingface.CLASSIFIER.keys().isdisjoint(missing):
-            console.print("the checkpoint's own classifier is kept: it has as many outputs", style="dim")
+        with about("config key model.init_from"):
+            state, missing = tuning.init_state()
+        said = tuning.start.classifier if isinstance(tuning.start, Checkpoint) else ""
+        fresh = huggingface.describe_missing([name for name in missing if not said or name not in huggingface.CLASSIFIER])
+        if fresh:
+            console.print(f"the checkpoint lacks, so it starts fresh: {shown(', '.join(fresh))}", style="dim")
+        if said:
+            console.print(shown(said), style="dim")
     with MetricsLog(log_path) as log, _progress(console) as progress:
         bar = progress.add_task(f"{tuning.data.task.name} {name}", total=tuning.rounds, completed=finished)
         for n in range(finished, tuning.rounds):
@@ -283,7 +328,7 @@ def _write_results(root: Path, results: dict[str, Any]) -> None:
 
 def _show(scores: dict[str, dict[str, float]]) -> str:
     return "; ".join(
-        (f"{split}: " if len(scores) > 1 else "") + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
+        (f"{split}: " if [*scores] != ["dev"] else "") + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
         for split, found in scores.items()
     )
 

@@ -6,21 +6,29 @@ Fine-tunes a model on every GLUE task found, the ordinary way, and prints GLUE's
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedbert_jax import cli
-from fedbert_jax.config import Config, from_dict
+from fedbert_jax.config import Config, all_keys, from_dict
 from fedbert_jax.console import make_console
-from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.data.glue import TASKS, Task, check, dev_splits, find_task, find_tasks, lacking
+from fedbert_jax.errors import UserError, about
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # What the command line calls a config's keys.
 FLAGS = {
-    "data.source": "--glue", "data.seq_len": "--max-length", "federated.batch_size": "--batch",
-    "finetune.epochs": "--epochs", "finetune.seeds": "--seeds", "model.hidden_dropout": "--dropout",
-    "model.init_from": "--model", "client_optimizer.learning_rate": "--learning-rate",
-    "server_optimizer.learning_rate": "--learning-rate",
+    "data.source": "--glue", "data.seq_len": "--max-length", "data.tokenizer": "--model", "federated.batch_size": "--batch",
+    "finetune.epochs": "--epochs", "finetune.seeds": "--seeds", "finetune.predict": "--predict",
+    "finetune.holdout": "--learning-rate with several rates", "model.hidden_dropout": "--dropout",
+    "model.attention_dropout": "--dropout", "model.init_from": "--model",
+    "client_optimizer.learning_rate": "--learning-rate", "server_optimizer.learning_rate": "--learning-rate",
 }  # fmt: skip
 
 
@@ -48,41 +56,31 @@ def main() -> None:
     from rich.table import Table
 
     from fedbert_jax import huggingface, run
-    from fedbert_jax.data.glue import TASKS, check, find_task, find_tasks
-    from fedbert_jax.finetune import choose_rate, finetune, with_rate
+    from fedbert_jax.finetune import choose_rate, finetune, resolve, tokenizer_of, with_rate
 
-    named = args.tasks.replace(" ", "").split(",")
-    tasks = find_tasks(args.glue) if named == ["all"] else [find_task(name) for name in named]
-    if not tasks:
-        raise UserError(f"{args.glue} has no folder of a GLUE task; accepted: {', '.join(TASKS)}.")
-    model: dict[str, Any] = dict(init_from=args.model)
-    if args.random_start:
-        directory = run.local(args.model)
-        model = huggingface.sizes_of(huggingface.read_config(directory), args.model)
-    configs = [_config(args, task.name, model) for task in tasks]
-    # Before hours of work, not after: whatever else may be wrong.
-    for task in tasks:
-        check(task, args.glue, args.predict)
-    if args.json:
-        new = not args.json.exists()
-        try:
-            args.json.open("a").close()
-        except OSError as e:
-            raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
-        if new:
-            args.json.unlink()
-    cli.raise_on_interrupt()
     console, results = make_console(), {}
-    for task, config in zip(tasks, configs, strict=True):
-        workdir = args.workdir / task.name
-        try:
+    with _by_flags():
+        tasks = _tasks(args, console)
+        model: dict[str, Any] = dict(init_from=args.model)
+        if args.random_start:
+            with about("--model"):
+                model = huggingface.sizes_of(huggingface.read_config(run.local(args.model)), args.model)
+        configs = [_config(args, task.name, model) for task in tasks]
+        # Before hours of work, not after: whatever else may be wrong.
+        resolve(configs[0], tokenizer_of(configs[0]))  # the others have the same model
+        for task in tasks:
+            with about("--glue"):
+                check(task, args.glue, args.predict)
+        if args.json:
+            _check_json(args.json)
+        cli.raise_on_interrupt()
+        for task, config in zip(tasks, configs, strict=True):
+            workdir = args.workdir / task.name
             rate, code = choose_rate(config, args.learning_rate, args.workdir / f"{task.name}-rates", console)
             code = code or finetune(with_rate(config, rate), workdir, console)
-        except ConfigError as e:
-            raise _by_flags(e) from e
-        if code:
-            raise SystemExit(code)
-        results[task.name] = json.loads((workdir / "results.json").read_text()) | {"learning_rate": rate}
+            if code:
+                raise SystemExit(code)
+            results[task.name] = json.loads((workdir / "results.json").read_text()) | {"learning_rate": rate}
 
     table = Table(box=box.MARKDOWN)
     for column in ("task", "metrics", "median", "mean", "std", "rate"):
@@ -94,36 +92,89 @@ def main() -> None:
     average = sum(r["median"] for r in results.values()) / len(results)
     table.add_row("average", "of medians", f"{100 * average:.1f}", "", "", "")
     console.print(table, soft_wrap=False)
-    console.print("dev sets, last epoch; a task's number is the mean of its metrics")
+    others = {task.name: splits for task in tasks if (splits := dev_splits(task, args.glue)) != dev_splits(task)}
+    but = "".join(f"; {name}: {', '.join(splits)}, since GLUE's dev set isn't there" for name, splits in others.items())
+    console.print(f"dev sets{but}; last epoch; a task's number is the mean of its metrics", markup=False)
     if args.json:
-        args.json.write_text(json.dumps({"model": args.model, "tasks": results, "average": average}, indent=2) + "\n")
+        try:
+            args.json.write_text(json.dumps({"model": args.model, "tasks": results, "average": average}, indent=2) + "\n")
+        except OSError as e:
+            raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
+
+
+def _tasks(args: argparse.Namespace, console: Console) -> list[Task]:
+    """Returns the tasks asked for; of all, those whose files are there, and says which are not."""
+    named = args.tasks.replace(" ", "").split(",")
+    if named != ["all"]:
+        with about("--tasks"):
+            return list(dict.fromkeys(find_task(name) for name in named))
+    with about("--glue"):
+        tasks, passed_over = [], []
+        for task in find_tasks(args.glue):
+            why = lacking(task, args.glue, ("train", *dev_splits(task, args.glue)))
+            passed_over += [why] if why else []
+            tasks += [] if why else [task]
+        if not tasks and passed_over:
+            raise UserError("; ".join(why.rstrip(".") for why in passed_over) + ".")
+        if not tasks:
+            raise UserError(f"{args.glue} has no folder of a GLUE task; accepted: {', '.join(TASKS)}.")
+    for why in passed_over:
+        console.print(f"passed over: {why}", markup=False)
+    return tasks
+
+
+def _check_json(path: Path) -> None:
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as e:
+        raise UserError(f"--json {path} can't be written ({e.strerror}).") from e
+    if new:
+        path.unlink()
 
 
 def _config(args: argparse.Namespace, task: str, model: dict[str, Any]) -> Config:
     """Returns a task's config; `model` is the checkpoint to start from, or the sizes of a random one."""
     optimizer = dict(name="adamw", weight_decay=0.01, clip_norm=1.0)
+    return from_dict(dict(
+        task="finetune",
+        data=dict(
+            source=f"glue:{task}@{args.glue}", tokenizer="" if "init_from" in model else args.model, seq_len=args.max_length,
+        ),
+        model=model | dict(hidden_dropout=args.dropout, attention_dropout=args.dropout),
+        federated=dict(strategy="centralized", batch_size=args.batch),
+        client_optimizer=optimizer, server_optimizer=optimizer,
+        finetune=dict(epochs=args.epochs, seeds=args.seeds, predict=args.predict),
+    ))  # fmt: skip
+
+
+@contextlib.contextmanager
+def _by_flags() -> Iterator[None]:
+    """Names this command's flags where an error names a config's keys."""
     try:
-        return from_dict(dict(
-            task="finetune",
-            data=dict(
-                source=f"glue:{task}@{args.glue}", tokenizer="" if "init_from" in model else args.model,
-                seq_len=args.max_length,
-            ),
-            model=model | dict(hidden_dropout=args.dropout, attention_dropout=args.dropout),
-            federated=dict(strategy="centralized", batch_size=args.batch),
-            client_optimizer=optimizer, server_optimizer=optimizer,
-            finetune=dict(epochs=args.epochs, seeds=args.seeds, predict=args.predict),
-        ))  # fmt: skip
-    except ConfigError as e:
-        raise _by_flags(e) from e
+        yield
+    except UserError as error:
+        raise type(error)(in_flags(str(error))) from error
 
 
-def _by_flags(error: ConfigError) -> ConfigError:
-    """Names this command's flags where the message names a config's keys."""
-    text = str(error)
+def in_flags(text: str) -> str:
+    """Returns a message with this command's flags for a config's keys; what no flag sets is said without its section."""
+    start = re.search(r"model\.init_from \(was (\S+), now .*?\), data\.tokenizer \(was .*?, now .*?\)", text)
+    if start:  # with it, the model's sizes and tokenizer are taken and nothing else
+        change = "was given, and isn't now" if start[1] == "''" else "wasn't given, and is now"
+        text = text.replace(start[0], f"--random-start ({change})")
     for key, flag in FLAGS.items():
-        text = text.replace(f"config key {key}", flag).replace(key, flag)
-    return ConfigError(text)
+        text = re.sub(rf"(?:config key )?(?<![\w./]){re.escape(key)}(?![\w/]|\.\w)", flag, text)
+    for key in all_keys():
+        if "." in key and key not in FLAGS:
+            text = re.sub(rf"(?:config key )?(?<![\w./]){re.escape(key)}(?![\w/]|\.\w)", _in_words(key), text)
+    text = text.replace("--config.resume=force goes on with the new values", "give another --workdir")
+    return text.replace("the learning rates", "--learning-rate").replace("config keys ", "").replace("config key ", "")
+
+
+def _in_words(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    return f"--model's {name}" if section == "model" else name
 
 
 def _rates(text: str) -> tuple[float, ...]:

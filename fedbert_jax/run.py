@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import jax
 from fedbert_jax import config as config_lib
 from fedbert_jax import distributed, huggingface
 from fedbert_jax.checkpoint import Checkpoints
-from fedbert_jax.config import Config
+from fedbert_jax.config import HUB_NAME, Config
+from fedbert_jax.data import glue
 from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.data.masking import MaskSpec, num_masked
 from fedbert_jax.data.tokenizer import continuation_mask, load_tokenizer, special_ids, vocab_size
-from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.errors import ConfigError, UserError, about
 from fedbert_jax.federated.setting import State
 from fedbert_jax.fill_mask import check_sentences
+from fedbert_jax.metrics import read_metrics
 from fedbert_jax.runtime.simulation import Simulation, resolve_attention
 from fedbert_jax.sharding import make_mesh
 from fedbert_jax.workdir import Workdir
@@ -37,11 +40,12 @@ class Run:
 
 def build(
     config: Config, workdir: Workdir, progress: Callable[[str], None] = lambda _: None,
-    warn: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None, begun: bool = False,
 ) -> Run:  # fmt: skip
     """Prepares the data (or takes what the workdir has) and compiles nothing yet.
 
-    Of several processes the first prepares it; the others map the same files into memory.
+    Of several processes the first prepares it; the others map the same files into memory. With `begun` the config is the
+    workdir's own, and the checkpoint that the run started from need not be there any more.
     """
     mesh = make_mesh(config.mesh)
     old = workdir.read_config() if workdir.exists() else None
@@ -59,10 +63,11 @@ def build(
             raise UserError(f"process {jax.process_index()} doesn't see the data that process 0 prepared in {workdir.data}.")
         data.append(prepare(config, workdir.data, progress=progress, warn=warn))
     ((dataset, tokenizer),) = data
-    blocks = len(dataset.train.tokens)
-    config = config_lib.work_out(resolve(config, dataset.vocab_size), blocks, dataset.train.num_clients, old)
-    config_lib.validate(config)
-    check_sentences(config.fill_mask, tokenizer, config.model.max_position_embeddings)
+    if not begun:
+        blocks = len(dataset.train.tokens)
+        config = config_lib.work_out(resolve(config, dataset.vocab_size), blocks, dataset.train.num_clients, old)
+        config_lib.validate(config)
+        check_sentences(config.fill_mask, tokenizer, config.model.max_position_embeddings)
     if dataset.train.num_clients == 1 and config.federated.arrangement != "pooled":
         keys = "data.client_field, data.client_pattern and data.partition"
         warn(f"there is one client only, so nothing is federated; {keys} say who holds which text.")
@@ -102,14 +107,19 @@ def check_before_reading(config: Config) -> None:
 def resolve(config: Config, vocab_size: int) -> Config:
     """Fills in the model's sizes: those set, then those of the checkpoint it starts from, then the preset's.
 
+    What an export says of the checkpoint and the text is filled in, too, since a later one may find neither of them.
+
     Raises:
       UserError: if the vocabulary doesn't fit the embedding, a size set differs from the checkpoint's, or the checkpoint
         is no BERT.
     """
     model = config.model
+    hf: dict[str, Any] = {}
     if model.init_from:
-        hf = huggingface.read_config(local(model.init_from))
-        for name, size in huggingface.sizes_of(hf, model.init_from).items():
+        with about("config key model.init_from"):
+            hf = huggingface.read_config(local(model.init_from))
+            sizes = huggingface.sizes_of(hf, model.init_from)
+        for name, size in sizes.items():
             given = getattr(model, name)
             default = getattr(config_lib.ModelConfig(), name)
             if given not in (None, default, size):
@@ -123,9 +133,39 @@ def resolve(config: Config, vocab_size: int) -> Config:
             + (f" (of model.init_from={model.init_from!r})" if model.init_from else "")
             + f": accepted: at least {vocab_size}, the tokenizer's vocabulary."
         )
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=model, export=_said_of(config, hf))
     config_lib.validate(config)
     return config
+
+
+def _said_of(config: Config, hf: dict[str, Any]) -> config_lib.ExportConfig:
+    """Returns `export` with what is known of a run's origins; `hf` is its starting checkpoint's config.json, or empty."""
+    export, model = config.export, config.model
+    kind, _, what = config.data.source.partition(":")
+    text = "/".join(what.split("/")[:2]) if kind == "hf" else glue.HUB if kind == "glue" else ""
+    found: dict[str, Any] = {
+        "base_model": _hub_name(model.init_from),
+        "datasets": _hub_name(text),
+        "hidden_dropout": None if model.hidden_dropout else huggingface.dropout_of(hf, "hidden_dropout_prob"),
+        "attention_dropout": None if model.attention_dropout else huggingface.dropout_of(hf, "attention_probs_dropout_prob"),
+    }
+    return dataclasses.replace(export, **{name: value for name, value in found.items() if getattr(export, name) is None})
+
+
+def _hub_name(name: str) -> str:
+    """Returns a name if it is one of the hub's, "" if it is a path: one that is there, or that no name can be."""
+    path = Path(name).expanduser()
+    here = any(place.exists() for place in (path, *path.parents) if place != Path("."))
+    return name if re.fullmatch(HUB_NAME, name) and not here else ""
+
+
+def check_start(config: Config) -> None:
+    """Raises UserError if a run can't start from its checkpoint, which is known before any text is read."""
+    if config.model.init_from:
+        with about("config key model.init_from"):
+            tensors, hf = huggingface.load_tensors(local(config.model.init_from))
+            huggingface.sizes_of(hf, config.model.init_from)
+            huggingface.check_finite(tensors)
 
 
 def initial_state(run: Run) -> tuple[State, list[str]]:
@@ -134,8 +174,9 @@ def initial_state(run: Run) -> tuple[State, list[str]]:
     if not init_from:
         return run.simulation.init_state(), []
     client, server = jax.jit(run.simulation.setting.fresh)()
-    tensors, _ = huggingface.load_tensors(local(init_from))
-    client, server, missing = huggingface.from_tensors(tensors, client, server)
+    with about("config key model.init_from"):
+        tensors, _ = huggingface.load_tensors(local(init_from))
+        client, server, missing = huggingface.from_tensors(tensors, client, server)
     return run.simulation.state_of(client, server), huggingface.describe_missing(missing)
 
 
@@ -152,7 +193,7 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     Args:
       run: the run.
       state: its state.
-      directory: replaced if it is there.
+      directory: a new or empty one, or an earlier export, which is replaced.
       facts: for the model card.
       client: a client's name; needed only where each has a model of its own (`local`, `private` body).
 
@@ -160,7 +201,7 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
       The name of the client whose model it is; "" where all share one.
 
     Raises:
-      UserError: if there is no such client.
+      UserError: if there is no such client, or the directory is anything else or can't be written.
     """
     f, names = run.config.federated, run.dataset.client_names
     if client and client not in names:
@@ -170,10 +211,23 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     name = (client or names[0]) if own else ""
     model = run.simulation.model_of(state, names.index(name) if name else 0)
     if distributed.first():
-        card = huggingface.model_card(run.config, facts | ({"client": name} if name else {}))
+        card = huggingface.model_card(run.config, facts | _evaluated(run.workdir, facts.get("round"), name))
         client_params, server_params = jax.device_get(model)
-        huggingface.save(directory, client_params, server_params, run.config.model, run.tokenizer, card)
+        huggingface.save(
+            directory, client_params, server_params, run.config.model, run.tokenizer, card, export=run.config.export
+        )
     return name
+
+
+def _evaluated(workdir: Workdir, round: int | None, client: str) -> dict[str, Any]:
+    """Returns what the metrics add to a model card's facts: when the scores are of, and a client's own."""
+    records = read_metrics(workdir.metrics) if workdir.metrics.is_file() and round is not None else []
+    scored = [r for r in records if r["round"] <= round and "eval_loss" in r]
+    facts: dict[str, Any] = {"eval_round": scored[-1]["round"]} if scored else {}
+    if client:
+        each = scored[-1].get("eval_clients") if scored else None
+        facts |= {"client": client, "client_scores": (each or {}).get(client)}
+    return facts
 
 
 def local(name: str) -> Path:

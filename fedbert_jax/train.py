@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import distributed, optim
+from fedbert_jax import distributed, huggingface, optim
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
@@ -51,10 +51,13 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     optim.check(config)
     distributed.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
     workdir, _lock = open_workdir(root)
+    huggingface.check_target(workdir.hf)  # now, not after hours of training
     old = workdir.read_config() if workdir.exists() else None
     if old is not None:
         config = config_lib.as_begun(config, old)
         check_same(old, run_lib.resolve(config, old.model.vocab_size or 0))
+    else:
+        run_lib.check_start(config)
     run = run_lib.build(
         config, workdir, progress=lambda text: console.print(shown(text), style="dim"),
         warn=lambda text: console.print(f"warning: {shown(text)}", style="yellow"),

@@ -171,7 +171,8 @@ def check_same(old: Config, new: Config, free: Collection[str] = ()) -> None:
     """
     before, after = (config_lib.flatten(config_lib.to_dict(c)) for c in (old, new))
     worked_out = {key for key, source in config_lib.WORKED_OUT.items() if after[source] is not None}
-    differ = [k for k in before if before[k] != after.get(k) and k not in {"resume", "profile", *worked_out, *free}]
+    free = {"resume", "profile", *worked_out, *free, *(k for k in after if k.startswith("export."))}
+    differ = [k for k in before if before[k] != after.get(k) and k not in free]
     harmful = [k for k in differ if k not in config_lib.HARMLESS]
     show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731
     if harmful:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import sys
 
 import jax
@@ -10,10 +12,13 @@ import numpy as np
 import pytest
 from corpus import run, write_corpus
 from rich.console import Console
+from safetensors.numpy import load_file
 from test_main import load
 
+from fedbert_jax import export as export_command
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
+from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.federated import evaluation
 from fedbert_jax.streams import secrets
 from fedbert_jax.train import train
@@ -83,7 +88,15 @@ def test_a_finished_run_has_everything(trained):
     assert {"eval_loss", "eval_accuracy", "eval_clients"} <= records[-1].keys()
     assert (trained.root / "report" / "index.html").stat().st_size > 10_000
     card = (trained.hf / "README.md").read_text()
-    assert "parallel (private body)" in card and "exported client" in card
+    assert "parallel (private body)" in card and "whose model" in card
+
+
+def export(monkeypatch, workdir, out, *more):
+    """The command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["export", "--workdir", str(workdir), "--out", str(out), *more])
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "signal", lambda *_: None)
+        export_command.main()
 
 
 def test_the_export_command_exports_the_client_named(trained, tmp_path):
@@ -96,13 +109,72 @@ def test_the_export_command_exports_the_client_named(trained, tmp_path):
     assert not torch.equal(a[name], b[name])
     shared = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(a[shared], b[shared])
-    done = run(*command, "--out", tmp_path / "c", "--client", "nobody")
-    assert done.returncode == 2
-    assert "no client 'nobody'" in done.stderr and "client_0, client_1" in done.stderr
-    done = run(*command, "--out", tmp_path / "c", "--round", "3")
-    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
-    done = run(sys.executable, "-m", "fedbert_jax.export", "--workdir", tmp_path, "--out", tmp_path / "d")
-    assert done.returncode == 2 and "no workdir of a run" in done.stderr
+
+
+def test_the_export_command_takes_the_round_asked_for_and_says_what_is_wrong(trained, tmp_path, monkeypatch, capsys):
+    export(monkeypatch, trained.root, tmp_path / "a", "--round", "3")
+    assert f"round 3 of client client_0 is in {tmp_path / 'a'}" in capsys.readouterr().out
+    name = "bert.embeddings.word_embeddings.weight"
+    a, b = (load_file(d / "model.safetensors")[name] for d in (tmp_path / "a", trained.hf))
+    assert not np.array_equal(a, b)
+    assert "| rounds | 3, each of" in (tmp_path / "a" / "README.md").read_text()
+    for workdir, out, more, message in (
+        (trained.root, "b", ("--client", "nobody"), "--client: there is no client 'nobody'.*client_0, client_1"),
+        (trained.root, "b", ("--round", "2"), "--round 2: there is no such checkpoint; accepted: 3, 4"),
+        (tmp_path, "b", (), "no workdir of a run"),
+        (trained.root, trained.hf, (), "--out: .*a run's workdir"),
+        (trained.root, "", (), "--out is empty"),
+        (trained.root, tmp_path / "b", ("--license", "GPL 3"), r"export\.license='GPL 3': accepted"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            export(monkeypatch, workdir, tmp_path / out if out == "b" else out, *more)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_export_needs_neither_the_runs_devices_nor_what_it_began_with(trained, tmp_path, monkeypatch):
+    """Two devices, cuDNN's attention, text in device memory, a checkpoint that has gone: none of it is here."""
+    workdir = Workdir(tmp_path / "copy")
+    shutil.copytree(trained.root, workdir.root)
+    config = json.loads(workdir.config.read_text())
+    config["mesh"] = {"data": 2, "model": 1}
+    config["precision"]["compute_dtype"] = "bfloat16"
+    config["federated"]["clients_at_once"] = None
+    config["data"]["store"] = "device"
+    config["model"] |= {"init_from": "models/gone", "attention": "auto"}
+    config["export"] |= {"base_model": "", "license": "mit"}
+    config["data"]["tokenizer"] = str(tmp_path / "gone")
+    workdir.config.write_text(json.dumps(config))
+    meta = workdir.data / "meta.json"
+    prepared = json.loads(meta.read_text())
+    prepared["origin"]["tokenizer"] = config["data"]["tokenizer"]
+    meta.write_text(json.dumps(prepared))
+
+    out = tmp_path / "out"
+    assert jax.device_count() == 1
+    with pytest.raises(ConfigError, match="mesh"):
+        run_lib.build(workdir.read_config(), workdir, begun=True)
+    export(monkeypatch, workdir.root, out)
+    mine, theirs = (load_file(d / "model.safetensors") for d in (out, trained.hf))
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card and "models/gone" not in card and str(tmp_path) not in card
+    scores = json.loads(workdir.metrics.read_text().splitlines()[-1])["eval_clients"]
+    assert f"| this client's own held-out text | {scores['client_0']['loss']:.3f} |" in card
+    export(monkeypatch, workdir.root, out, "--client", "client_2", "--license", "apache-2.0", "--language", "en")
+    card = (out / "README.md").read_text()
+    assert "license: apache-2.0" in card and f"{scores['client_2']['loss']:.3f} |" in card
+    shutil.rmtree(workdir.data)
+    with pytest.raises(UserError, match="no prepared text"):  # and none is prepared, in a workdir that others may use
+        export(monkeypatch, workdir.root, out)
+    assert not workdir.data.exists() and (out / "README.md").read_text() == card
+
+
+def test_a_run_with_something_of_somebodys_in_its_hf_is_refused_before_it_begins(trained, tmp_path):
+    (tmp_path / "w" / "hf").mkdir(parents=True)
+    (tmp_path / "w" / "hf" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="hf is not empty, and no earlier export"):
+        train(trained.read_config(), tmp_path / "w", Console(quiet=True))
+    assert not (tmp_path / "w" / "config.json").exists()
 
 
 def test_a_run_may_start_from_an_exported_model(trained, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import corpus
 import jax
@@ -92,7 +93,9 @@ def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizer
     batches = tuning.batches(0)
     state, metrics = tuning.step(state, 0)
 
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "before").train()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "before", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).train()  # an export's dropout is for others: the run has none
     plain = [p for p in model.parameters() if p.ndim < 2]
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     groups = [dict(params=decayed), dict(params=plain, weight_decay=0.0)]
@@ -201,6 +204,13 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
     found = pipeline("text-classification", model=str(tmp_path / "hf"), device="cpu")("a good film")
     assert found[0]["label"] in ("negative", "positive")
     assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["truncation"] is None
+    card = (tmp_path / "hf" / "README.md").read_text()
+    own = results["seeds"]["0"]["dev"]["accuracy"]
+    assert f"| accuracy on the dev set | {100 * own:.1f} |" in card and f"median {100 * results['median']:.1f}," in card
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["model_max_length"] == 32
     lines = (tmp_path / "predictions" / "SST-2.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction" and len(lines) == 3
 
@@ -218,6 +228,34 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
         file.write("a good song\t1\n")
     with pytest.raises(ConfigError, match=r"data\.source names, or the tokenizer, has changed"):
         ft.finetune(config, tmp_path, QUIET)
+
+
+def test_a_folder_of_somebodys_is_noticed_before_training(
+    tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "w" / "hf" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"w/hf is not empty, and no earlier export of this program: it holds 'mine'"):
+        ft.finetune(make_config(tokenizer, glue), tmp_path / "w", QUIET)
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
+def test_what_became_of_a_checkpoints_classifier_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Tuning:
+        """With nothing to train."""
+
+        seeds, rounds, data = (0,), 0, SimpleNamespace(task=SimpleNamespace(name="RTE"))
+
+        def __init__(self, said: str):
+            self.start = ft.Checkpoint({}, said)
+
+        def init_state(self) -> tuple[None, list[str]]:
+            return None, ["bert.pooler.dense.weight", "classifier.weight", "classifier.bias"]
+
+    for said in ("it is not used [bold]here", ""):
+        ft._train_group(Tuning(said), Workdir(tmp_path), Interrupts(), Console(width=200))
+        printed = capsys.readouterr().out
+        assert "the pooler (1 tensor: bert.pooler.dense.weight)" in printed
+        assert ("it is not used [bold]here" in printed) == bool(said) and ("the classifier (2" in printed) == (not said)
 
 
 def test_a_group_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fedbert_jax.config import PRESETS, ModelConfig, from_dict, resolve_model
 from fedbert_jax.data.tokenizer import load_tokenizer
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.models.bert import make_segments
+from fedbert_jax.train import train
 from fedbert_jax.workdir import Workdir
 
 torch = pytest.importorskip("torch")
@@ -302,6 +303,35 @@ def test_other_sizes_are_refused_with_both(saved):
     assert "has 5 layers, the model has 2" in sentence(imported, saved)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize(
+    "name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.output.LayerNorm.gamma", "cls.predictions.bias"]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(saved, name, value):
+    """Also what is too large for float32, and by the name that the file has."""
+
+    def spoil(tensors):
+        tensors = {k.replace("output.LayerNorm.weight", "output.LayerNorm.gamma"): v.double() for k, v in tensors.items()}
+        tensors[name].reshape(-1)[2:4] = value
+        return tensors
+
+    rename(saved, spoil)
+    said = sentence(imported, saved)
+    assert f"not finite (NaN, infinite, or too large for float32) in {name} (2 of " in said
+
+
+def test_all_that_is_not_finite_is_counted_and_what_is_not_taken_may_be_anything(saved):
+    rename(saved, lambda t: t | {"cls.seq_relationship.weight": torch.full((2, 16), float("nan"))})
+    imported(saved)
+    rename(saved, lambda t: {k: torch.full_like(v, float("nan")) for k, v in t.items()})
+    tensors, _ = huggingface.load_tensors(saved)
+    assert f"and {len(tensors) - 1 - 5:,} more tensors" in sentence(imported, saved)
+    rename(saved, lambda t: with_decoder({k: torch.zeros_like(v) for k, v in t.items()}))
+    rename(saved, lambda t: t | {"cls.predictions.decoder.weight": t["cls.predictions.decoder.weight"] + float("nan")})
+    assert "too large for float32) in cls.predictions.decoder.weight" in sentence(imported, saved)
+    huggingface.check_finite(huggingface.load_tensors(saved)[0], huggingface.CLASSIFIER_CLIENT)  # which has no decoder
+
+
 def test_a_checkpoint_of_nothing_is_refused(saved):
     rename(saved, lambda t: {f"base_model.model.{k}": v for k, v in t.items()})
     assert "no tensor of a BERT's names; it has base_model.model.bert.embeddings.LayerNorm.bias" in sentence(imported, saved)
@@ -394,6 +424,30 @@ def test_a_run_takes_sizes_and_tokenizer_and_names_what_is_missing(tmp_path):
     theirs = tensors["embeddings.word_embeddings.weight"]
     assert np.array_equal(client["embeddings"]["word"]["embedding"], theirs)
     assert np.array_equal(server["layers"]["up"]["bias"][1], tensors["encoder.layer.1.intermediate.dense.bias"])
+
+
+def test_what_can_t_be_started_from_is_refused_before_text_is_read(saved, tmp_path):
+    rename(saved, lambda t: t | {"cls.predictions.bias": t["cls.predictions.bias"] / 0})
+    config = run_config(saved, data=dict(source=f"text:{tmp_path / 'nowhere'}"))
+    said = sentence(train, config, tmp_path / "w")
+    assert said.startswith("config key model.init_from: the checkpoint has numbers that are not finite")
+    assert "cls.predictions.bias (61 of 61)" in said and not (tmp_path / "w" / "config.json").exists()
+    (saved / "model.safetensors").unlink()
+    said = sentence(train, config, tmp_path / "other")  # the first one's lock is held for as long as its error is
+    assert said.startswith(f"config key model.init_from: {saved} holds no model.safetensors")
+
+
+def test_an_export_of_a_run_that_began_with_a_checkpoint_has_its_dropout(saved, tmp_path):
+    config = run.resolve(run_config(saved), VOCAB)
+    assert (config.export.hidden_dropout, config.export.attention_dropout) == (0.1, 0.1)
+    hf = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(hf | {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0}))
+    config = run.resolve(run_config(saved), VOCAB)
+    assert (config.export.hidden_dropout, config.export.attention_dropout) == (0.3, None)
+    assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.0, 0.0)  # the run's own is what was asked for
+    own = run.resolve(run_config(saved, model=dict(hidden_dropout=0.2), export=dict(attention_dropout=0.0)), VOCAB)
+    assert (own.export.hidden_dropout, own.export.attention_dropout) == (None, 0.0)
+    assert own.export.base_model == ""  # a directory
 
 
 def test_what_a_run_refuses_before_it_reads_weights(saved, tmp_path):

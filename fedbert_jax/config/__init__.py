@@ -2,12 +2,13 @@
 
 from fedbert_jax.config.check import resolve_model, validate
 from fedbert_jax.config.extent import as_begun, choose, work_out
-from fedbert_jax.config.keys import all_keys, flatten, kind_of, replace, to_dict, type_of, unknown_key
+from fedbert_jax.config.keys import all_keys, flatten, kind_of, listed, replace, to_dict, type_of, unknown_key
 from fedbert_jax.config.load import default_config, from_dict, from_text
 from fedbert_jax.config.schema import (
     ARRANGEMENTS,
     EXTENDABLE,
     HARMLESS,
+    HUB_NAME,
     PRESETS,
     WORKED_OUT,
     AggregatorConfig,
@@ -16,6 +17,7 @@ from fedbert_jax.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
+    ExportConfig,
     FederatedConfig,
     FinetuneConfig,
     MeshConfig,
@@ -29,9 +31,9 @@ from fedbert_jax.config.schema import (
 )
 
 __all__ = [
-    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "PRESETS", "WORKED_OUT", "AggregatorConfig", "Arrangement",
-    "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "FederatedConfig", "FinetuneConfig", "MeshConfig",
-    "MlmConfig", "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig", "StrategyName", "WireConfig",
-    "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text", "kind_of", "replace",
+    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "HUB_NAME", "PRESETS", "WORKED_OUT", "AggregatorConfig", "Arrangement",
+    "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "FederatedConfig", "FinetuneConfig",
+    "MeshConfig", "MlmConfig", "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig", "StrategyName", "WireConfig",
+    "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text", "kind_of", "listed", "replace",
     "resolve_model", "to_dict", "type_of", "unknown_key", "validate", "work_out",
 ]  # fmt: skip

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from fedbert_jax.config.keys import flatten, to_dict
-from fedbert_jax.config.schema import PRESETS, AggregatorConfig, Config, ModelConfig, WireConfig
+from fedbert_jax.config.keys import flatten, listed, to_dict
+from fedbert_jax.config.schema import HUB_NAME, PRESETS, AggregatorConfig, Config, ModelConfig, WireConfig
 from fedbert_jax.errors import ConfigError
 
 # Settings that fine-tuning doesn't have: refused, rather than passed over. By what it has or does instead.
@@ -26,6 +26,14 @@ UNUSED_IN_FINETUNING = {
         "eval.max_blocks",
     ),
 }  # fmt: skip
+
+# What an exported model's card may say, and what is accepted for it.
+CARD = {
+    "export.license": (r"[a-z0-9][a-z0-9.-]*", "a license as the hub names it, such as apache-2.0, mit or other"),
+    "export.language": (r"[a-z]{2,3}(-\w+)*|code|multilingual", "language codes with commas between, such as en,de"),
+    "export.datasets": (HUB_NAME, "names of the hub's datasets with commas between, OWNER/NAME"),
+    "export.base_model": (HUB_NAME, "a model's name on the hub, OWNER/NAME"),
+}
 
 
 def resolve_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -69,6 +77,7 @@ def validate(config: Config) -> None:
         f"rounds up to federated.rounds={f.rounds}",
     )  # fmt: skip
     need(config.profile == "" or config.task == "pretrain", "profile", config.profile, "'' with task='finetune'")
+    need(1 <= config.finetune.seeds <= 2**20, "finetune.seeds", config.finetune.seeds, f"an integer from 1 to {2**20}")
     most = 2**31 - 1 - config.finetune.seeds
     need(0 <= config.seed <= most, "seed", config.seed, f"an integer from 0 to {most}")
     need(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "-1 or at least 1")
@@ -83,8 +92,8 @@ def validate(config: Config) -> None:
     need(0.0 < config.mlm.mask_prob < 1.0, "mlm.mask_prob", config.mlm.mask_prob, "a number between 0 and 1")
     need(0 < m.layer_norm_eps < 1, "model.layer_norm_eps", m.layer_norm_eps, "a number between 0 and 1")
     need(m.initializer_range > 0, "model.initializer_range", m.initializer_range, "a number above 0")
-    for key in ("model.hidden_dropout", "model.attention_dropout"):
-        need(0.0 <= flat[key] < 1.0, key, flat[key], "a number from 0 to below 1")
+    for key in ("model.hidden_dropout", "model.attention_dropout", "export.hidden_dropout", "export.attention_dropout"):
+        need(flat[key] is None or 0.0 <= flat[key] < 1.0, key, flat[key], "a number from 0 to below 1")
     for key in ("data.client_pattern", "data.document_start"):
         groups = _groups(flat[key])
         need(groups is not None, key, flat[key], "'' or a regular expression")
@@ -92,6 +101,9 @@ def validate(config: Config) -> None:
              "a regular expression with a (group), which is the client's name")  # fmt: skip
     for sentence in config.fill_mask:
         need("[MASK]" in sentence, "fill_mask", sentence, "sentences with [MASK], whatever the tokenizer calls its mask")
+    for key, (pattern, accepted) in CARD.items():
+        names = listed(flat[key]) if key in ("export.language", "export.datasets") else [flat[key]] if flat[key] else []
+        need(all(re.fullmatch(pattern, name) for name in names), key, flat[key], accepted)
 
     kind, _, rest = d.source.partition(":")
     tuning = config.task == "finetune"
@@ -221,7 +233,6 @@ def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], Non
     need(f.client_optimizer_state != "keep", "federated.client_optimizer_state", f.client_optimizer_state,
          "'average' or 'reset' with task='finetune'")  # fmt: skip
     need(0 < t.epochs < float("inf"), "finetune.epochs", t.epochs, "a number above 0")
-    need(t.seeds >= 1, "finetune.seeds", t.seeds, "an integer of at least 1")
     defaults, given = flatten(to_dict(Config())), flatten(to_dict(config))
     for instead, keys in UNUSED_IN_FINETUNING.items():
         for key in keys:

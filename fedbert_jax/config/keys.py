@@ -46,6 +46,11 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     return typing.cast(Config, inner(config, changes))
 
 
+def listed(text: str | None) -> list[str]:
+    """Returns the parts of a value that holds several, with commas between."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def sections(cls: type = Config, prefix: str = "") -> dict[str, type]:
     """Returns every section's class by its dotted name, the outermost's being ""."""
     found = {prefix: cls}

@@ -216,6 +216,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What an exported model says of itself beyond what the run knows; nothing is claimed that isn't set."""
+
+    license: str = ""  # of the model, as the hub names it: apache-2.0, mit, other, ...
+    language: str = ""  # of the text, codes with commas between: en,de
+    datasets: str | None = None  # the text's hub names, with commas between; None: NAME of hf:NAME, if it is the hub's
+    base_model: str | None = None  # a hub name; None: model.init_from, if it is one
+    # config.json's hidden_dropout_prob and attention_probs_dropout_prob, for whoever trains the model on. None: the first
+    # that is above 0 of the run's own, the starting checkpoint's and BERT's 0.1.
+    hidden_dropout: float | None = None
+    attention_dropout: float | None = None
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """task=finetune: how long, and how often again. What is reported is the last epoch's, never the best one's."""
 
@@ -252,9 +266,11 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub
 # A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
 HARMLESS = frozenset({
     "resume", "fill_mask", "federated.rounds", "federated.epochs", "federated.clients_at_once", "checkpoint.every_rounds",

@@ -1,4 +1,4 @@
-"""The nine GLUE tasks: sentences and labels from the official TSV files or the hub, and predictions to submission files."""
+"""The nine GLUE tasks: sentences and labels from the official files or the hub."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from fedbert_jax.errors import UserError
 
 HUB = "nyu-mll/glue"  # not its older name `glue`, which a folder of that name beside the user would take the place of
 MAX_SCORE = 5.0  # STS-B's scores are from 0 to this
+# MRPC as Microsoft publishes it. GLUE's dev set is a list of ids from the first file, which comes with neither; the second
+# has labels, and is what the task's own paper judges by (Dolan and Brockett, 2005, https://aclanthology.org/I05-5002).
+MSR_TRAIN, MSR_TEST = "msr_paraphrase_train", "msr_paraphrase_test"
 _QQP_FRAGMENTS = 100  # more lines than this that are no rows, and the file is not merely the official one
 
 
@@ -105,8 +108,10 @@ def _key(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def dev_splits(task: Task) -> tuple[str, ...]:
-    """Returns the names of the splits to evaluate on: MNLI has two."""
+def dev_splits(task: Task, directory: Path | None = None) -> tuple[str, ...]:
+    """Returns the names of the splits to evaluate on: MNLI has two, and Microsoft's MRPC has its test file."""
+    if directory is not None and _is_msr(task, _folder(task, directory)):
+        return (MSR_TEST,)
     return tuple(f"dev{part}" for part in task.parts)
 
 
@@ -121,20 +126,78 @@ def find_tasks(directory: Path) -> list[Task]:
     Raises:
       UserError: if the directory can't be read, or is the folder of a task whose name it doesn't bear.
     """
-    if (directory / "train.tsv").is_file():
+    if _is_msr(TASKS["MRPC"], directory):
+        return [TASKS["MRPC"]]
+    if _is_own(directory):
         try:
             return [find_task(directory.resolve().name)]
         except UserError as error:
-            raise UserError(f"{directory} has a train.tsv, so it is one task's folder; say which, with --tasks.") from error
+            which = "so it is one task's folder; say which, with --tasks"
+            raise UserError(f"{directory} holds a task's files, {which}.") from error
     return [task for task in TASKS.values() if _folder(task, directory)]
 
 
+def _is_own(directory: Path) -> bool:
+    """Whether a directory is a task's own: it holds a task's files, not its folder."""
+    names = {path.name for task in TASKS.values() for path in _tsv_files(task, directory).values()}
+    return any(os.path.isfile(directory / name) for name in (*names, f"{MSR_TRAIN}.txt", f"{MSR_TEST}.txt"))
+
+
 def _folder(task: Task, directory: Path) -> Path | None:
+    if _is_own(directory):
+        return directory
+    names = {_key(task.name)} | ({"msrparaphrasecorpus"} if task.name == "MRPC" else set())  # as Microsoft calls it
     try:
-        inside = sorted(path for path in directory.iterdir() if path.is_dir() and _key(path.name) == _key(task.name))
+        inside = sorted(path for path in directory.iterdir() if path.is_dir() and _key(path.name) in names)
     except OSError as error:
         raise UserError(f"{directory} is no directory that can be read ({error.strerror}).") from error
     return min(inside, key=lambda path: path.name != task.name, default=None)  # the official name before others
+
+
+def _is_msr(task: Task, folder: Path | None) -> bool:
+    return (
+        task.name == "MRPC" and folder is not None and not os.path.isfile(folder / "train.tsv")
+        and any(os.path.isfile(folder / f"{name}.txt") for name in (MSR_TRAIN, MSR_TEST))
+    )  # fmt: skip
+
+
+def _files(task: Task, folder: Path) -> dict[str, Path]:
+    """Returns the file of each split, whether it is there or not."""
+    if _is_msr(task, folder):
+        train, test = folder / f"{MSR_TRAIN}.txt", folder / f"{MSR_TEST}.txt"
+        return {"train": train, MSR_TEST: test, "test": test}
+    return _tsv_files(task, folder)
+
+
+def _tsv_files(task: Task, folder: Path) -> dict[str, Path]:
+    return {split: folder / f"{split}.tsv" for split in ("train", *dev_splits(task), *test_splits(task))}
+
+
+def lacking(task: Task, directory: Path, splits: Sequence[str]) -> str:
+    """Returns in a sentence which files of a task are not there, and what is; "" if all are.
+
+    Raises:
+      UserError: if the directory or the task's folder can't be read.
+    """
+    folder = _folder(task, directory)
+    if folder is None:
+        return f"{task.name}: {directory} has neither a folder {task.name} nor a train.tsv of its own."
+    try:
+        present = {name for name in os.listdir(folder) if os.path.isfile(folder / name)}
+    except OSError as error:
+        raise UserError(f"{folder} is no directory that can be read ({error.strerror}).") from error
+    files = _files(task, folder)
+    missing = list(dict.fromkeys(files[split].name for split in splits if files[split].name not in present))
+    if not missing:
+        return ""
+    known = list(dict.fromkeys(path.name for path in files.values() if path.name in present))
+    there = f"holds {' and '.join(known)}, but no" if known else "holds no"
+    why = ""
+    if files["train"].name in missing:
+        why = ", so there is nothing to train on"
+    elif not {files[split].name for split in dev_splits(task, directory)}.isdisjoint(missing):
+        why = ", so there is nothing to judge by"
+    return f"{task.name}: {folder} {there} {' and no '.join(missing)}{why}."
 
 
 def load(task: Task, directory: Path | None, splits: Sequence[str]) -> dict[str, Examples]:
@@ -142,18 +205,20 @@ def load(task: Task, directory: Path | None, splits: Sequence[str]) -> dict[str,
 
     Args:
       task: which.
-      directory: the task's own folder (it has a train.tsv), or the one in which that folder is; None reads the hub.
+      directory: the task's own folder, or the one in which that folder is; None reads the hub.
       splits: of "train", `dev_splits` and `test_splits`.
 
     Raises:
-      UserError: naming the folder or file that is missing, what `read_tsv` found wrong, or why the hub can't be read.
+      UserError: naming the task and the folder or file that is missing, what `read_tsv` found wrong, or why the hub can't
+        be read.
     """
     if directory is None:
         return {split: _from_hub(task, split) for split in splits}
-    folder = directory if (directory / "train.tsv").is_file() else _folder(task, directory)
-    if folder is None:
-        raise UserError(f"{directory} has neither a folder {task.name} nor a train.tsv of its own.")
-    return {split: read_tsv(task, folder / f"{split}.tsv", not split.startswith("test")) for split in splits}
+    if missing := lacking(task, directory, splits):
+        raise UserError(missing)
+    folder = _folder(task, directory)
+    assert folder is not None
+    return {split: read_tsv(task, _files(task, folder)[split], not split.startswith("test")) for split in splits}
 
 
 def check(task: Task, directory: Path, tests: bool = False) -> None:
@@ -162,7 +227,7 @@ def check(task: Task, directory: Path, tests: bool = False) -> None:
     Raises:
       UserError: as `load` does.
     """
-    load(task, directory, ("train", *dev_splits(task), *(test_splits(task) if tests else ())))
+    load(task, directory, ("train", *dev_splits(task, directory), *(test_splits(task) if tests else ())))
 
 
 def read_tsv(task: Task, path: Path, labelled: bool) -> Examples:
@@ -264,34 +329,3 @@ def _from_hub(task: Task, split: str) -> Examples:
     labels = np.array(table["label"], np.float32 if task.regression else np.int32)
     secret = split.startswith("test") or bool((labels < 0).any())  # the hub writes -1 for a label it does not have
     return Examples(first, second[0] if second else None, None if secret else labels, [str(i) for i in table["idx"]])
-
-
-def submission_name(task: Task, split: str) -> str:
-    """Returns what gluebenchmark.com wants the split's predictions to be called."""
-    suffix = {"_matched": "-m", "_mismatched": "-mm"}.get(split.removeprefix("test"), "")
-    return f"{task.name}{suffix}.tsv"
-
-
-def write_submission(path: Path, task: Task, split: str, ids: Sequence[str], predictions: np.ndarray) -> None:
-    """Writes predictions as gluebenchmark.com wants them, whole or not at all.
-
-    Args:
-      path: the file, or a directory, in which the file is called `submission_name`.
-      task: whose predictions they are.
-      split: of which split.
-      ids: N, from `Examples.ids`.
-      predictions: class ids [N], or for a regression scores [N], which are clipped to the range of the labels.
-    """
-    if task.regression:
-        answers = [f"{p:.3f}" for p in np.clip(np.asarray(predictions, np.float64), 0.0, MAX_SCORE)]
-    else:
-        answers = [task.label_values[int(p)] for p in predictions]
-    rows = [f"{i}\t{answer}\n" for i, answer in zip(ids, answers, strict=True)]
-    if path.is_dir():
-        path = path / submission_name(task, split)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(["index\tprediction\n", *rows])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -9,7 +9,7 @@ from typing import Any
 from fedbert_jax.config import Config
 from fedbert_jax.data import glue
 from fedbert_jax.data.sequences import Sequences, encode
-from fedbert_jax.errors import UserError
+from fedbert_jax.errors import UserError, about
 from fedbert_jax.streams import Stream, generator, seeds_of
 
 
@@ -19,9 +19,15 @@ class TaskData:
 
     task: glue.Task
     train: Sequences
-    dev: dict[str, Sequences]  # what is judged by: MNLI has two dev splits; with `finetune.holdout` it is "holdout"
+    dev: dict[str, Sequences]  # what is judged by, `glue.dev_splits`; with `finetune.holdout` it is "holdout"
     test: dict[str, Sequences]  # empty unless predictions are asked for
     test_ids: dict[str, list[str]]
+
+
+def task_of(config: Config) -> glue.Task:
+    """Returns the task that `data.source` names; raises UserError if there is none of that name."""
+    with about("config key data.source"):
+        return glue.find_task(config.data.source.removeprefix("glue:").partition("@")[0])
 
 
 def read_task(config: Config, tokenizer: Any) -> TaskData:
@@ -32,11 +38,12 @@ def read_task(config: Config, tokenizer: Any) -> TaskData:
     Raises:
       UserError: for a task, file, line or label that is wrong.
     """
-    name, _, directory = config.data.source.removeprefix("glue:").partition("@")
-    task, holdout = glue.find_task(name), config.finetune.holdout
-    dev = () if holdout else glue.dev_splits(task)
-    test = glue.test_splits(task) if config.finetune.predict else ()
-    found = glue.load(task, Path(directory).expanduser() if directory else None, ("train", *dev, *test))
+    task, directory = task_of(config), config.data.source.partition("@")[2]
+    holdout, folder = config.finetune.holdout, Path(directory).expanduser() if directory else None
+    with about("config key data.source"):
+        dev = () if holdout else glue.dev_splits(task, folder)
+        test = glue.test_splits(task) if config.finetune.predict else ()
+        found = glue.load(task, folder, ("train", *dev, *test))
 
     def tokens(split: str) -> Sequences:
         e = found[split]

@@ -10,8 +10,9 @@ import datasets
 import numpy as np
 import pytest
 
-from fedbert_jax.data import glue
-from fedbert_jax.data.glue import TASKS, find_task, find_tasks, load, read_tsv, submission_name, write_submission
+from fedbert_jax.data import glue, submissions
+from fedbert_jax.data.glue import TASKS, find_task, find_tasks, load, read_tsv
+from fedbert_jax.data.submissions import submission_name, write_submission
 from fedbert_jax.errors import UserError
 
 PARSES = ["promptID", "pairID", "genre"] + [f"sentence{i}_{kind}" for kind in ("binary_parse", "parse") for i in (1, 2)]
@@ -247,9 +248,61 @@ def test_mnli_has_two_dev_and_two_test_sets(tmp_path: Path) -> None:
     assert [split for split, e in found.items() if e.labels is None] == list(test)
 
 
+@pytest.mark.parametrize("folder", ["MRPC", "mrpc", "MSRParaphraseCorpus"])
+def test_mrpc_is_read_as_microsoft_publishes_it(folder: str, tmp_path: Path) -> None:
+    """A byte order mark, Windows' line ends, quotes that don't pair up; the test file has labels, and is judged by."""
+    task, header = TASKS["MRPC"], LAYOUTS["MRPC"][0]
+    rows = {
+        "train": [["1", "70", "71", 'Amrozi accused "him', 'Referring to him as only " the'], ["0", "1", "2", "x", "y"]],
+        "test": [["0", "1089874", "1089925", "PCCW 's chief", '"']],
+    }  # fmt: skip
+    for name, lines in rows.items():
+        table(tmp_path / folder / f"msr_paraphrase_{name}.txt", header, lines, bom="\ufeff", end="\r\n")
+    for directory in (tmp_path, tmp_path / folder):
+        assert find_tasks(directory) == [task]
+        assert glue.dev_splits(task, directory) == ("msr_paraphrase_test",)
+        found = load(task, directory, ["train", "msr_paraphrase_test", "test"])
+        train, judge, test = found.values()
+        assert train.first == ['Amrozi accused "him', "x"] and train.second == ['Referring to him as only " the', "y"]
+        assert train.labels is not None and judge.labels is not None and test.labels is None
+        assert (train.labels.tolist(), judge.labels.tolist()) == ([1, 0], [0])
+        assert judge.first == test.first == ["PCCW 's chief"] and judge.second == ['"'] and test.ids == ["0"]
+        glue.check(task, directory, tests=True)
+    # GLUE's own files, made from these, come first.
+    for name in ("train", "dev"):
+        table(tmp_path / folder / f"{name}.tsv", header, [["1", "1", "2", "glue", "files"]])
+    assert glue.dev_splits(task, tmp_path) == ("dev",) and load(task, tmp_path, ["train"])["train"].first == ["glue"]
+    (tmp_path / folder / "train.tsv").unlink()
+    (tmp_path / folder / "msr_paraphrase_train.txt").unlink()
+    with pytest.raises(UserError, match=r"^MRPC: .* holds msr_paraphrase_test\.txt, but no msr_paraphrase_train\.txt, so"):
+        glue.check(task, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "said"),
+    [
+        ("QQP", ["dev"], "QQP: FOLDER holds dev.tsv, but no train.tsv, so there is nothing to train on."),
+        ("RTE", ["dev", "test"],
+         "RTE: FOLDER holds dev.tsv and test.tsv, but no train.tsv, so there is nothing to train on."),
+        ("MNLI", ["train", "dev_matched"],
+         "MNLI: FOLDER holds train.tsv and dev_matched.tsv, but no dev_mismatched.tsv, so there is nothing to judge by."),
+        ("WNLI", [], "WNLI: FOLDER holds no train.tsv and no dev.tsv, so there is nothing to train on."),
+        ("CoLA", ["train", "dev"], ""),
+    ],
+)  # fmt: skip
+def test_which_files_a_task_lacks(name: str, files: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    for file in files:
+        (tmp_path / name / f"{file}.tsv").write_text("x")
+    for directory in [tmp_path] + [tmp_path / name] * bool(files):
+        wanted = ("train", *glue.dev_splits(TASKS[name], directory))
+        assert glue.lacking(TASKS[name], directory, wanted) == said.replace("FOLDER", str(tmp_path / name))
+        assert find_tasks(directory) == [TASKS[name]]
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     official("RTE", tmp_path / "RTE" / "train.tsv")
-    with pytest.raises(UserError, match=r"RTE/dev\.tsv does not exist"):
+    with pytest.raises(UserError, match=r"^RTE: .*/RTE holds train\.tsv, but no dev\.tsv, so there is nothing to judge by"):
         load(TASKS["RTE"], tmp_path, ["train", "dev"])
     with pytest.raises(UserError, match=r"has neither a folder WNLI nor a train\.tsv"):
         load(TASKS["WNLI"], tmp_path, ["train"])
@@ -365,8 +418,8 @@ def test_a_submission_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytes
     before = path.read_bytes()
     with pytest.raises(ValueError, match="zip"):  # an answer missing
         write_submission(path, task, "test", ["0", "1"], np.array([0]))
-    failing = SimpleNamespace(**vars(glue.os) | {"fsync": lambda number: (_ for _ in ()).throw(OSError("disk full"))})
-    monkeypatch.setattr(glue, "os", failing)
+    failing = SimpleNamespace(**vars(submissions.os) | {"fsync": lambda number: (_ for _ in ()).throw(OSError("disk full"))})
+    monkeypatch.setattr(submissions, "os", failing)
     with pytest.raises(OSError, match="disk full"):
         write_submission(path, task, "test", ["0"], np.array([0]))
     assert path.read_bytes() == before
