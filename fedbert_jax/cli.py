@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
 
+from fedbert_jax import disk, platforms
 from fedbert_jax.config import Config, all_keys, from_dict, kind_of, unknown_key
 from fedbert_jax.errors import ConfigError, UserError
 
@@ -18,17 +20,35 @@ def run(command: Callable[[], None]) -> None:
     """Runs a command and ends the process: 0, 2 for a user's mistake, 130 for Ctrl-C; never with a traceback for these."""
     _quieten()
     try:
-        command()
+        with foreseen():
+            command()
     except (UserError, KeyboardInterrupt, BrokenPipeError) as e:
         sys.exit(tell(e))
+
+
+@contextlib.contextmanager
+def foreseen() -> Iterator[None]:
+    """Within `with`, what a machine refuses becomes one sentence: a full disk, a platform of JAX's that isn't there."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (said := disk.explain(error) or platforms.explain(error)) is None:
+            raise
+        raise said from error
 
 
 def tell(error: BaseException) -> int:
     """Prints what ended a command and returns its exit code; only an error that nobody foresaw gets a traceback."""
     if isinstance(error, UserError):
         _tell_no_more()
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {error}\n")):
+            try:
+                stream.write(text)
+                stream.flush()
+            except OSError:  # full, or closed: Python would try again at its end, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
@@ -119,6 +139,7 @@ def _quieten() -> None:
     absl_logging.set_stderrthreshold("error")
     for name in ("jax", "orbax", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    platforms.tell_what_is_unused()
     warnings.filterwarnings("ignore", module="orbax")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -49,7 +49,8 @@ def main() -> None:
     else:
         from fedbert_jax.train import train as command
 
-    with distributed.joined(join, cli.tell) if join else contextlib.nullcontext():
+    # `foreseen` is the inner one, since a process that has joined others is ended there.
+    with distributed.joined(join, cli.tell) if join else contextlib.nullcontext(), cli.foreseen():
         code = command(config, Path(_WORKDIR.value))
     sys.exit(code)
 

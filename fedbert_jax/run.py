@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import distributed, huggingface
+from fedbert_jax import disk, distributed, huggingface
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.data.dataset import Dataset, prepare
@@ -46,7 +46,8 @@ def build(
     data: list[tuple[Dataset, Any]] = []
 
     def prepared() -> str:
-        data.append(prepare(config, workdir.data, progress=progress, warn=warn))
+        with disk.writing(workdir.data):
+            data.append(prepare(config, workdir.data, progress=progress, warn=warn))
         return ""
 
     distributed.share(prepared)

@@ -8,6 +8,7 @@ from fedbert_jax.config.schema import (
     EXTENDABLE,
     HARMLESS,
     PRESETS,
+    RESCHEDULED,
     AggregatorConfig,
     Arrangement,
     CheckpointConfig,
@@ -27,8 +28,8 @@ from fedbert_jax.config.schema import (
 )
 
 __all__ = [
-    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "PRESETS", "AggregatorConfig", "Arrangement", "CheckpointConfig", "Config",
-    "DataConfig", "EvalConfig", "FederatedConfig", "FinetuneConfig", "MeshConfig", "MlmConfig", "ModelConfig",
-    "OptimizerConfig", "PartitionConfig", "PrecisionConfig", "StrategyName", "WireConfig", "all_keys", "default_config",
-    "flatten", "from_dict", "kind_of", "resolve_model", "to_dict", "unknown_key", "validate",
+    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "PRESETS", "RESCHEDULED", "AggregatorConfig", "Arrangement",
+    "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "FederatedConfig", "FinetuneConfig", "MeshConfig", "MlmConfig",
+    "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig", "StrategyName", "WireConfig", "all_keys",
+    "default_config", "flatten", "from_dict", "kind_of", "resolve_model", "to_dict", "unknown_key", "validate",
 ]  # fmt: skip

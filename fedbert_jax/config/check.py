@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,9 @@ from fedbert_jax.errors import ConfigError
 # Settings that fine-tuning doesn't have: refused, rather than passed over. By what it has or does instead.
 UNUSED_IN_FINETUNING = {
     "goes by finetune.epochs and finetune.warmup, and judges and saves once an epoch": (
-        "federated.rounds", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
-        "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
+        "federated.rounds", "federated.schedule_rounds", "federated.schedule_from", "client_optimizer.warmup_steps",
+        "client_optimizer.decay_steps", "server_optimizer.warmup_steps", "server_optimizer.decay_steps",
+        "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
     ),
     "reads labelled examples, and masks nothing": (
         "mlm.mask_prob", "mlm.whole_word", "model.logits_at_once", "data.lowercase", "data.eval_fraction", "data.documents",
@@ -45,9 +47,10 @@ def validate(config: Config) -> None:
 
     flat = flatten(to_dict(config))
     at_least_1 = (
-        "federated.local_steps", "federated.rounds", "federated.batch_size", "federated.num_clients",
-        "federated.clients_per_round", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
-        "eval.every_rounds", "eval.batch_size", "eval.max_clients", "eval.max_blocks", "model.hidden_size",
+        "federated.local_steps", "federated.rounds", "federated.schedule_rounds", "federated.batch_size",
+        "federated.num_clients", "federated.clients_per_round", "federated.clients_at_once",
+        "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "eval.batch_size", "eval.max_clients",
+        "eval.max_blocks", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.intermediate_size", "model.vocab_size", "model.type_vocab_size",
         "client_optimizer.decay_steps", "server_optimizer.decay_steps", "mesh.model", "model.logits_at_once",
     )  # fmt: skip
@@ -159,6 +162,13 @@ def validate(config: Config) -> None:
         f.weighting == "examples" or f.strategy in ("parallel", "fedavg"), "federated.weighting", f.weighting,
         f"'examples' with federated.strategy={f.strategy!r}, which averages nothing",
     )  # fmt: skip
+    need(
+        0 <= f.schedule_from < f.rounds, "federated.schedule_from", f.schedule_from,
+        f"an integer from 0 to below federated.rounds={f.rounds}",
+    )  # fmt: skip
+    for key, value in flat.items():
+        if key.partition(".")[0] in ("client_optimizer", "server_optimizer", "aggregator") and isinstance(value, float):
+            need(math.isfinite(value), key, value, "a finite number")
     need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
     for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):
         need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")

@@ -93,6 +93,8 @@ class FederatedConfig:
     clients_at_once: int | None = None
     local_steps: int = 8
     rounds: int = 140
+    schedule_rounds: int | None = None  # for how many rounds the learning rates' schedules are made; None: all there are
+    schedule_from: int = 0  # after which round the schedules begin, with their warm-up: to anneal a finished run again
     batch_size: int = 4  # sequences per client per step
     weighting: Literal["examples", "uniform"] = "examples"
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
@@ -233,9 +235,15 @@ class Config:
 
 # A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
 HARMLESS = frozenset({
-    "resume", "fill_mask", "federated.rounds", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
-    "eval.every_rounds", "mesh.data", "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers",
-    "model.attention", "model.logits_at_once",
+    "resume", "fill_mask", "federated.rounds", "federated.schedule_rounds", "federated.schedule_from",
+    "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "mesh.data",
+    "mesh.model", "data.store", "data.cache_dir", "model.remat", "model.unroll_layers", "model.attention",
+    "model.logits_at_once",
 })  # fmt: skip
+# Nor does a change to one of these, if federated.schedule_from says that the schedules begin after the last finished round.
+RESCHEDULED = frozenset(
+    f"{side}_optimizer.{key}" for side in ("client", "server")
+    for key in ("learning_rate", "schedule", "warmup_steps", "decay_steps", "end_learning_rate", "power")
+)  # fmt: skip
 # A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
 EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})
