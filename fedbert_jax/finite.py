@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fedbert_jax.config import Arrangement
 from fedbert_jax.sharding import has_client_axis, path_name
 
 SHOWN = 5  # names in a sentence
@@ -52,10 +53,10 @@ def not_finite(state: Any) -> NotFinite | None:
     return NotFinite(tuple(bad), tuple(sorted(owners)))
 
 
-def in_state(state: Any, names: Sequence[str]) -> str:
-    """Says what of a state is not finite, and of which clients where each has its own; "" if all of it is."""
+def in_state(state: Any, names: Sequence[str], kind: str = "client") -> str:
+    """Says what of a state is not finite, and of which clients (or seeds) where each has its own; "" if all of it is."""
     bad = not_finite(state)
-    return f"not all numbers are finite of {bad.sentence(names)}" if bad else ""
+    return f"not all numbers are finite of {bad.sentence(names, kind)}" if bad else ""
 
 
 def in_round(loss: float, client_norm: float, server_norm: float, first: Sequence[str]) -> str:
@@ -74,6 +75,24 @@ def in_scores(scores: Mapping[str, Any]) -> str:
     if not bad and all(map(math.isfinite, means)):
         return ""
     return "the held-out loss is not finite" + (f", of {listed(bad)}" if bad else "")
+
+
+def first_to_fail(failed: np.ndarray, arrangement: Arrangement, share: bool = True) -> list[int]:
+    """Returns with whom of a cohort a round's numbers stopped being finite, by place in it; none where that can't be told.
+
+    What isn't finite stays so and spreads: to who has the next turn, or, side by side, to everybody in the next step,
+    through what they share. So it began with the first in turn, or with whoever failed in the most steps.
+
+    Args:
+      failed: `RoundMetrics.failed`, int [C].
+      arrangement: how the clients train.
+      share: whether clients who train side by side share anything within a round or between rounds.
+    """
+    if arrangement == "pooled" or not failed.any():
+        return []
+    if arrangement == "turns":
+        return [int(np.flatnonzero(failed)[0])]
+    return np.flatnonzero(failed == failed.max() if share else failed > 0).tolist()
 
 
 def listed(names: Sequence[str], kind: str = "client") -> str:

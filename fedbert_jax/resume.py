@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def check_unedited(path: Path, written: Config, made: Made) -> None:
     Raises:
       ConfigError: naming the keys.
     """
-    if changed := _differences(made, written):
+    if changed := _differences(made.config, written, harmless(written, made)):
         raise ConfigError(
             f"{path} is not what the checkpoint of round {made.round} was made with: {changed}; put it back, or delete it: "
             "the command that the run was begun with writes it anew."
@@ -121,10 +121,7 @@ def check(config: Config, made: Made, steps_per_round: int, before: Config | Non
         )
     if not made.round:
         return
-    if changed := _differences(made, config):
-        raise ConfigError(
-            f"the checkpoint of round {made.round} was made with another config: {changed}; give another --workdir."
-        )
+    check_stamp(f"the checkpoint of round {made.round}", made.config, config, harmless(config, made))
     if f.rounds < made.round:
         raise ConfigError(f"config key federated.rounds={f.rounds}: accepted: at least {made.round}, the finished rounds.")
     past = made.config if made.config is not None else stamp(before) if before else None
@@ -132,13 +129,29 @@ def check(config: Config, made: Made, steps_per_round: int, before: Config | Non
         _check_rates(config, made.round, past, steps_per_round)
 
 
-def _differences(made: Made, config: Config) -> str:
-    """Names the keys that decide numbers and differ; "" if none does. One the checkpoint doesn't know had its default."""
-    if made.config is None:
+def check_stamp(what: str, stamped: Flat | None, config: Config, harmless: Collection[str]) -> None:
+    """Refuses to go on from something that was made with another config.
+
+    Args:
+      what: it is.
+      stamped: the `stamp` it has, or None.
+      config: resolved, to go on with.
+      harmless: keys that may differ.
+
+    Raises:
+      ConfigError: naming those that do.
+    """
+    if changed := _differences(stamped, config, harmless):
+        raise ConfigError(f"{what} was made with another config: {changed}; give another --workdir.")
+
+
+def _differences(stamped: Flat | None, config: Config, harmless: Collection[str]) -> str:
+    """Names the keys that decide numbers and differ; "" if none does. One that the stamp doesn't know had its default."""
+    if stamped is None:
         return ""
     defaults, now = stamp(Config()), stamp(config)
-    free = harmless(config, made) | {"resume", "profile"}
-    was = {key: made.config.get(key, defaults[key]) for key in now}
+    free = {"resume", "profile", *harmless}
+    was = {key: stamped.get(key, defaults[key]) for key in now}
     return ", ".join(f"{k} (was {was[k]!r}, now {now[k]!r})" for k in now if k not in free and was[k] != now[k])
 
 

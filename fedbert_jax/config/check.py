@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -166,9 +165,6 @@ def validate(config: Config) -> None:
         0 <= f.schedule_from < f.rounds, "federated.schedule_from", f.schedule_from,
         f"an integer from 0 to below federated.rounds={f.rounds}",
     )  # fmt: skip
-    for key, value in flat.items():
-        if key.partition(".")[0] in ("client_optimizer", "server_optimizer", "aggregator") and isinstance(value, float):
-            need(math.isfinite(value), key, value, "a finite number")
     need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
     for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):
         need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")

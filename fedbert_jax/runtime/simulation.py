@@ -30,6 +30,7 @@ from fedbert_jax.federated.evaluation import (
 )
 from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State, slices
 from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.finite import first_to_fail
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer, schedule_span
 from fedbert_jax.sharding import place, put, tree_shardings
@@ -221,25 +222,12 @@ class Simulation:
         return clients
 
     def first_to_fail(self, round: int, failed: np.ndarray) -> list[int]:
-        """Returns the clients with whom a round's numbers stopped being finite; none where that can't be told.
-
-        What isn't finite stays so and spreads: to who has the next turn, or, side by side, to everybody in the next step,
-        through what they share. So it began with the first in turn, or with whoever failed in the most steps.
-
-        Args:
-          round: from 0.
-          failed: `RoundMetrics.failed`, [C].
-        """
-        arrangement = self.config.federated.arrangement
-        if arrangement == "pooled" or not failed.any():
+        """Returns the clients with whom a round's numbers, from 0, stopped being finite; none where that can't be told."""
+        if not failed.any():
             return []
-        cohort = self.cohort_of(round)
+        f, cohort = self.config.federated, self.cohort_of(round)
         failed = failed[: len(cohort)]  # without who pads the cohort
-        if arrangement == "turns":
-            return [int(cohort[np.flatnonzero(failed)[0]])]
-        if self.config.federated.strategy == "local":  # nothing is shared
-            return sorted(int(c) for c in cohort[failed > 0])
-        return sorted(int(c) for c in cohort[failed == failed.max()])
+        return sorted(int(cohort[n]) for n in first_to_fail(failed, f.arrangement, share=f.strategy != "local"))
 
     def _blocks(self, source: TokenBlocks, index: np.ndarray, sharding: NamedSharding) -> jax.Array:
         """Returns the token blocks [..., T] of an index [...] that is laid out by `sharding`."""
