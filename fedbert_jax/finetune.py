@@ -27,6 +27,7 @@ from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, to_json, truncate
 from fedbert_jax.models.bert import Params
 from fedbert_jax.runtime.finetuning import Finetuning
+from fedbert_jax.sharding import make_mesh
 from fedbert_jax.workdir import Workdir, check_inputs, check_same, fingerprint, open_workdir, write_atomically
 
 TRIAL = 2**30  # turns a seed into one that is none of those reported, however many
@@ -71,6 +72,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     optim.check(config)
     if passed_over := platforms.start():
         console.print(f"warning: {passed_over}", style="yellow", markup=False)
+    console.print(f"on {platforms.describe(make_mesh(config.mesh).size)}", style="dim", markup=False)
     workdir, lock = open_workdir(root)
     with lock:
         return _finetune(config, workdir, console)
@@ -95,7 +97,6 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
         f"{config.federated.strategy}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
     )
     tuning = Finetuning(config, data, start, all_seeds[:at_once])
-    console.print(f"on {platforms.describe(tuning.mesh.size)}", markup=False)
     workdir.write_config(config)  # now that nothing about it was refused
     workdir.write_facts({"inputs": inputs, "config": resume.stamp(config)})
     with Interrupts() as interrupts:

@@ -113,8 +113,9 @@ def check(config: Config) -> None:
 
 
 def warnings(config: Config, steps_per_round: int) -> list[str]:
-    """Returns a sentence about each schedule that never gets to its peak, or is at 0 for a part of the run."""
-    found, f = [], config.federated
+    """Returns a sentence about schedules that never get to their peak, or are at 0 for a part of the run."""
+    found: dict[str, list[str]] = {}  # the optimizers' sections, by what is wrong with both alike
+    f = config.federated
     total, first = schedule_span(f, steps_per_round)
     steps = f.rounds * steps_per_round - first  # that are trained on this schedule
     for section in ("client_optimizer", "server_optimizer"):
@@ -122,15 +123,18 @@ def warnings(config: Config, steps_per_round: int) -> list[str]:
         if not o.learning_rate:
             continue
         if o.warmup_steps >= steps:
-            found.append(
-                f"{section}.warmup_steps={o.warmup_steps}, but federated.rounds={f.rounds} makes {steps} steps: its rate "
-                f"only rises, to {o.learning_rate * steps / o.warmup_steps:.3g} of {o.learning_rate:.3g}."
-            )
+            highest = o.learning_rate * steps / o.warmup_steps
+            found.setdefault(
+                f"warmup_steps={o.warmup_steps}, but federated.rounds={f.rounds} makes {steps} steps, so that the learning rate "
+                f"only rises, to {highest:.3g} of {o.learning_rate:.3g}", []
+            ).append(section)  # fmt: skip
         end = max(o.decay_steps or total, o.warmup_steps + 1)
         if o.schedule != "constant" and not o.end_learning_rate and end < steps:
             round = (first + end) // steps_per_round + 1
-            found.append(f"{section}: its rate is 0 from round {round} of {f.rounds} on, so it learns nothing more.")
-    return found
+            found.setdefault(
+                f"the learning rate is 0 from round {round} of {f.rounds} on, so that nothing more is learnt", []
+            ).append(section)  # fmt: skip
+    return [f"{' and '.join(sections)}: {what}." for what, sections in found.items()]
 
 
 def decays(params: Params) -> Any:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +17,9 @@ from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.data.dataset import client_table
+from fedbert_jax.dispatch import Dispatched, Dispatcher
 from fedbert_jax.errors import DivergedError
-from fedbert_jax.federated.setting import Pair, RoundMetrics, State
+from fedbert_jax.federated.setting import Pair, State
 from fedbert_jax.fill_mask import fill_mask
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
@@ -28,6 +27,7 @@ from fedbert_jax.models.bert import count_parameters
 from fedbert_jax.profiling import Profile
 from fedbert_jax.report import write_report
 from fedbert_jax.run import Run
+from fedbert_jax.sharding import make_mesh
 from fedbert_jax.workdir import open_workdir
 
 
@@ -49,6 +49,7 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     optim.check(config)
     if passed_over := platforms.start():
         console.print(f"warning: {passed_over}", style="yellow", markup=False)
+    console.print(f"on {platforms.describe(make_mesh(config.mesh).size)}", style="dim", markup=False)
     distributed.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
     workdir, lock = open_workdir(root)
     with lock:
@@ -68,20 +69,6 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     return 0
 
 
-class Dispatched(NamedTuple):
-    """A round under way."""
-
-    round: int  # from 1
-    started: float
-    compiling: float  # seconds of it that were compiling
-    finished: Future[tuple[RoundMetrics, float]]  # its metrics, on the host, and when they were there
-
-
-def _finished(metrics: RoundMetrics) -> tuple[RoundMetrics, float]:
-    """Waits for a round's metrics; runs in a thread of its own, so that the time is the round's and not the reader's."""
-    return jax.device_get(metrics), time.perf_counter()
-
-
 class Loop:
     """One run's loop, with its open files: the metrics log and the checkpoints.
 
@@ -96,15 +83,13 @@ class Loop:
         self.checkpoints = Checkpoints(run.workdir.checkpoints, run.config.checkpoint.keep)
         self.log: MetricsLog | None = None
         self.per_round = self.sim.traffic()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="fedbert-metrics")
-        self._finished = 0.0  # when the last round whose numbers were read had ended
+        self.dispatcher = Dispatcher()
 
     # --- before the first round ---
 
     def introduce(self) -> None:
         """Prints who takes part and what has to be beaten, and writes the run's facts."""
         run, f, sim = self.run, self.run.config.federated, self.sim
-        self.console.print(f"on {platforms.describe(sim.mesh.size)}", markup=False)
         self.guessing = sim.evaluate_frequencies(run.dataset.unigram, run.dataset.special_ids)
         # Which mean the held-out numbers are, and over how many clients: said wherever they stand.
         self.scope = self.guessing.scope(f.weighting, sim.num_clients) if self.guessing else ""
@@ -181,7 +166,8 @@ class Loop:
                     break
                 self.checkpoints.check()
                 profile.before(n + 1, state)
-                state, dispatched = self._dispatch(state, n)
+                state, dispatched = self.dispatcher.start(self.sim.run_round, state, n)
+                dispatched.compiling.tell(self.console, "a round")
                 bar.update(task, description="rounds")
                 profile.after(n + 1, state)
                 if waiting is not None:  # round n is under way while the numbers of n - 1 are read
@@ -204,22 +190,10 @@ class Loop:
             self.checkpoints.wait()
         return state
 
-    def _dispatch(self, state: State, n: int) -> tuple[State, Dispatched]:
-        """Starts round `n`, from 0; `state` is used up."""
-        started = time.perf_counter()
-        with jax.profiler.StepTraceAnnotation("round", step_num=n + 1), progress.Compiling() as compiling:
-            state, metrics = self.sim.run_round(state, n)
-        compiling.tell(self.console, "a round")
-        return state, Dispatched(n + 1, started, compiling.seconds, self._reader.submit(_finished, metrics))
-
     def _record(self, dispatched: Dispatched, state: State | None = None) -> dict[str, Any]:
         """Reads a round's metrics and writes its line, with an evaluation of `state` if that is given."""
         round = dispatched.round
-        metrics, finished = dispatched.finished.result()
-        # It may have queued behind the round before it. Compiling is no part of its speed.
-        seconds = finished - max(dispatched.started, self._finished)
-        running = finished - max(dispatched.started + dispatched.compiling, self._finished)
-        self._finished = finished
+        metrics, seconds, running = self.dispatcher.collect(dispatched)
         loss, client_norm, server_norm = map(float, metrics[:-1])
         first = [self.run.dataset.client_names[c] for c in self.sim.first_to_fail(round - 1, np.asarray(metrics.failed))]
         self._stop_if(round, finite.in_round(loss, client_norm, server_norm, first))
@@ -234,7 +208,7 @@ class Loop:
             "grad_norm_client": client_norm,
             "grad_norm_server": server_norm,
             "seconds": seconds,
-            "tokens_per_second": tokens / running,
+            "tokens_per_second": tokens / running,  # compiling is no part of a round's speed
             "uplink_bytes": round * self.per_round.uplink,
             "downlink_bytes": round * self.per_round.downlink,
         }  # fmt: skip
@@ -322,7 +296,7 @@ class Loop:
         with disk.writing(workdir.hf):
             name = run_lib.export(run, state, workdir.hf, self._meta())
         self.sim.close()
-        self._reader.shutdown()
+        self.dispatcher.close()
         if self.log is None:
             return
         self.log.close()
