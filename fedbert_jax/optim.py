@@ -125,14 +125,14 @@ def warnings(config: Config, steps_per_round: int) -> list[str]:
         if o.warmup_steps >= steps:
             highest = o.learning_rate * steps / o.warmup_steps
             found.setdefault(
-                f"warmup_steps={o.warmup_steps}, but federated.rounds={f.rounds} makes {steps} steps, so that the learning rate "
+                f"warmup_steps={o.warmup_steps}, but federated.rounds={f.rounds} makes {steps} steps, so that the rate "
                 f"only rises, to {highest:.3g} of {o.learning_rate:.3g}", []
             ).append(section)  # fmt: skip
         end = max(o.decay_steps or total, o.warmup_steps + 1)
         if o.schedule != "constant" and not o.end_learning_rate and end < steps:
             round = (first + end) // steps_per_round + 1
             found.setdefault(
-                f"the learning rate is 0 from round {round} of {f.rounds} on, so that nothing more is learnt", []
+                f"the rate is 0 from round {round} of {f.rounds} on, so that nothing more is learnt", []
             ).append(section)  # fmt: skip
     return [f"{' and '.join(sections)}: {what}." for what, sections in found.items()]
 

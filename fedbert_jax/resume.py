@@ -119,6 +119,10 @@ def check(config: Config, made: Made, steps_per_round: int, before: Config | Non
         raise ConfigError(
             f"config key federated.schedule_from={f.schedule_from}: accepted: at most {made.round}, the finished rounds."
         )
+    if f.schedule_from and f.schedule_from >= f.rounds:
+        raise ConfigError(
+            f"config key federated.schedule_from={f.schedule_from}: accepted: less than federated.rounds={f.rounds}."
+        )
     if not made.round:
         return
     check_stamp(f"the checkpoint of round {made.round}", made.config, config, harmless(config, made))

@@ -308,8 +308,7 @@ class Loop:
             "seconds_total": sum(r.get("seconds", 0.0) for r in read_metrics(workdir.metrics)),
         }
         workdir.write_facts(self.facts)
-        with disk.writing(workdir.root / "report"):
-            report = write_report(workdir.root)
+        report = write_report(workdir.root)
         self.console.print()
         for text, predictions in zip(config.fill_mask, filled, strict=True):
             self.console.print(f"  {text}", style="bold", markup=False)

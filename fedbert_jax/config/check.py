@@ -161,10 +161,7 @@ def validate(config: Config) -> None:
         f.weighting == "examples" or f.strategy in ("parallel", "fedavg"), "federated.weighting", f.weighting,
         f"'examples' with federated.strategy={f.strategy!r}, which averages nothing",
     )  # fmt: skip
-    need(
-        0 <= f.schedule_from < f.rounds, "federated.schedule_from", f.schedule_from,
-        f"an integer from 0 to below federated.rounds={f.rounds}",
-    )  # fmt: skip
+    need(f.schedule_from >= 0, "federated.schedule_from", f.schedule_from, "an integer of at least 0")
     need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
     for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):
         need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")
