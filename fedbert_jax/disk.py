@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedbert_jax.errors import DiskError
+from fedbert_jax.errors import DiskError, UserError
 
 AGAIN = "and run the same command again"
 # What the system says, for people, and what mends it.
@@ -48,14 +48,14 @@ def writing(place: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def explain(error: BaseException, place: str | os.PathLike[str] | None = None) -> DiskError | None:
-    """Returns an error that is the disk's as a sentence; None for any other, and for one that was made a sentence already.
+    """Returns an error that is the disk's as a sentence; None for any other, and for one that is a sentence already.
 
     Args:
       error: as it was raised; those that it was raised from are looked at, too.
       place: what was being written; None if that isn't known. A file that the error names elsewhere is named instead.
     """
     chain = _chain(error)
-    if any(isinstance(e, DiskError) for e in chain):
+    if any(isinstance(e, UserError) for e in chain):
         return None
     for found in chain:
         number = _number(found)
