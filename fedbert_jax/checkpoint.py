@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fedbert_jax import distributed
-from fedbert_jax.errors import UserError
+from fedbert_jax import disk, distributed
+from fedbert_jax.errors import DiskError, DivergedError, UserError
+from fedbert_jax.finite import not_finite
 
 CHECKSUMS = "checksums"
 
@@ -31,10 +35,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int | None = None):
         self.directory = directory
+        self._saving: int | None = None  # the round whose save is, or may be, under way
+        self._hushed = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=keep is not None, read_only=keep is None, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), item_names=("state", "meta"), options=options)
+        with disk.writing(directory):
+            self._manager = ocp.CheckpointManager(directory.absolute(), item_names=("state", "meta"), options=options)
 
     def rounds(self) -> list[int]:
         """Returns the finished rounds at which there is a checkpoint, ascending."""
@@ -45,9 +52,13 @@ class Checkpoints:
 
         Args:
           round: the checkpoint's number. One that exists is left as it is.
-          state: pytree of arrays.
+          state: pytree of arrays, all of whose numbers are finite (`finite.not_finite`).
           meta: what JSON can hold.
+
+        Raises:
+          DiskError: if this or the save before can't be written; what was saved earlier stays.
         """
+        self.wait()
         if round in self._manager.all_steps():
             return
         if jax.default_backend() == "cpu":
@@ -56,7 +67,19 @@ class Checkpoints:
         if distributed.first():  # what orbax writes of `meta` is process 0's
             meta = {**meta, CHECKSUMS: checksums(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(round, args=args)
+        self._saving = round
+        self._hushed.enter_context(_hushed())
+        with self._one_error():
+            self._manager.save(round, args=args)
+
+    def meta(self, round: int) -> dict[str, Any]:
+        """Returns what was saved beside the state at `round`; raises UserError if it can't be read."""
+        try:
+            with _hushed():
+                meta = self._manager.restore(round, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        except Exception as e:  # orbax raises many kinds
+            raise self._damaged(round, _first_line(e)) from e
+        return {key: value for key, value in meta.items() if key != CHECKSUMS}
 
     def restore(self, round: int, state: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
         """Restores the checkpoint at `round`.
@@ -68,11 +91,12 @@ class Checkpoints:
 
         Raises:
           UserError: if it can't be read or holds something else.
+          DivergedError: if it holds a number that is not finite.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         try:
-            with _first_error_only():
+            with _hushed():  # the first array that is damaged raises; the reads that this ends would speak, too
                 restored = self._manager.restore(round, args=args)
         except Exception as e:  # orbax and tensorstore raise many kinds
             raise self._damaged(round, _first_line(e)) from e
@@ -81,23 +105,58 @@ class Checkpoints:
         for name in saved.keys() & found.keys():
             if saved[name] != found[name]:
                 raise self._damaged(round, f"{name} is not what was saved")
+        if bad := not_finite(restored.state):
+            raise DivergedError(
+                f"checkpoint {self.directory / str(round)} holds numbers that are not finite ({bad.sentence()}); "
+                f"delete that directory to go on {self._back(round)}."
+            )
         return restored.state, meta
 
     def _damaged(self, round: int, why: str) -> UserError:
-        older = [n for n in self.rounds() if n < round]
-        back = f"from round {older[-1]}" if older else "from the start"
         path = self.directory / str(round)
         return UserError(
-            f"checkpoint {path} is damaged or of another run ({why}); delete that directory to go on {back}."
+            f"checkpoint {path} is damaged or of another run ({why}); delete that directory to go on {self._back(round)}."
         )
 
+    def _back(self, round: int) -> str:
+        older = [n for n in self.rounds() if n < round]
+        return f"from round {older[-1]}" if older else "from the start"
+
+    def check(self) -> None:
+        """Raises DiskError if the save under way has failed by now; doesn't wait for it."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Waits until every save has reached the disk."""
-        self._manager.wait_until_finished()
+        """Waits until every save has reached the disk; raises DiskError if one can't."""
+        if self._saving is not None:
+            with self._one_error():
+                self._manager.wait_until_finished()
+            self._saving = None
+            self._hushed.close()
 
     def close(self) -> None:
         """Waits, and closes."""
+        self.wait()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _one_error(self) -> Iterator[None]:
+        """Makes one sentence of a save that fails, when all its threads have come to their end, and frees what it wrote."""
+        try:
+            yield
+        except Exception as error:
+            round, self._saving = self._saving, None
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()
+            if distributed.first():
+                for path in self.directory.glob(f"{round}.*tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            path = self.directory / str(round)
+            said = disk.explain(error, path) or DiskError(f"checkpoint {path} can't be written ({_first_line(error)}).")
+            gc.collect()  # what nobody asked those threads is asked now, while nobody hears it
+            self._hushed.close()
+            raise said from error
 
 
 @jax.jit
@@ -138,22 +197,31 @@ def _whole(x: Any) -> np.ndarray | None:
 
 
 @contextlib.contextmanager
-def _first_error_only() -> Iterator[None]:
-    """Keeps orbax's reading to one error.
+def _hushed() -> Iterator[None]:
+    """Keeps orbax, which writes and reads arrays side by side, to the error that it raises.
 
-    It reads arrays side by side. The first that is damaged raises; the reads that this ends would each print a traceback,
-    from a thread of tensorstore's or when their coroutine is collected.
+    Each of the others would print a traceback, from a thread of its own or of tensorstore's, or when a coroutine is
+    collected. What the main thread raises is told as ever.
     """
-    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
-    level = logger.level
-    sys.excepthook = lambda *_: None
+    hooks = (sys.excepthook, sys.unraisablehook, threading.excepthook)
+
+    def main_threads(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            hooks[0](*error)
+
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
+    levels = [logger.level for logger in loggers]
+    sys.excepthook = main_threads
     sys.unraisablehook = lambda _: None
-    logger.setLevel(logging.CRITICAL)
+    threading.excepthook = lambda _: None
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        sys.excepthook, sys.unraisablehook = hooks
-        logger.setLevel(level)
+        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from fedbert_jax import exit_on_interrupt
+from fedbert_jax import disk, exit_on_interrupt, platforms
 from fedbert_jax.console import lenient_streams, shown
 from fedbert_jax.errors import UserError
 
@@ -25,23 +25,42 @@ def run(command: Callable[[], int | None]) -> None:
     lenient_streams()
     _quieten()
     try:
-        try:
-            code = command() or 0
-        except SystemExit as e:  # argparse's, after --help or a mistake
-            code = _code_of(e)
-        say(end="")  # what is left in the buffer
+        with foreseen():
+            try:
+                code = command() or 0
+            except SystemExit as e:  # argparse's, after --help or a mistake
+                code = _code_of(e)
+            say(end="")  # what is left in the buffer
     except (UserError, KeyboardInterrupt, BrokenPipeError) as e:
         code = tell(e)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def foreseen() -> Iterator[None]:
+    """Within `with`, what a machine refuses becomes one sentence: a full disk, a platform of JAX's that isn't there."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (said := disk.explain(error) or platforms.explain(error)) is None:
+            raise
+        raise said from error
 
 
 def tell(error: BaseException) -> int:
     """Prints what ended a command and returns its exit code; only an error that nobody foresaw gets a traceback."""
     if isinstance(error, UserError):
         _tell_no_more()
-        with contextlib.suppress(OSError, AttributeError):
-            sys.stdout.flush()
-        print(f"error: {shown(str(error))}", file=sys.stderr)
+        for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {shown(str(error))}\n")):
+            try:
+                stream.write(text)
+                stream.flush()
+            except OSError:  # full, or closed: Python would try again at its end, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except (AttributeError, ValueError):  # there is no such stream, or no longer
+                pass
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one while threads and files are closed: at once, silently
@@ -119,6 +138,7 @@ def _quieten() -> None:
     absl_logging.set_stderrthreshold("error")
     for name in ("jax", "orbax", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    platforms.tell_what_is_unused()
     warnings.filterwarnings("ignore", module="orbax")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

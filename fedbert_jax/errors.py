@@ -17,9 +17,13 @@ class ConfigError(UserError):
 
 
 class DivergedError(UserError):
-    """Training produced a loss or a gradient that is not finite; the last good checkpoint is kept."""
+    """Something is not finite: a loss, a gradient, a score, a parameter. What was kept before it stays."""
 
     exit_code = 3
+
+
+class DiskError(UserError):
+    """A file could not be written (or read), because of the disk; its text says which, why, and what to do."""
 
 
 @contextlib.contextmanager

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import huggingface, optim, run
+from fedbert_jax import disk, huggingface, optim, platforms, progress, resume, run
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.console import make_console, shown
@@ -25,12 +24,13 @@ from fedbert_jax.data.submissions import submission_name, write_submission
 from fedbert_jax.data.tasks import read_task, task_of
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
 from fedbert_jax.errors import DivergedError, UserError, about
-from fedbert_jax.federated.setting import Pair, State
+from fedbert_jax.federated.setting import Pair, RoundMetrics, State
 from fedbert_jax.glue_metrics import summary
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, to_json, truncate
 from fedbert_jax.models.bert import Params
 from fedbert_jax.runtime.finetuning import Finetuning
+from fedbert_jax.sharding import make_mesh
 from fedbert_jax.workdir import Workdir, check_inputs, check_same, fingerprint, open_workdir, write_atomically
 
 TRIAL = 2**30  # turns a seed into one that is none of those reported, however many
@@ -94,7 +94,15 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     """
     console = console or make_console()
     optim.check(config)
-    workdir, _lock = open_workdir(root)
+    if passed_over := platforms.start():
+        console.print(f"warning: {passed_over}", style="yellow")
+    console.print(f"on {platforms.describe(make_mesh(config.mesh).size)}", style="dim")
+    workdir, lock = open_workdir(root)
+    with lock:
+        return _finetune(config, workdir, console)
+
+
+def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
     tokenizer = tokenizer_of(config)
     config, start = resolve(config, tokenizer)
     if workdir.exists():
@@ -104,6 +112,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     if start:
         inputs["model.init_from"] = fingerprint(start.tensors)
     check_inputs(workdir, inputs)
+    resume.check_stamp(str(workdir.facts), workdir.read_facts().get("config"), config, config_lib.EXTENDABLE)
     all_seeds = tuple(range(config.seed, config.seed + config.finetune.seeds))
     at_once = config.finetune.seeds_at_once or (1 if jax.default_backend() == "cpu" else len(all_seeds))
     results = _read_results(workdir.root)
@@ -116,7 +125,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
         huggingface.check_target(workdir.hf)  # now, not after hours of training
     tuning = Finetuning(config, data, start, all_seeds[:at_once])
     workdir.write_config(config)  # now that nothing about it was refused
-    workdir.write_facts({"inputs": inputs})
+    workdir.write_facts({"inputs": inputs, "config": resume.stamp(config)})
     with Interrupts() as interrupts:
         while pending := [seed for seed in all_seeds if str(seed) not in results["seeds"]]:
             group = _next_group(pending, at_once, workdir)
@@ -127,7 +136,8 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
                 return interrupts.exit_code
             state, scores_of_all = trained
             if config.seed in group:
-                export(tuning, state, tokenizer, workdir.hf, scores_of_all[group.index(config.seed)])
+                with disk.writing(workdir.hf):
+                    export(tuning, state, tokenizer, workdir.hf, scores_of_all[group.index(config.seed)])
                 for split in glue.test_splits(data.task):  # another model's predictions, if there are any
                     (workdir.root / "predictions" / submission_name(data.task, split)).unlink(missing_ok=True)
             results = {"seeds": results["seeds"]}  # without the summary of fewer seeds
@@ -172,12 +182,13 @@ def _predict(tuning: Finetuning, workdir: Workdir) -> None:
         path = folder / submission_name(task, split)
         if path.exists():
             continue
-        folder.mkdir(exist_ok=True)
         client, server = jax.jit(tuning.setting.fresh)()  # all of it is replaced
         client, server, _ = Checkpoint(huggingface.load_tensors(workdir.hf)[0])(client, server)
         model = jax.tree.map(lambda x: x[None], Pair(client, server))
         found = tuning.predictions(tuning.logits(model, tests))[0]
-        write_submission(path, task, split, tuning.data.test_ids[split], found)
+        with disk.writing(path):
+            folder.mkdir(exist_ok=True)
+            write_submission(path, task, split, tuning.data.test_ids[split], found)
 
 
 def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Console) -> tuple[float, int]:
@@ -278,31 +289,37 @@ def _train_group(
             console.print(f"the checkpoint lacks, so it starts fresh: {shown(', '.join(fresh))}", style="dim")
         if said:
             console.print(shown(said), style="dim")
-    with MetricsLog(log_path) as log, _progress(console) as progress:
-        bar = progress.add_task(f"{tuning.data.task.name} {name}", total=tuning.rounds, completed=finished)
+    stamp = {"config": resume.stamp(tuning.config)}
+    with MetricsLog(log_path) as log, progress.bar(console) as bars:
+        bar = bars.add_task("compiling", total=tuning.rounds, completed=finished)
+        under_way: RoundMetrics | None = None
         for n in range(finished, tuning.rounds):
             if interrupts.received:
-                checkpoints.save(n, state, {"losses": [np.asarray(x, np.float64).tolist() for x in losses]})
+                if under_way is not None:
+                    tuning.check_round(n - 1, under_way)
+                tuning.check_state(n, state)
+                checkpoints.save(n, state, stamp | {"losses": [np.asarray(x, np.float64).tolist() for x in losses]})
                 checkpoints.close()
                 return None
-            state, metrics = tuning.step(state, n)
-            if losses:
-                jax.block_until_ready(losses[-1])  # round n is under way while the bar shows what n - 1 has finished
+            checkpoints.check()
+            with progress.Compiling() as compiling:
+                state, metrics = tuning.step(state, n)
+            compiling.tell(console, "a round")
+            if under_way is not None:
+                tuning.check_round(n - 1, under_way)  # waits for it: round n is under way meanwhile
             losses.append(metrics.loss)
-            progress.update(bar, completed=n)
+            under_way = metrics
+            bars.update(bar, description=f"{tuning.data.task.name} {name}", completed=n)
             epoch = tuning.epochs(n + 1)
             if int(epoch) > int(tuning.epochs(n)) or n + 1 == tuning.rounds:
+                tuning.check_round(n, metrics)
+                tuning.check_state(n + 1, state)
                 mean = np.mean([np.asarray(x, np.float64) for x in losses], axis=0)
-                losses = []
-                if not np.isfinite(mean).all():
-                    raise DivergedError(
-                        f"{tuning.data.task.name}, seeds {tuning.seeds}: the loss is not finite by round {n + 1}; lower the "
-                        "learning rates and begin in another workdir."
-                    )
+                losses, under_way = [], None
                 scores = tuning.scores(state)
                 log.append({"round": n + 1, "epoch": epoch, "train_loss": mean, "scores": scores})
                 if n + 1 < tuning.rounds:
-                    checkpoints.save(n + 1, state, {"losses": []})
+                    checkpoints.save(n + 1, state, stamp | {"losses": []})
     checkpoints.close()
     return state, scores
 
@@ -331,10 +348,3 @@ def _show(scores: dict[str, dict[str, float]]) -> str:
         (f"{split}: " if [*scores] != ["dev"] else "") + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
         for split, found in scores.items()
     )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip

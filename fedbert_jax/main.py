@@ -44,7 +44,8 @@ def main() -> int:
         from fedbert_jax.train import train as command
 
     cli.raise_on_interrupt()
-    with distributed.joined(join, cli.tell) if join else contextlib.nullcontext():
+    # `foreseen` is the inner one, since a process that has joined others is ended there.
+    with distributed.joined(join, cli.tell) if join else contextlib.nullcontext(), cli.foreseen():
         return command(config, workdir)
 
 

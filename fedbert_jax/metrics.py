@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fedbert_jax import disk
 from fedbert_jax.config import Config, flatten, to_dict
 from fedbert_jax.errors import UserError
 
@@ -35,16 +36,23 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.read_bytes().endswith(b"\n"):  # else the next line would join the torn one
-            _replace(path, [line for line, _ in _parsed_lines(path)])
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path = Path(path)
+        with disk.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.read_bytes().endswith(b"\n"):  # else the next line would join the torn one
+                _replace(path, [line for line, _ in _parsed_lines(path)])
+            self._file = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes one line; scalars and arrays of numpy and JAX become numbers and lists, NaN and infinities null."""
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        """Writes one line; scalars and arrays of numpy and JAX become numbers and lists, NaN and infinities null.
+
+        Raises:
+          DiskError: if it can't be written whole; what is there of it is a torn line.
+        """
+        line = to_json(record).encode() + b"\n"
+        with disk.writing(self._path):
+            while line:  # a disk that has become full takes a part first
+                line = line[self._file.write(line) or 0 :]
 
     def close(self) -> None:
         self._file.close()
@@ -82,16 +90,21 @@ def truncate(path: str | os.PathLike[str], round: int) -> None:
     """
     path = Path(path)
     if path.exists():
-        _replace(path, [line for line, record in _parsed_lines(path) if record["round"] <= round])
+        with disk.writing(path):
+            _replace(path, [line for line, record in _parsed_lines(path) if record["round"] <= round])
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(line + b"\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(line + b"\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself is on the disk only when the directory is

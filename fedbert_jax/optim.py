@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedbert_jax.config import AggregatorConfig, Config, OptimizerConfig
+from fedbert_jax.config import AggregatorConfig, Config, FederatedConfig, OptimizerConfig
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.models.bert import Params
 
@@ -26,20 +26,21 @@ class Optimizer(NamedTuple):
     schedule: Callable[[Any], Any]
 
 
-def make_optimizer(config: OptimizerConfig, section: str, total_steps: int) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, section: str, total_steps: int, first_step: int = 0) -> Optimizer:
     """Builds the optimizer of a segment.
 
     Args:
       config: name, arguments and schedule.
       section: the config's section, for error messages.
-      total_steps: global steps of the whole run: where the schedule ends unless `decay_steps` says otherwise.
+      total_steps: global steps that the schedule is made for: after so many it ends, unless `decay_steps` says otherwise.
+      first_step: the global step at which the schedule begins.
 
     Returns:
       An `Optimizer` whose `update` returns also the global norm of the gradient before clipping.
     """
     # Every accepted optax optimizer ends in `scale by -learning_rate`, so with a rate of 1 the schedule is a factor.
     tx = _optax(config, section, learning_rate=1.0)
-    schedule = make_schedule(config, total_steps)
+    schedule = make_schedule(config, total_steps, first_step)
 
     @jax.named_scope("update")
     def update(
@@ -66,8 +67,21 @@ def global_norm(grads: Params) -> jax.Array:
     return optax.tree.norm(jax.lax.optimization_barrier(grads))
 
 
-def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the global step: linear warm-up from 0, then the decay."""
+def schedule_span(federated: FederatedConfig, steps_per_round: int) -> tuple[int, int]:
+    """Returns how many global steps the schedules are made for, and at which they begin."""
+    start = federated.schedule_from
+    rounds = federated.rounds - start if federated.schedule_rounds is None else federated.schedule_rounds
+    return rounds * steps_per_round, start * steps_per_round
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int, first_step: int = 0) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the global step: linear warm-up from 0, then the decay.
+
+    The warm-up begins at `first_step`, from where `total_steps` and `decay_steps` are counted; before it, it is of no use.
+    """
+    if first_step:
+        begun = make_schedule(config, total_steps)
+        return lambda step: begun(step - first_step)
     peak, end, warmup = config.learning_rate, config.end_learning_rate, config.warmup_steps
     steps = max((config.decay_steps or total_steps) - warmup, 1)
     decay: Callable[[Any], Any]
@@ -96,6 +110,31 @@ def check(config: Config) -> None:
     make_optimizer(config.client_optimizer, "client_optimizer", 1)
     make_optimizer(config.server_optimizer, "server_optimizer", 1)
     make_aggregator(config.aggregator)
+
+
+def warnings(config: Config, steps_per_round: int) -> list[str]:
+    """Returns a sentence about schedules that never get to their peak, or are at 0 for a part of the run."""
+    found: dict[str, list[str]] = {}  # the optimizers' sections, by what is wrong with both alike
+    f = config.federated
+    total, first = schedule_span(f, steps_per_round)
+    steps = f.rounds * steps_per_round - first  # that are trained on this schedule
+    for section in ("client_optimizer", "server_optimizer"):
+        o: OptimizerConfig = getattr(config, section)
+        if not o.learning_rate:
+            continue
+        if o.warmup_steps >= steps:
+            highest = o.learning_rate * steps / o.warmup_steps
+            found.setdefault(
+                f"warmup_steps={o.warmup_steps}, but federated.rounds={f.rounds} makes {steps} steps, so that the rate "
+                f"only rises, to {highest:.3g} of {o.learning_rate:.3g}", []
+            ).append(section)  # fmt: skip
+        end = max(o.decay_steps or total, o.warmup_steps + 1)
+        if o.schedule != "constant" and not o.end_learning_rate and end < steps:
+            round = (first + end) // steps_per_round + 1
+            found.setdefault(
+                f"the rate is 0 from round {round} of {f.rounds} on, so that nothing more is learnt", []
+            ).append(section)  # fmt: skip
+    return [f"{' and '.join(sections)}: {what}." for what, sections in found.items()]
 
 
 def decays(params: Params) -> Any:

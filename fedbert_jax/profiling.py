@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from fedbert_jax import disk
+
 
 class Profile:
     """Traces rounds START to STOP, both included and counted as in metrics.jsonl.
@@ -41,5 +43,6 @@ class Profile:
         """Writes the trace, if one is under way."""
         if self.tracing:
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
+            with disk.writing(self.directory):
+                jax.profiler.stop_trace()
             self.tracing, self.written = False, True

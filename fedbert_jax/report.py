@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fedbert_jax import cli, plots
+from fedbert_jax import cli, disk, plots
 from fedbert_jax.alt_texts import alt_texts
 from fedbert_jax.console import shown
 from fedbert_jax.errors import UserError
@@ -87,13 +87,13 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     """
     run = load_run(workdir)
     directory = run.workdir / "report"
-    directory.mkdir(exist_ok=True)
-    images = {}
-    for name, (draw, _, _) in PLOTS.items():
-        images[name] = to_png(draw(run))
-        (directory / f"{name}.png").write_bytes(images[name])
+    images = {name: to_png(draw(run)) for name, (draw, _, _) in PLOTS.items()}
     page = directory / "index.html"
-    page.write_text(_page(run, images), encoding="utf-8")
+    with disk.writing(directory):
+        directory.mkdir(exist_ok=True)
+        for name, image in images.items():
+            (directory / f"{name}.png").write_bytes(image)
+        page.write_text(_page(run, images), encoding="utf-8")
     return page
 
 

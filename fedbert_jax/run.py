@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import distributed, huggingface
+from fedbert_jax import disk, distributed, huggingface
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import HUB_NAME, Config
 from fedbert_jax.data import glue
@@ -54,7 +54,8 @@ def build(
     data: list[tuple[Dataset, Any]] = []
 
     def prepared() -> str:
-        data.append(prepare(config, workdir.data, progress=progress, warn=warn))
+        with disk.writing(workdir.data):
+            data.append(prepare(config, workdir.data, progress=progress, warn=warn))
         return ""
 
     distributed.share(prepared)

@@ -76,11 +76,11 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     missing: list[str] = []
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-        for pattern, spec in RULES:
-            if re.search(pattern, name) and leaf.ndim - len(spec) in (0, 1):
-                axes = ("data",) * (leaf.ndim - len(spec)) + tuple(spec)
-                return NamedSharding(mesh, P(*_divisible(axes, leaf.shape, mesh)))
+        name = path_name(path)
+        spec = _rule(name, leaf.ndim)
+        if spec is not None:
+            axes = ("data",) * (leaf.ndim - len(spec)) + tuple(spec)
+            return NamedSharding(mesh, P(*_divisible(axes, leaf.shape, mesh)))
         missing.append(f"{name} {tuple(leaf.shape)}")
         return NamedSharding(mesh, P())
 
@@ -88,6 +88,24 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     if missing:
         raise ValueError("no sharding rule covers: " + ", ".join(missing))
     return shardings
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns the path of an array in a state as "model/client/embeddings/word/embedding"."""
+    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def has_client_axis(name: str, ndim: int) -> bool:
+    """Tells whether an array of a state, by its path's name, is each client's own: whether it has a leading axis [N]."""
+    spec = _rule(name, ndim)
+    return spec is not None and ndim > len(spec)
+
+
+def _rule(name: str, ndim: int) -> P | None:
+    for pattern, spec in RULES:
+        if re.search(pattern, name) and ndim - len(spec) in (0, 1):
+            return spec
+    return None
 
 
 def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import distributed, huggingface, optim
+from fedbert_jax import disk, distributed, finite, huggingface, optim, platforms, progress, resume
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.console import make_console, print_table, shown
 from fedbert_jax.data.dataset import client_table
+from fedbert_jax.dispatch import Dispatched, Dispatcher
 from fedbert_jax.errors import DivergedError
-from fedbert_jax.federated.setting import RoundMetrics, State
+from fedbert_jax.federated.setting import Pair, State
 from fedbert_jax.fill_mask import fill_mask
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
@@ -30,7 +28,8 @@ from fedbert_jax.models.bert import count_parameters
 from fedbert_jax.profiling import Profile
 from fedbert_jax.report import write_report
 from fedbert_jax.run import Run
-from fedbert_jax.workdir import check_same, open_workdir
+from fedbert_jax.sharding import make_mesh
+from fedbert_jax.workdir import open_workdir
 
 
 def train(config: Config, root: Path, console: Console | None = None) -> int:
@@ -49,45 +48,27 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     """
     console = console or make_console(quiet=not distributed.first())
     optim.check(config)
+    if passed_over := platforms.start():
+        console.print(f"warning: {passed_over}", style="yellow", markup=False)
+    console.print(f"on {platforms.describe(make_mesh(config.mesh).size)}", style="dim", markup=False)
     distributed.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
-    workdir, _lock = open_workdir(root)
-    huggingface.check_target(workdir.hf)  # now, not after hours of training
-    old = workdir.read_config() if workdir.exists() else None
-    if old is not None:
-        config = config_lib.as_begun(config, old)
-        check_same(old, run_lib.resolve(config, old.model.vocab_size or 0))
-    else:
-        run_lib.check_start(config)
-    run = run_lib.build(
-        config, workdir, progress=lambda text: console.print(shown(text), style="dim"),
-        warn=lambda text: console.print(f"warning: {shown(text)}", style="yellow"),
-    )  # fmt: skip
-    if distributed.first():
-        workdir.write_config(run.config)
-    loop = Loop(run, console)
-    loop.introduce()
-    state = loop.begin()
-    with Interrupts() as interrupts:
-        state = loop.rounds(state, interrupts)
-        if interrupts.settle():
-            console.print(f"stopped after round {loop.round}; the same command goes on from there")
-            return interrupts.exit_code
-    loop.finish(state)
+    workdir, lock = open_workdir(root)
+    with lock:
+        huggingface.check_target(workdir.hf)  # now, not after hours of training
+        run = resume.open_run(
+            config, workdir, progress=lambda text: console.print(shown(text), style="dim"),
+            warn=lambda text: console.print(f"warning: {shown(text)}", style="yellow"),
+        )  # fmt: skip
+        loop = Loop(run, console)
+        loop.introduce()
+        state = loop.begin()
+        with Interrupts() as interrupts:
+            state = loop.rounds(state, interrupts)
+            if interrupts.settle():
+                console.print(f"stopped after round {loop.round}; the same command goes on from there")
+                return interrupts.exit_code
+        loop.finish(state)
     return 0
-
-
-class Dispatched(NamedTuple):
-    """A round under way."""
-
-    round: int  # from 1
-    started: float
-    finished: Future[tuple[dict[str, float], float]]  # its metrics, and when they were there
-
-
-def _finished(metrics: RoundMetrics) -> tuple[dict[str, float], float]:
-    """Waits for a round's metrics; runs in a thread of its own, so that the time is the round's and not the reader's."""
-    values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
-    return values, time.perf_counter()
 
 
 class Loop:
@@ -104,8 +85,7 @@ class Loop:
         self.checkpoints = Checkpoints(run.workdir.checkpoints, run.config.checkpoint.keep)
         self.log: MetricsLog | None = None
         self.per_round = self.sim.traffic()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="fedbert-metrics")
-        self._finished = 0.0  # when the last round whose numbers were read had ended
+        self.dispatcher = Dispatcher()
 
     # --- before the first round ---
 
@@ -140,6 +120,7 @@ class Loop:
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""), "versions": versions,
             "bytes_per_round": sim.strategy.traffic, "num_clients": sim.num_clients, "clients_per_round": sim.cohort,
+            "finished": False,
         }  # fmt: skip
         run.workdir.write_facts(self.facts)
 
@@ -157,10 +138,13 @@ class Loop:
         if self.writes:
             workdir.metrics.unlink(missing_ok=True)
             self.log = MetricsLog(workdir.metrics)
-        state, missing = run_lib.initial_state(self.run)
+        with progress.waiting(self.console, "compiling the first evaluation"), progress.Compiling() as compiling:
+            state, missing = run_lib.initial_state(self.run)
+            record = {"round": 0, "step": 0, "tokens": 0} | self._evaluate(state)
+        compiling.tell(self.console, "the model's start and its evaluation")
         if missing:
             self.console.print(f"warning: the checkpoint lacks, so it starts fresh: {', '.join(missing)}", style="yellow")
-        record = {"round": 0, "step": 0, "tokens": 0} | self._evaluate(state)
+        self._stop_if(0, finite.in_scores(record))
         self._append(record)
         self._say(record)
         return state
@@ -171,23 +155,23 @@ class Loop:
         """Runs the rounds that are left; a signal stops it after the round under way, with a checkpoint."""
         c, last = self.run.config, self.run.config.federated.rounds
         profile = Profile(c.profile if self.writes else "", self.run.workdir.profile)
-        with self._progress() as progress:
-            task = progress.add_task("rounds", total=last, completed=self.round, loss="", rate="")
+        with progress.bar(self.console, "loss", "rate") as bar:
+            task = bar.add_task("compiling", total=last, completed=self.round, loss="", rate="")
 
             def show(record: dict[str, Any]) -> None:
                 loss, rate = f"loss {record['train_loss']:.3f}", f"{record['tokens_per_second']:,.0f} tokens/s"
-                progress.update(task, completed=record["round"], loss=loss, rate=rate)
+                bar.update(task, completed=record["round"], loss=loss, rate=rate)
 
             waiting: Dispatched | None = None
             for n in range(self.round, last):
                 if interrupts.stop():
                     break
+                self.checkpoints.check()
                 profile.before(n + 1, state)
-                started = time.perf_counter()
-                with jax.profiler.StepTraceAnnotation("round", step_num=n + 1):
-                    state, metrics = self.sim.run_round(state, n)
+                state, dispatched = self.dispatcher.start(self.sim.run_round, state, n)
+                dispatched.compiling.tell(self.console, "a round")
+                bar.update(task, description="rounds")
                 profile.after(n + 1, state)
-                dispatched = Dispatched(n + 1, started, self._reader.submit(_finished, metrics))
                 if waiting is not None:  # round n is under way while the numbers of n - 1 are read
                     show(self._record(waiting))
                 waiting = dispatched
@@ -197,53 +181,65 @@ class Loop:
                     show(self._record(waiting, state if evaluates else None))
                     waiting = None
                 if saves:
-                    self.checkpoints.save(self.round, state, self._meta())
+                    self._save(state)
             profile.close(state)
             if profile.written:
                 self.console.print(f"profile      {shown(profile.directory)} (tensorboard --logdir, or perfetto.dev)")
             if waiting is not None:
                 show(self._record(waiting))
             if interrupts.settle() and self.round:
-                self.checkpoints.save(self.round, state, self._meta())
+                self._save(state)
             self.checkpoints.wait()
         return state
 
     def _record(self, dispatched: Dispatched, state: State | None = None) -> dict[str, Any]:
         """Reads a round's metrics and writes its line, with an evaluation of `state` if that is given."""
         round = dispatched.round
-        values, finished = dispatched.finished.result()
-        seconds = finished - max(dispatched.started, self._finished)  # it may have queued behind the round before it
-        self._finished = finished
-        if not all(math.isfinite(v) for v in values.values()):
-            self.checkpoints.wait()
-            kept = self.checkpoints.rounds()
-            where = f"the checkpoint of round {kept[-1]} is kept" if kept else "there was no checkpoint yet"
-            raise DivergedError(
-                f"round {round}: the loss or a gradient is not finite (loss {values['loss']}, gradient norms "
-                f"{values['client_norm']}, {values['server_norm']}); {where}; lower the learning rates, lengthen "
-                "warmup_steps or set clip_norm, and begin in another workdir."
-            )
+        metrics, seconds, running = self.dispatcher.collect(dispatched)
+        loss, client_norm, server_norm = map(float, metrics[:-1])
+        first = [self.run.dataset.client_names[c] for c in self.sim.first_to_fail(round - 1, np.asarray(metrics.failed))]
+        self._stop_if(round, finite.in_round(loss, client_norm, server_norm, first))
         tokens = self.sim.tokens_per_round
         record = {
             "round": round,
             "step": round * self.sim.strategy.steps_per_round,
             "tokens": round * tokens,
-            "train_loss": values["loss"],
+            "train_loss": loss,
             "learning_rate": float(np.asarray(self.sim.setting.client_tx.schedule(
                 np.int32(round * self.sim.strategy.steps_per_round - 1)))),
-            "grad_norm_client": values["client_norm"],
-            "grad_norm_server": values["server_norm"],
+            "grad_norm_client": client_norm,
+            "grad_norm_server": server_norm,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens / running,  # compiling is no part of a round's speed
             "uplink_bytes": round * self.per_round.uplink,
             "downlink_bytes": round * self.per_round.downlink,
         }  # fmt: skip
         if state is not None:
-            record |= self._evaluate(state)
+            with progress.Compiling() as compiling:
+                record |= self._evaluate(state)
+            compiling.tell(self.console, "the evaluation")
+            self._stop_if(round, finite.in_scores(record))
             self._say(record)
         self._append(record)
         self.round = round
         return record
+
+    def _save(self, state: State) -> None:
+        """Begins to save the state after the rounds recorded; one whose numbers aren't all finite is never kept."""
+        self._stop_if(self.round, finite.in_state(state, self.run.dataset.client_names))
+        self.checkpoints.save(self.round, state, self._meta() | {"config": resume.stamp(self.run.config)})
+
+    def _stop_if(self, round: int, problem: str) -> None:
+        """Raises DivergedError if there is a problem with numbers that aren't finite."""
+        if not problem:
+            return
+        self.checkpoints.wait()
+        kept = self.checkpoints.rounds()
+        where = f"the checkpoint of round {kept[-1]} is kept" if kept else "there was no checkpoint yet"
+        raise DivergedError(
+            f"round {round}: {problem}; {where}, and nothing is exported; lower the learning rates, lengthen warmup_steps "
+            "or set clip_norm, and begin in another workdir."
+        )
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.log is not None:
@@ -297,10 +293,12 @@ class Loop:
         """Exports the model, fills in the examples, writes the report, and says where everything is."""
         run, workdir, config = self.run, self.run.workdir, self.run.config
         self.checkpoints.close()
-        name = run_lib.export(run, state, workdir.hf, self._meta())
         model = self.sim.model_of(state)
+        self._check_model(model)
+        with disk.writing(workdir.hf):
+            name = run_lib.export(run, state, workdir.hf, self._meta())
         self.sim.close()
-        self._reader.shutdown()
+        self.dispatcher.close()
         if self.log is None:
             return
         self.log.close()
@@ -329,10 +327,11 @@ class Loop:
                 "at the same masked positions"
             )
 
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
-            disable=not self.console.is_terminal,
-        )  # fmt: skip
+    def _check_model(self, model: Pair) -> None:
+        """Raises DivergedError unless what the model says is finite: by the last evaluation, or without one by one word."""
+        problem = finite.in_scores(self.scores)
+        if "eval_loss" not in self.scores:
+            segments, tokenizer = self.sim.setting.segments, self.run.tokenizer
+            (((_, probability), *_),) = fill_mask(segments, model.client, model.server, tokenizer, ["[MASK]"])
+            problem = "" if math.isfinite(probability) else "what the model predicts is not finite"
+        self._stop_if(self.round, problem)

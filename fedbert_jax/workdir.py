@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -10,13 +11,13 @@ import os
 import secrets
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import jax
 import numpy as np
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import distributed
+from fedbert_jax import disk, distributed
 from fedbert_jax.config import Config
 from fedbert_jax.console import shown
 from fedbert_jax.errors import ConfigError, UserError
@@ -110,21 +111,21 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
     Of several processes only the first locks it; the others check that they see the same directory.
 
     Returns:
-      The workdir, and the lock: an open file to keep, or None.
+      The workdir, and the lock, which is held until it is closed (or its `with` ends).
 
     Raises:
       UserError: if it can't be written, another run holds it, or this process sees another directory than the first.
     """
-    lock: Any = None
+    lock: Any = contextlib.nullcontext()  # of a process that leaves it to the first
 
     def locked() -> str:
         nonlocal lock
         lock = _lock(root)
         nonce = secrets.token_hex(16)
-        lock.truncate(0)
-        lock.write(nonce)
-        lock.flush()
-        os.fsync(lock.fileno())
+        with disk.writing(root):
+            lock.truncate(0)
+            lock.write(nonce.encode())
+            os.fsync(lock.fileno())
         return nonce
 
     try:
@@ -135,7 +136,7 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
             "saved; give another."
         ) from e
     nonce = distributed.share(locked)
-    if lock is None and not distributed.await_file(root / ".lock", nonce):
+    if not distributed.first() and not distributed.await_file(root / ".lock", nonce):
         raise UserError(
             f"process {jax.process_index()} doesn't see what process 0 writes to workdir {root}; "
             "give a --workdir on a file system that all processes share."
@@ -143,10 +144,10 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
     return Workdir(root), lock
 
 
-def _lock(root: Path) -> TextIO:
+def _lock(root: Path) -> IO[bytes]:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("a")  # not "w": who finds it locked must leave it as it is
+        lock = (root / ".lock").open("ab", buffering=0)  # not "w": who finds it locked must leave it as it is
     except OSError as e:
         raise UserError(f"workdir {root} can't be written ({e.strerror}); give another --workdir.") from e
     try:
@@ -158,13 +159,16 @@ def _lock(root: Path) -> TextIO:
     return lock
 
 
-def check_same(old: Config, new: Config, free: Collection[str] = ()) -> None:
+def check_same(
+    old: Config, new: Config, free: Collection[str] = (), harmless: Collection[str] = config_lib.HARMLESS
+) -> None:
     """Refuses to go on with an old workdir under a config that would have made other rounds.
 
     Args:
       old: the workdir's.
       new: the one to go on with.
       free: keys that may change without further ado.
+      harmless: keys that may change with resume=force.
 
     Raises:
       ConfigError: naming the keys that differ.
@@ -173,7 +177,7 @@ def check_same(old: Config, new: Config, free: Collection[str] = ()) -> None:
     worked_out = {key for key, source in config_lib.WORKED_OUT.items() if after[source] is not None}
     free = {"resume", "profile", *worked_out, *free, *(k for k in after if k.startswith("export."))}
     differ = [k for k in before if before[k] != after.get(k) and k not in free]
-    harmful = [k for k in differ if k not in config_lib.HARMLESS]
+    harmful = [k for k in differ if k not in harmless]
     show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731
     if harmful:
         raise ConfigError(f"this workdir belongs to a run with another config: {show(harmful)}; give another --workdir.")
@@ -216,8 +220,13 @@ def check_inputs(workdir: Workdir, found: dict[str, str]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all, whenever the process is killed."""
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    with disk.writing(path):
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise

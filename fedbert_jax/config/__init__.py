@@ -10,6 +10,7 @@ from fedbert_jax.config.schema import (
     HARMLESS,
     HUB_NAME,
     PRESETS,
+    RESCHEDULED,
     WORKED_OUT,
     AggregatorConfig,
     Arrangement,
@@ -31,9 +32,9 @@ from fedbert_jax.config.schema import (
 )
 
 __all__ = [
-    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "HUB_NAME", "PRESETS", "WORKED_OUT", "AggregatorConfig", "Arrangement",
-    "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "FederatedConfig", "FinetuneConfig",
-    "MeshConfig", "MlmConfig", "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig", "StrategyName", "WireConfig",
-    "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text", "kind_of", "listed", "replace",
-    "resolve_model", "to_dict", "type_of", "unknown_key", "validate", "work_out",
+    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "HUB_NAME", "PRESETS", "RESCHEDULED", "WORKED_OUT", "AggregatorConfig",
+    "Arrangement", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "FederatedConfig",
+    "FinetuneConfig", "MeshConfig", "MlmConfig", "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig",
+    "StrategyName", "WireConfig", "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text",
+    "kind_of", "listed", "replace", "resolve_model", "to_dict", "type_of", "unknown_key", "validate", "work_out",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ from fedbert_jax.errors import ConfigError
 # Settings that fine-tuning doesn't have: refused, rather than passed over. By what it has or does instead.
 UNUSED_IN_FINETUNING = {
     "goes by finetune.epochs and finetune.warmup, and judges and saves once an epoch": (
-        "federated.rounds", "federated.epochs", "client_optimizer.warmup", "server_optimizer.warmup", "checkpoint.times",
+        "federated.rounds", "federated.epochs", "federated.schedule_rounds", "federated.schedule_from",
+        "client_optimizer.warmup", "server_optimizer.warmup", "checkpoint.times",
         "eval.times", "client_optimizer.warmup_steps", "client_optimizer.decay_steps", "server_optimizer.warmup_steps",
         "server_optimizer.decay_steps", "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "fill_mask",
     ),
@@ -58,9 +59,10 @@ def validate(config: Config) -> None:
     for key, value in flat.items():
         need(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     at_least_1 = (
-        "federated.local_steps", "federated.rounds", "federated.batch_size", "federated.num_clients",
-        "federated.clients_per_round", "federated.clients_at_once", "checkpoint.every_rounds", "checkpoint.keep",
-        "eval.every_rounds", "eval.batch_size", "eval.max_clients", "eval.max_blocks", "model.hidden_size",
+        "federated.local_steps", "federated.rounds", "federated.schedule_rounds", "federated.batch_size",
+        "federated.num_clients", "federated.clients_per_round", "federated.clients_at_once",
+        "checkpoint.every_rounds", "checkpoint.keep", "eval.every_rounds", "eval.batch_size", "eval.max_clients",
+        "eval.max_blocks", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.intermediate_size", "model.vocab_size", "model.type_vocab_size",
         "client_optimizer.decay_steps", "server_optimizer.decay_steps", "mesh.model", "model.logits_at_once",
         "federated.max_clients_per_round", "checkpoint.times", "eval.times",
@@ -190,6 +192,7 @@ def validate(config: Config) -> None:
         f"'examples' with federated.strategy={f.strategy!r}, which averages nothing",
     )  # fmt: skip
     need(f.epochs is None or f.epochs > 0, "federated.epochs", f.epochs, "a number above 0, or None where rounds decides")
+    need(f.schedule_from >= 0, "federated.schedule_from", f.schedule_from, "an integer of at least 0")
     need(config.aggregator.learning_rate > 0, "aggregator.learning_rate", config.aggregator.learning_rate, "above 0")
     for section, opt in (("client_optimizer", config.client_optimizer), ("server_optimizer", config.server_optimizer)):
         need(opt.learning_rate >= 0, f"{section}.learning_rate", opt.learning_rate, "a number of at least 0")

@@ -107,6 +107,8 @@ class FederatedConfig:
     rounds: int = 140  # how long the run is; worked out from the text where epochs is set
     # How often, on average, each block of training text is seen; takes the place of rounds. None: rounds decides.
     epochs: float | None = None
+    schedule_rounds: int | None = None  # for how many rounds the learning rates' schedules are made; None: all there are
+    schedule_from: int = 0  # after which round the schedules begin, with their warm-up: to anneal a finished run again
     batch_size: int = 4  # sequences per client per step
     weighting: Literal["examples", "uniform"] = "examples"  # of clients in an average: by their training text, or alike
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
@@ -273,7 +275,8 @@ class Config:
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub
 # A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
 HARMLESS = frozenset({
-    "resume", "fill_mask", "federated.rounds", "federated.epochs", "federated.clients_at_once", "checkpoint.every_rounds",
+    "resume", "fill_mask", "federated.rounds", "federated.epochs", "federated.schedule_rounds",
+    "federated.schedule_from", "federated.clients_at_once", "checkpoint.every_rounds",
     "checkpoint.times", "checkpoint.keep", "eval.every_rounds", "eval.times", "mesh.data", "mesh.model", "data.store",
     "data.cache_dir", "model.remat", "model.unroll_layers", "model.attention", "model.logits_at_once",
 })  # fmt: skip
@@ -283,5 +286,10 @@ WORKED_OUT = {
     "checkpoint.every_rounds": "checkpoint.times", "eval.every_rounds": "eval.times",
     "client_optimizer.warmup_steps": "client_optimizer.warmup", "server_optimizer.warmup_steps": "server_optimizer.warmup",
 }  # fmt: skip
+# Nor does a change to one of these, if federated.schedule_from says that the schedules begin after the last finished round.
+RESCHEDULED = frozenset(
+    f"{side}_optimizer.{key}" for side in ("client", "server")
+    for key in ("learning_rate", "schedule", "warmup_steps", "decay_steps", "end_learning_rate", "power")
+)  # fmt: skip
 # A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
 EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})

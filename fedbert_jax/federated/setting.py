@@ -48,11 +48,12 @@ class RoundInputs(NamedTuple):
 
 
 class RoundMetrics(NamedTuple):
-    """Means over a round's steps (and clients, by weight)."""
+    """Means over a round's steps (and clients, by weight); and who failed."""
 
     loss: jax.Array
     client_norm: jax.Array  # of the gradient, before clipping
     server_norm: jax.Array
+    failed: jax.Array  # int32 [C], in how many steps a client's loss or its segment's gradient was not finite
 
 
 class Strategy(NamedTuple):
@@ -147,7 +148,7 @@ def turn(
         batch, key = s.draw(blocks, round, k, client)
         loss, grads = grad_fn(model, batch, key)
         model, opt, norms = s.update(model, opt, grads, first_step + k)
-        return (model, opt), RoundMetrics(loss, *norms)
+        return (model, opt), RoundMetrics(loss, *norms, not_finite(loss, norms[0]))
 
     (model, opt), metrics = jax.lax.scan(step, (model, opt), (jnp.arange(num_steps(tokens)), tokens))
     return model, opt, metrics
@@ -164,7 +165,18 @@ def all_turns(
         return turn(s, grad_fn, model, opt, tokens, client, inputs.round, first)
 
     model, opt, metrics = jax.vmap(one_turn)(model, opt, constrain(tokens, "data"), inputs.client_ids)
-    return model, opt, jax.tree.map(lambda m: jnp.mean(weighted_sum(inputs.weights, m)), metrics)
+    return model, opt, of_turns(metrics, inputs.weights)
+
+
+def not_finite(loss: jax.Array, norm: jax.Array) -> jax.Array:
+    """Returns 1 where a client's loss or gradient norm is not finite, 0 elsewhere; int32 like them."""
+    return (~(jnp.isfinite(loss) & jnp.isfinite(norm))).astype(jnp.int32)
+
+
+def of_turns(metrics: RoundMetrics, weights: jax.Array) -> RoundMetrics:
+    """Turns the metrics of clients' steps [C, K] into the round's."""
+    means = jax.tree.map(lambda m: jnp.mean(weighted_sum(weights, m)), metrics)
+    return means._replace(failed=jnp.sum(metrics.failed, axis=1))
 
 
 def slices(cohort: int, at_once: int | None, devices: int) -> tuple[int, int]:
@@ -221,11 +233,12 @@ def averaged_turns(
         given = RoundInputs(clients_first(tokens), clients, weights, inputs.round)
         model, opt = replicate(start, clients.shape[0])
         model, opt, metrics = all_turns(s, grad_fn, model, opt, given)
-        return (), (client_average(s.outer, model, weights, start[0]), weighted_average(opt, weights), metrics)
+        average = client_average(s.outer, model, weights, start[0])
+        return metrics.failed, (average, weighted_average(opt, weights), metrics)
 
     per_client = (clients_first(inputs.tokens), inputs.client_ids, inputs.weights)
-    _, (model, opt, metrics) = over_slices(s, train, per_client)
-    return (model, opt), metrics
+    failed, (model, opt, metrics) = over_slices(s, train, per_client)
+    return (model, opt), metrics._replace(failed=failed)
 
 
 def opt_at_rest(mode: str, opt: Any, weights: jax.Array) -> Any:

@@ -26,7 +26,9 @@ from fedbert_jax.federated.setting import (
     averaged_turns,
     clients_first,
     joined_grads,
+    not_finite,
     num_steps,
+    of_turns,
     opt_at_rest,
     over_slices,
     pick,
@@ -71,26 +73,26 @@ def parallel(s: Setting) -> Strategy:
                 axes = (0, None if shared and mode != "keep" else 0, None if shared else 0, None)
                 params, opt, norms = jax.vmap(s.client_tx.update, axes)(out.client_grads, opt, params, now)
                 sums = (out.server_grads, weighted_sum(weights, out.loss), weighted_sum(weights, norms))
-                return (constrain_clients(params), constrain_clients(opt)), sums
+                return (constrain_clients(params), constrain_clients(opt), not_finite(out.loss, norms)), sums
 
             per_client = (tokens, inputs.client_ids, inputs.weights) + (() if shared else (clients, client_opt))
-            (clients, client_opt), (grads, loss, norm) = over_slices(s, client_side, per_client)
+            (clients, client_opt, failed), (grads, loss, norm) = over_slices(s, client_side, per_client)
             server, server_opt, server_norm = s.server_tx.update(grads, server_opt, server, now)
-            return (clients, server, client_opt, server_opt), RoundMetrics(loss, norm, server_norm)
+            return (clients, server, client_opt, server_opt), RoundMetrics(loss, norm, server_norm, failed)
 
         # In the first step all clients hold the global segment, so no copies are made of it: they come to be by updating.
         carry = (state.model.client, state.model.server, opt0, state.opt.server)
         carry, first = step(carry, (jnp.int32(0), pick(inputs.tokens, 0)), True)
         xs = (jnp.arange(1, num_steps(inputs.tokens)), jax.tree.map(lambda x: x[1:], inputs.tokens))
         carry, rest = jax.lax.scan(lambda c, x: step(c, x, False), carry, xs)
-        metrics = jax.tree.map(lambda a, b: jnp.append(b, a), first, rest)
+        metrics = jax.tree.map(lambda a, b: jnp.concatenate([b, a[None]]), first, rest)  # [K], of `failed` [K, C]
         clients, server, client_opt, server_opt = carry
 
         average = client_average(s.outer, clients, inputs.weights, state.model.client)
         client, outer = outer_update(s.outer, state.model.client, average, state.outer)
         at_rest = opt_at_rest(mode, client_opt, inputs.weights)
         state = State(Pair(client, server), Pair(at_rest, server_opt), outer)
-        return state, jax.tree.map(jnp.mean, metrics)
+        return state, jax.tree.map(jnp.mean, metrics)._replace(failed=jnp.sum(metrics.failed, axis=0))
 
     traffic = step_traffic(s) | segment_traffic(s, s.cohort, "client")
     return Strategy(init, round, lambda state, _: state.model, local_steps, traffic)
@@ -168,8 +170,7 @@ def sequential(s: Setting) -> Strategy:
         tokens = constrain(clients_first(inputs.tokens), None, None, "data")  # [C, K, B, T]
         xs = (jnp.arange(cohort), inputs.client_ids, tokens)
         (model, client_opt, server_opt), metrics = jax.lax.scan(one_turn, (state.model, *state.opt), xs)
-        metrics = jax.tree.map(lambda m: jnp.mean(weighted_sum(inputs.weights, m)), metrics)
-        return State(model, Pair(client_opt, server_opt), ()), metrics
+        return State(model, Pair(client_opt, server_opt), ()), of_turns(metrics, inputs.weights)
 
     traffic = step_traffic(s) | segment_traffic(s, s.cohort, "client")
     return Strategy(init, round, lambda state, _: state.model, local_steps * s.cohort, traffic)
@@ -184,7 +185,8 @@ def centralized(s: Setting) -> Strategy:
             s, joined_grads(s), state.model, state.opt, tokens, inputs.client_ids[0], inputs.round,
             inputs.round * s.config.federated.local_steps,
         )  # fmt: skip
-        return State(model, opt, ()), jax.tree.map(jnp.mean, metrics)
+        failed = jnp.sum(metrics.failed, keepdims=True)  # C is 1
+        return State(model, opt, ()), jax.tree.map(jnp.mean, metrics)._replace(failed=failed)
 
     def init(model: Pair) -> State:
         return State(model, s.init_opt(model), ())

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fedbert_jax import finite
 from fedbert_jax.config import Config
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.partition import assign
@@ -177,6 +178,26 @@ class Finetuning:
             clients = jnp.asarray(self.order(round), jnp.int32)
             return self._round(state, batches, clients, jnp.int32(round), self._secrets())
 
+    def check_round(self, round: int, metrics: RoundMetrics) -> None:
+        """Waits for a round, from 0; raises DivergedError if the loss or a gradient of a seed is not finite."""
+        loss, client_norm, server_norm, failed = (np.asarray(values) for values in metrics)  # [S], the last [S, C]
+        for s, seed in enumerate(self.seeds):
+            places = finite.first_to_fail(failed[s], self.config.federated.arrangement)
+            first = [str(self.order(round)[place]) for place in places]
+            if problem := finite.in_round(float(loss[s]), float(client_norm[s]), float(server_norm[s]), first):
+                raise self._diverged(round + 1, f"of seed {seed}, {problem}")
+
+    def check_state(self, rounds: int, state: State) -> None:
+        """Raises DivergedError if a number of the state after so many rounds is not finite."""
+        if problem := finite.in_state(state, [str(seed) for seed in self.seeds], "seed"):
+            raise self._diverged(rounds, problem)
+
+    def _diverged(self, round: int, problem: str) -> DivergedError:
+        return DivergedError(
+            f"{self.data.task.name}, round {round}: {problem}; nothing is exported; lower the learning rates and begin in "
+            "another workdir."
+        )
+
     def _spread(self, spec: P, rows: int) -> NamedSharding:
         """Lays an axis of `rows` over the devices; all devices hold all of it if `data` doesn't divide it."""
         return NamedSharding(self.mesh, spec if rows % self.mesh.shape["data"] == 0 else P())
@@ -197,8 +218,10 @@ class Finetuning:
             with jax.set_mesh(self.mesh):
                 outputs = self._predict(model, jax.device_put(batch, sharding))
             result[:, index] = np.asarray(outputs)[:, : len(index)]
-        if not np.isfinite(result).all():
-            raise DivergedError(f"{self.data.task.name}: the model's outputs are not finite; lower the learning rates.")
+        bad = np.flatnonzero(~np.isfinite(result).all(axis=(1, 2)))
+        if bad.size:
+            whose = f" of {finite.listed([str(self.seeds[s]) for s in bad], 'seed')}" if models == len(self.seeds) else ""
+            raise DivergedError(f"{self.data.task.name}: a model's outputs{whose} are not finite; lower the learning rates.")
         return result
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:

@@ -30,8 +30,9 @@ from fedbert_jax.federated.evaluation import (
 )
 from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State, slices
 from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.finite import first_to_fail
 from fedbert_jax.models.bert import make_segments
-from fedbert_jax.optim import make_aggregator, make_optimizer
+from fedbert_jax.optim import make_aggregator, make_optimizer, schedule_span
 from fedbert_jax.sharding import place, put, tree_shardings
 from fedbert_jax.streams import Stream, generator, seeds_of
 from fedbert_jax.wire import Traffic
@@ -97,8 +98,8 @@ class Simulation:
             config=config,
             segments=make_segments(resolve_attention(config).model, compute_dtype(config)),
             mask=mask,
-            client_tx=make_optimizer(config.client_optimizer, "client_optimizer", f.rounds * steps),
-            server_tx=make_optimizer(config.server_optimizer, "server_optimizer", f.rounds * steps),
+            client_tx=make_optimizer(config.client_optimizer, "client_optimizer", *schedule_span(f, steps)),
+            server_tx=make_optimizer(config.server_optimizer, "server_optimizer", *schedule_span(f, steps)),
             outer=make_aggregator(config.aggregator),
             num_clients=self.num_clients,
             cohort=self.cohort,
@@ -179,13 +180,10 @@ class Simulation:
 
         Reads only the blocks that this process's devices are to hold, unless all blocks lie on the device anyway.
         """
-        f = self.config.federated
+        f, clients = self.config.federated, self.cohort_of(round)
         if f.arrangement == "pooled":
-            clients, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
+            weights = np.ones(1, np.float32)
         else:
-            clients = sampling.draw_cohort(self.seeds, round, self.num_clients, self.cohort)
-            if f.arrangement == "turns" and f.order == "shuffled":
-                clients = clients[sampling.turn_order(self.seeds, round, self.cohort)]
             weights = sampling.client_weights(self.train.sizes, clients, f.weighting)
         if self.padding:
             clients = np.concatenate([clients, np.repeat(clients[:1], self.padding)])
@@ -207,6 +205,24 @@ class Simulation:
             client_ids = put(clients.astype(np.int32), self._by_client)
             number = put(np.asarray(round, np.int32), self._everywhere)
             return RoundInputs(tokens, client_ids, put(weights, self._by_client), number)
+
+    def cohort_of(self, round: int) -> np.ndarray:
+        """Returns the clients who take part in a round, int32 [C], in the order of their turns; of pooled text [0]."""
+        f = self.config.federated
+        if f.arrangement == "pooled":
+            return np.zeros(1, np.int32)
+        clients = sampling.draw_cohort(self.seeds, round, self.num_clients, self.cohort)
+        if f.arrangement == "turns" and f.order == "shuffled":
+            clients = clients[sampling.turn_order(self.seeds, round, self.cohort)]
+        return clients
+
+    def first_to_fail(self, round: int, failed: np.ndarray) -> list[int]:
+        """Returns the clients with whom a round's numbers, from 0, stopped being finite; none where that can't be told."""
+        if not failed.any():
+            return []
+        f, cohort = self.config.federated, self.cohort_of(round)
+        failed = failed[: len(cohort)]  # without who pads the cohort
+        return sorted(int(cohort[n]) for n in first_to_fail(failed, f.arrangement, share=f.strategy != "local"))
 
     def _blocks(self, source: TokenBlocks, index: np.ndarray, sharding: NamedSharding) -> jax.Array:
         """Returns the token blocks [..., T] of an index [...] that is laid out by `sharding`."""

@@ -1,0 +1,98 @@
+"""What a disk refuses: whoever was writing, it becomes one sentence that names the place and the reason, and exit code 2.
+
+Libraries in other languages raise errors of their own, with the system's number in the text: they are understood, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedbert_jax.errors import DiskError, UserError
+
+AGAIN = "and run the same command again"
+# What the system says, for people, and what mends it.
+FULL = {
+    errno.ENOSPC: ("no space is left there", "make room"),
+    errno.EDQUOT: ("the quota there is used up", "make room"),
+    errno.EFBIG: ("a file would be larger than is allowed there", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+}  # only writing raises these
+OTHERS = {
+    errno.EACCES: ("permission is denied", "allow it"),
+    errno.EPERM: ("the system doesn't permit it", "allow it"),
+    errno.EIO: ("the device reports an input/output error", "see to the device"),
+    errno.ESTALE: ("its network file system has lost it", "mount that again"),
+    errno.ENOTCONN: ("its file system is not connected", "mount that again"),
+    errno.ENODEV: ("its device is gone", "bring that back"),
+    errno.ENXIO: ("its device is gone", "bring that back"),
+}
+REASONS = FULL | OTHERS
+# "(os error 28)" is Rust's (tokenizers, safetensors), "os_error_code='28'" and "[OS error 28: ...]" are tensorstore's.
+NUMBERED = re.compile(r"os[ _]error(?:_code)?[ =:']+(\d+)", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def writing(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Within `with`, an error that is the disk's becomes a `DiskError` that names `place`; others pass."""
+    try:
+        yield
+    except Exception as error:
+        if (said := explain(error, place)) is None:
+            raise
+        raise said from error
+
+
+def explain(error: BaseException, place: str | os.PathLike[str] | None = None) -> DiskError | None:
+    """Returns an error that is the disk's as a sentence; None for any other, and for one that is a sentence already.
+
+    Args:
+      error: as it was raised; those that it was raised from are looked at, too.
+      place: what was being written; None if that isn't known. A file that the error names elsewhere is named instead.
+    """
+    chain = _chain(error)
+    if any(isinstance(e, UserError) for e in chain):
+        return None
+    for found in chain:
+        number = _number(found)
+        if number is None:
+            continue
+        reason, remedy = REASONS[number]
+        file = found.filename if isinstance(found, OSError) else None
+        if isinstance(file, (str, bytes)) and (place is None or not _beside(os.fsdecode(file), place)):
+            place = os.fsdecode(file)
+        verb = "written" if number in FULL else "read or written"
+        name = place if place is not None else "a file of this command"
+        return DiskError(f"{name} can't be {verb}: {reason}; {remedy} {AGAIN}.")
+    return None
+
+
+def _beside(file: str, place: str | os.PathLike[str]) -> bool:
+    """Whether a file lies in a place, or in the directory that holds it (as temporary names do)."""
+    return Path(place).absolute().parent in Path(file).absolute().parents
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Returns the error, those in it if it is a group, and those from which or in whose handling it was raised."""
+    found: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop(0)
+        if one is not None and all(one is not other for other in found):
+            found.append(one)
+            pending += [*(one.exceptions if isinstance(one, BaseExceptionGroup) else ()), one.__cause__, one.__context__]
+    return found
+
+
+def _number(error: BaseException) -> int | None:
+    """Returns the system's number for what went wrong, where that is the disk's affair."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in REASONS else None
+    text = str(error)
+    numbers = [int(n) for n in NUMBERED.findall(text)]
+    numbers += [n for n in FULL if os.strerror(n) in text]
+    return next((n for n in numbers if n in REASONS), None)
