@@ -12,6 +12,7 @@ from corpus import run, write_corpus
 from rich.console import Console
 from test_main import load
 
+from fedbert_jax import errors, export
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.federated.evaluation import eval_batch
@@ -95,10 +96,22 @@ def test_the_export_command_exports_the_client_named(trained, tmp_path):
     done = run(*command, "--out", tmp_path / "c", "--client", "nobody")
     assert done.returncode == 2
     assert "no client 'nobody'" in done.stderr and "client_0, client_1" in done.stderr
-    done = run(*command, "--out", tmp_path / "c", "--round", "3")
-    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+    done = run(*command, "--out", tmp_path / "c", "--round", "3")  # there are checkpoints of rounds 3 and 4
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("round 3 of client client_0")
+    c = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "c").state_dict()
+    assert not torch.equal(c[shared], a[shared])
     done = run(sys.executable, "-m", "fedbert_jax.export", "--workdir", tmp_path, "--out", tmp_path / "d")
     assert done.returncode == 2 and "no workdir of a run" in done.stderr
+
+
+@pytest.mark.parametrize("round", ["2", "0", "-1", "5"])
+def test_a_round_without_a_checkpoint_is_refused(trained, tmp_path, monkeypatch, round):
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["export", "--workdir", str(trained.root), "--out", str(out), "--round", round])
+    with pytest.raises(errors.UserError, match=rf"no checkpoint of round {round}; it has \[3, 4\]"):
+        export.main()
+    assert not out.exists()
 
 
 def test_a_run_may_start_from_an_exported_model(trained, tmp_path):
