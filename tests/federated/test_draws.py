@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import LENGTH, VOCAB, make_setting, random_blocks, tiny_config
+from tiny import LENGTH, VOCAB, make_setting, mask_spec, random_blocks, tiny_config
 
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
+from fedbert_jax.federated.evaluation import EvalSet
+from fedbert_jax.federated.evaluation import masked as masked_for_scoring
 from fedbert_jax.federated.setting import RoundInputs, Setting, State, Strategy
 from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.models.bert import Segments
@@ -164,6 +166,21 @@ def test_draws_are_the_secrets_own():
     np.testing.assert_array_equal(words(jax.random.fold_in(keys.client, 1)[None])[0], client["head_key"])
     np.testing.assert_array_equal(words(draw(4, 9)[1].server[None])[0], server["body_key"])
     assert not np.array_equal(words(keys.server[None])[0], server["body_key"])
+
+
+def test_held_out_text_is_masked_by_its_client_and_block():
+    """The rows of a batch, the batches of a client, and the clients: each has masks of its own, at every evaluation."""
+    spec, blocks, numbers = mask_spec(tiny_config()), random_blocks(0, 6, 2), [[0, 1], [2, 3], [4, 5]] * 2
+    batches = EvalSet(blocks, jnp.ones((6, 2)), jnp.array(numbers), jnp.array([0, 0, 0, 5, 5, 5]))
+    hidden = jax.jit(lambda key, blocks: mask_blocks(key, blocks, spec, hide_all=True))
+    masks = jax.jit(jax.vmap(lambda batch: masked_for_scoring(secrets(Seeds(3, SEED)), batch, spec)))(batches)
+    for n, client in enumerate([0, 0, 0, 5, 5, 5]):
+        for row, number in enumerate(numbers[n]):
+            key = draws.key("client", SEED, draws.EVAL_MASK, client, number)
+            wanted = hidden(key, blocks[n, row][None])
+            for found, value in zip(masks[:4], wanted[:4], strict=True):
+                np.testing.assert_array_equal(found[n, row], value[0])
+    assert len(np.unique(masks.positions.reshape(12, -1), axis=0)) > 8
 
 
 @pytest.mark.parametrize("strategy", ["parallel", "parallel merged", "parallel private", "sequential"])
