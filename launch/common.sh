@@ -3,7 +3,7 @@
 # Sourced, never run.
 # shellcheck disable=SC2034  # what is set here is read in the scripts that source it
 
-# Empty arrays under `set -u`, and `wait -n`, are right from here on; macOS ships 3.2.
+# Empty arrays under `set -u` are right from here on; macOS ships 3.2.
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
     echo "error: bash 4.4 or newer is needed, and this is $BASH_VERSION." >&2
     exit 2
@@ -115,21 +115,31 @@ find_base_python() {
 # Makes the package importable wherever the script was called from, also by a Python it isn't installed in.
 WITH_PACKAGE=(env "PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1)
 
+SIGNALLED= # by whatever trap has run
+# A rest between two looks at a child. Who expects signals looks and rests until the child has ended, and only then calls `wait`:
+# bash loses the exit code, and says 255, if a trapped signal ends a `wait` in the moment in which the child ends.
+rest() { (trap '' INT TERM && exec sleep 0.1) || true; } # one ended by its group's signal would be spoken of
+
+# exit_code_of PID: sets STATUS to the exit code of a child that has ended. Traps must set SIGNALLED.
+exit_code_of() {
+    while :; do
+        SIGNALLED=
+        STATUS=0
+        wait "$1" 2>/dev/null || STATUS=$?
+        [[ $SIGNALLED ]] || break # otherwise it was the trap that ended the wait
+    done
+}
+
 # run_child COMMAND ...: runs it in a process group of its own, so that Ctrl-C reaches this shell alone, whose traps decide what
 # the child is sent; waits until it has really ended, through any number of signals. Sets STATUS. CHILD is its process id
 # meanwhile. Traps must set SIGNALLED.
 CHILD=
-SIGNALLED=
 run_child() {
     set -m # gives the child its own process group, and its SIGINT back, which background jobs of scripts ignore
     "$@" </dev/null &
     CHILD=$!
     set +m
-    while :; do
-        SIGNALLED=
-        STATUS=0
-        wait "$CHILD" 2>/dev/null || STATUS=$?
-        [[ $SIGNALLED ]] || break # otherwise it was the trap that ended the wait
-    done
+    while kill -0 "$CHILD" 2>/dev/null; do rest; done
+    exit_code_of "$CHILD"
     CHILD=
 }

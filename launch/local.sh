@@ -94,8 +94,8 @@ signal_all() {
     local pid
     for pid in "${pids[@]}"; do kill -s "$1" -- "-$pid" 2>/dev/null || true; done
 }
-trap 'stopping=130; signal_all INT' INT
-trap 'stopping=143; signal_all TERM' TERM
+trap 'SIGNALLED=1 stopping=130; signal_all INT' INT
+trap 'SIGNALLED=1 stopping=143; signal_all TERM' TERM
 
 for ((i = 0; i < processes; i++)); do
     set -m # a process group each: Ctrl-C reaches this shell alone, which passes it on
@@ -106,15 +106,15 @@ done
 note "$processes processes of $devices devices each, on 127.0.0.1:$port"
 
 while ((${#pids[@]})); do
-    wait -n "${pids[@]}" 2>/dev/null || true # only a rest until something has changed
+    rest
     running=()
     for pid in "${pids[@]}"; do
         if kill -0 "$pid" 2>/dev/null; then
             running+=("$pid")
             continue
         fi
-        code=0
-        wait "$pid" 2>/dev/null || code=$?
+        exit_code_of "$pid"
+        code=$STATUS
         ((code == 0 || status != 0)) || status=$code
         # 130 and 143: it was asked to stop, and the others stop after the same round.
         if ((code != 0 && code != 130 && code != 143)) && [[ ! $killer && ! $stopping ]]; then

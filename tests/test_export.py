@@ -177,6 +177,13 @@ def test_a_run_with_something_of_somebodys_in_its_hf_is_refused_before_it_begins
     assert not (tmp_path / "w" / "config.json").exists()
 
 
+@pytest.mark.parametrize("round", ["2", "0", "-1", "5"])
+def test_a_round_without_a_checkpoint_is_refused(trained, tmp_path, monkeypatch, round):
+    with pytest.raises(UserError, match=rf"^--round {round}: there is no such checkpoint; accepted: 3, 4\.$"):
+        export(monkeypatch, trained.root, tmp_path / "out", "--round", round)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_may_start_from_an_exported_model(trained, tmp_path):
     """`model.init_from`: sizes and tokenizer are the checkpoint's, and the first evaluation is its last."""
     config = trained.read_config()
