@@ -15,9 +15,10 @@ def alt_texts(run: Run) -> dict[str, str]:
     """Returns a sentence or a few for each plot of `fedbert_jax.plots`, by the plot's name."""
     baselines = run.facts.get("baselines") or {}
     unigram, commonest = baselines.get("unigram_loss"), baselines.get("commonest_accuracy")
-    loss = [_course(run, "train_loss", "training loss"), _course(run, "eval_loss", "held-out loss")]
+    scope = f" ({run.scope})" if run.scope else ""
+    loss = [_course(run, "train_loss", "training loss"), _course(run, "eval_loss", f"held-out loss{scope}")]
     loss += [] if unigram is None else [f"guessing by frequency has {number(unigram)}"]
-    accuracy = [_course(run, "eval_accuracy", "held-out accuracy", percent)]
+    accuracy = [_course(run, "eval_accuracy", f"held-out accuracy{scope}", percent)]
     accuracy += [] if commonest is None else [f"always the commonest token has {percent(commonest)}"]
     return {
         "loss": _sentence(loss), "accuracy": _sentence(accuracy), "clients": _clients(run),

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedbert_jax import cli, comparison
+from fedbert_jax import cli, compare_plot, comparison
 from fedbert_jax.console import make_console, print_table, shown
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import to_json
@@ -32,18 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = comparison.load_groups(flags.workdirs)
     try:
         if flags.out:
-            comparison.write(groups, flags.out)
+            compare_plot.write(groups, flags.out)
         if flags.json:
             Path(flags.json).write_text(to_json(comparison.to_dict(groups), indent=1) + "\n", encoding="utf-8")
     except OSError as e:
         raise UserError(f"{e.filename or flags.out} can't be written ({e.strerror}).") from e
     warnings = comparison.warn(groups)
     if flags.markdown:
-        print("\n\n".join([comparison.to_markdown(groups), *(f"> Warning: {shown(sentence)}" for sentence in warnings)]))
+        scope = [said] if (said := comparison.scope(groups)) else []
+        warned = [f"> Warning: {shown(sentence)}" for sentence in warnings]
+        print("\n\n".join([comparison.to_markdown(groups), *scope, *warned]))
         return 0
     console = make_console()
     console.width = max(console.width, 112)  # a narrower terminal folds whole lines, where rich would drop columns
     print_table(console, comparison.to_table(groups))
+    if said := comparison.scope(groups):
+        console.print(said, style="dim")
     for sentence in warnings:
         console.print(f"Warning: {shown(sentence)}", style="yellow")
     return 0

@@ -17,13 +17,10 @@ from rich.text import Text
 
 from fedbert_jax.config import all_keys
 from fedbert_jax.console import shown
-from fedbert_jax.fonts import plot_name
-from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, scale, to_json
-from fedbert_jax.plots import FAINT, INK, PALETTE, curve, new_figure, panel, to_png, token_axis
+from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, to_json
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 # Keys that change where and how often a run saves, and what its export says, and none of its numbers.
 IGNORED = frozenset({
@@ -37,7 +34,6 @@ DATA = (
     "mlm.mask_prob", "mlm.whole_word", "eval.max_clients", "eval.max_blocks",
 )  # fmt: skip
 OPTIMIZERS = ("client_optimizer", "server_optimizer")
-MAX_LEGEND, LEGEND_LINE = 400, 100  # characters of a name in the plot's legend, and of a line of it
 MAX_SETTINGS = 4  # keys spelled out beside a label; compare.json has them all
 
 
@@ -64,12 +60,19 @@ class Summary:
     values: tuple[float | None, ...]
 
 
-# What is compared: a column's title, how a run's value is read, how a value is printed.
+# What is compared: a column's title, how a run's value is read, how a value is printed. What has no title is in
+# compare.json alone: the headline is another mean where federated.weighting is another.
 QUANTITIES: dict[str, tuple[str, Callable[[Run], float | None], Callable[[float | None], str]]] = {
-    "final_eval_loss": ("final loss", lambda run: run.final("eval_loss"), number),
-    "best_eval_loss": ("best loss", lambda run: run.best("eval_loss"), number),
-    "final_eval_accuracy": ("final accuracy", lambda run: run.final("eval_accuracy"), percent),
-    "best_eval_accuracy": ("best accuracy", lambda run: run.best("eval_accuracy", np.max), percent),
+    "final_eval_loss_by_text": ("loss by text", lambda run: run.final("eval_loss_by_text"), number),
+    "final_eval_loss_over_clients": ("loss over clients", lambda run: run.final("eval_loss_over_clients"), number),
+    "final_eval_accuracy_by_text": ("accuracy by text", lambda run: run.final("eval_accuracy_by_text"), percent),
+    "final_eval_accuracy_over_clients": (
+        "accuracy over clients", lambda run: run.final("eval_accuracy_over_clients"), percent
+    ),
+    "final_eval_loss": ("", lambda run: run.final("eval_loss"), number),
+    "best_eval_loss": ("", lambda run: run.best("eval_loss"), number),
+    "final_eval_accuracy": ("", lambda run: run.final("eval_accuracy"), percent),
+    "best_eval_accuracy": ("", lambda run: run.best("eval_accuracy", np.max), percent),
     "tokens": ("tokens", lambda run: run.tokens, quantity),
     "uplink_bytes": ("bytes up", lambda run: run.final("uplink_bytes") or 0, lambda x: quantity(x, BYTE_UNITS)),
     "downlink_bytes": ("bytes down", lambda run: run.final("downlink_bytes") or 0, lambda x: quantity(x, BYTE_UNITS)),
@@ -78,6 +81,11 @@ QUANTITIES: dict[str, tuple[str, Callable[[Run], float | None], Callable[[float 
 
 
 # --- grouping --------------------------------------------------------------------------------------------------------
+
+
+def loss_key(runs: Iterable[Run]) -> str:
+    """Returns which held-out loss runs are ordered and drawn by: the same mean for all, whatever each one's headline is."""
+    return "eval_loss_by_text" if all(run.final("eval_loss_by_text") is not None for run in runs) else "eval_loss"
 
 
 def load_groups(workdirs: Iterable[str | os.PathLike[str]]) -> list[Group]:
@@ -103,8 +111,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
         settings = {key: runs_of_one[0].config[key] for key in keys}
         groups.append(Group(label, runs_of_one, settings, _remarks(runs_of_one, settings, configs)))
 
+    key = f"final_{loss_key(runs)}"
+
     def order(group: Group) -> tuple[float, str]:
-        mean = summarize(group, "final_eval_loss").mean
+        mean = summarize(group, key).mean
         return (mean if mean is not None and math.isfinite(mean) else math.inf, group.label)
 
     return sorted(groups, key=order)
@@ -174,7 +184,12 @@ def warn(groups: Sequence[Group]) -> list[str]:
     differing = [key for key in DATA if any(run.config[key] != runs[0].config[key] for run in runs)]
     if differing:
         sentences.append(f"The runs' data differs ({', '.join(differing)}), so their losses are not comparable.")
-    elif _baselines_differ(runs):
+    asked = {"eval_clients_scored" in run.metrics[-1] for run in runs if run.final("eval_loss") is not None}
+    if len(asked) > 1:
+        sentences.append(
+            "Some runs are older: not every position they were asked at was masked, so their losses are not comparable."
+        )
+    elif not differing and _baselines_differ(runs):
         sentences.append("The runs' held-out texts differ (their baselines do), so their losses are not comparable.")
     for group in groups:
         if len({run.config["seed"] for run in group.runs}) < len(group.runs):
@@ -201,12 +216,28 @@ def _cells(groups: Sequence[Group], plus_minus: str) -> tuple[list[str], list[li
         config = group.runs[0].config
         body = config["federated.body"] if config["federated.strategy"] == "parallel" else "–"
         row = [config["federated.strategy"], body]
-        for name, (_, _, show) in QUANTITIES.items():
+        for name, (title, _, show) in QUANTITIES.items():
+            if not title:
+                continue
             summary = summarize(group, name)
             spread = plus_minus + show(summary.sd) if summary.sd and math.isfinite(summary.sd) else ""
             row.append(show(summary.mean) + spread)
         rows.append(row)
-    return ["run", "strategy", "body", *(title for title, _, _ in QUANTITIES.values())], rows
+    return ["run", "strategy", "body", *(title for title, _, _ in QUANTITIES.values() if title)], rows
+
+
+def scope(groups: Sequence[Group]) -> str:
+    """Says what the held-out numbers are of; "" where there are none."""
+    runs = [run for group in groups for run in group.runs]
+    scored = sorted({int(n) for run in runs if (n := run.final("eval_clients_scored")) is not None})
+    if not scored:
+        return ""
+    of = sorted({int(n) for run in runs if (n := run.facts.get("num_clients")) is not None})
+    show = lambda numbers: " to ".join(f"{n:,}" for n in dict.fromkeys((numbers[0], numbers[-1])))  # noqa: E731
+    return (
+        f"Held out, at the end, every chosen position masked; {show(scored)}{f' of {show(of)}' if of else ''} clients. "
+        "By text: a client counts as much as its training text; over clients: all count the same."
+    )
 
 
 def to_table(groups: Sequence[Group]) -> Table:
@@ -250,97 +281,3 @@ def to_dict(groups: Sequence[Group]) -> dict[str, Any]:
             for group in groups
         ],
     }
-
-
-def write(groups: Sequence[Group], directory: str | os.PathLike[str]) -> None:
-    """Writes compare.json and compare.png."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "compare.json").write_text(to_json(to_dict(groups), indent=1) + "\n", encoding="utf-8")
-    (directory / "compare.png").write_bytes(to_png(draw(groups)))
-
-
-def draw(groups: Sequence[Group]) -> Figure:
-    """Draws held-out loss against tokens, and against bytes or, where nobody sends any, time."""
-    runs = [run for group in groups for run in group.runs]
-    names = [plot_name(group.name, MAX_LEGEND, LEGEND_LINE) for group in groups]
-    columns = 1 if any(len(line) > LEGEND_LINE // 2 for name in names for line in name.split("\n")) else 2
-    lines = math.ceil(sum(name.count("\n") + 1 for name in names) / columns)
-    figure = new_figure(height=4.0 + 0.22 * lines, width=10.0)
-    grid = figure.add_gridspec(1, 2)
-    tokens_per, label = token_axis(runs)
-    left = panel(figure, label, "held-out loss (nats per masked token)", grid[0])
-    starts_left = _curves(left, groups, names, lambda run: run.series("eval_loss")[0] / tokens_per)
-    sent = sorted(run.bytes for run in runs if run.bytes)
-    per, unit = scale(sent[-1], BYTE_UNITS) if sent else (60.0, "minutes")
-    silent = "; dotted: sends nothing" if len(sent) < len(runs) else ""
-    right = panel(figure, f"sent up and down ({unit}){silent}" if sent else f"training time ({unit})", "", grid[1])
-    right.sharey(left)
-    so_far = _bytes_so_far if sent else _seconds_so_far
-    starts_right = _curves(right, groups, names, lambda run: so_far(run) / per)
-    if sent and sent[-1] > 20 * sent[0]:
-        # Logarithmic from the first evaluation on, and straight from 0 to there: before round 1 nothing was sent.
-        first = min(x[x > 0].min() for run in runs if run.bytes and (x := _bytes_so_far(run) / per).any())
-        right.set_xscale("symlog", linthresh=first)
-        right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    late = [y[(y < np.inf) & (x > 0.05 * run.tokens)] for run in runs for x, y in [run.series("eval_loss")]]
-    if any(y.size for y in late):  # the fall at the very start would flatten all that differs later
-        left.set_ylim(top=1.02 * max(y.max() for y in late if y.size))
-        _mark_starts_above(left, starts_left)
-        _mark_starts_above(right, starts_right)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK)
-    return figure
-
-
-def _mark_starts_above(axes: Axes, starts: Sequence[tuple[float, float, str]]) -> None:
-    """Shows where curves begin whose first point (x, y, colour) lies above the axes: a triangle at the edge, and its y."""
-    above = [start for start in starts if start[1] > axes.get_ylim()[1]]
-    if not above:
-        return
-    for x, _, color in above:
-        axes.annotate("▲", (x, 1), xycoords=axes.get_xaxis_transform(), ha="center", va="center", color=color, fontsize=8)
-    low, high = (number(pick(y for _, y, _ in above), 2) for pick in (min, max))
-    words = f"▲ first point, at {low}" if low == high else f"▲ first points, at {low} to {high}"
-    axes.annotate(words, (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", color=FAINT, fontsize="small")
-
-
-def _curves(
-    axes: Axes, groups: Sequence[Group], names: Sequence[str], x_of: Callable[[Run], np.ndarray]
-) -> list[tuple[float, float, str]]:
-    """Draws a line a group, the mean over its seeds, in a band of one standard deviation either way.
-
-    Returns:
-      Each line's first point and its colour.
-    """
-    starts = []
-    for i, (group, name) in enumerate(zip(groups, names, strict=True)):
-        color, dashes = PALETTE[i % len(PALETTE)], ("-", (0, (4, 1.5)), (0, (1, 1)))[i // len(PALETTE) % 3]
-        lines = []
-        for run in group.runs:
-            y = run.series("eval_loss")[1]
-            lines.append((x_of(run)[np.isfinite(y)], y[np.isfinite(y)]))
-        if not all(x.size for x, _ in lines):
-            continue
-        end = min(x[-1] for x, _ in lines)
-        x = np.union1d(lines[0][0][lines[0][0] < end], [end])
-        if end == 0 and len(lines[0][0]) > 1:  # sends nothing: all of its losses lie at x = 0
-            axes.axhline(float(np.mean([y[-1] for _, y in lines])), color=color, linestyle=(0, (1, 2)), linewidth=1.4)
-            continue
-        losses = np.array([np.interp(x, *line) for line in lines])  # [runs, points]
-        curve(axes, x, mean := losses.mean(axis=0), color=color, linestyle=dashes, label=name)
-        starts.append((float(x[0]), float(mean[0]), color))
-        if len(lines) > 1:
-            sd = losses.std(axis=0, ddof=1)
-            axes.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
-    return starts
-
-
-def _bytes_so_far(run: Run) -> np.ndarray:
-    sent: np.ndarray = run.series("eval_loss", "uplink_bytes")[0] + run.series("eval_loss", "downlink_bytes")[0]
-    return sent
-
-
-def _seconds_so_far(run: Run) -> np.ndarray:
-    total = np.cumsum([float(row.get("seconds") or 0) for row in run.metrics])
-    return np.asarray(total[["eval_loss" in row for row in run.metrics]])

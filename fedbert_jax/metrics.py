@@ -175,6 +175,15 @@ class Run:
         return float(pick(finite)) if finite.size else self.final(key)
 
     @property
+    def scope(self) -> str:
+        """Which mean `eval_loss` and `eval_accuracy` are, and of how many clients; "" if that isn't known."""
+        scored, there = self.final("eval_clients_scored"), self.facts.get("num_clients")
+        if scored is None:
+            return ""
+        mean = "mean over" if self.config["federated.weighting"] == "uniform" else "mean by text,"
+        return f"{mean} {int(scored):,}" + (f" of {int(there):,}" if there else "") + " clients"
+
+    @property
     def rounds(self) -> int:
         """Finished rounds."""
         return int(self.metrics[-1]["round"])

@@ -85,6 +85,10 @@ def _baseline(axes: Axes, value: float | None, label: str) -> None:
         axes.axhline(value, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.4, label=label)
 
 
+def _held_out(run: Run) -> str:
+    return f"held out, {run.scope}" if run.scope else "held out"
+
+
 # --- the five plots --------------------------------------------------------------------------------------------------
 
 
@@ -92,14 +96,14 @@ def loss_figure(run: Run) -> Figure:
     """Draws training and held-out loss against tokens, and what guessing by frequency would reach."""
     per, label = token_axis([run])
     axes = panel(figure := new_figure(), label, "loss (nats per masked token)")
-    lines = {"train_loss": ("training", PALETTE[5], 1.1), "eval_loss": ("held out", PALETTE[0], 1.8)}
+    lines = {"train_loss": ("training", PALETTE[5], 1.1), "eval_loss": (_held_out(run), PALETTE[0], 1.8)}
     for key, (name, color, width) in lines.items():
         x, y = run.series(key)
         if x.size:
             curve(axes, x / per, y, label=name, color=color, linewidth=width)
     unigram = (run.facts.get("baselines") or {}).get("unigram_loss")
     _baseline(axes, unigram, f"guessing by frequency: {number(unigram, 2)}")
-    legend_above(axes)
+    legend_above(axes, columns=2)
     return figure
 
 
@@ -110,11 +114,11 @@ def accuracy_figure(run: Run) -> Figure:
     x, y = run.series("eval_accuracy")
     if not x.size:
         return _no_plot("No evaluation yet.")
-    curve(axes, x / per, 100 * y, color=PALETTE[0], label="held out")
+    curve(axes, x / per, 100 * y, color=PALETTE[0], label=_held_out(run))
     commonest = (run.facts.get("baselines") or {}).get("commonest_accuracy")
     _baseline(axes, None if commonest is None else 100 * commonest, f"always the commonest token: {percent(commonest)}")
     axes.set_ylim(bottom=0)
-    legend_above(axes)
+    legend_above(axes, columns=1)
     return figure
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedbert_jax import compare, comparison
+from fedbert_jax import compare, compare_plot, comparison
 from fedbert_jax.config import from_dict, to_dict
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import MetricsLog, to_json
@@ -38,7 +38,10 @@ def make_workdir(
             if n:
                 record |= {"seconds": 2.0, "uplink_bytes": sends * n, "downlink_bytes": sends * n}
             if evaluates:
-                record |= {"eval_loss": loss + (8 - loss) * (1 - n / rounds), "eval_accuracy": 0.01 * n}
+                now = loss + (8 - loss) * (1 - n / rounds)
+                record |= {"eval_loss": now, "eval_accuracy": 0.01 * n}
+                record |= {"eval_loss_by_text": now, "eval_accuracy_by_text": 0.01 * n, "eval_clients_scored": 4}
+                record |= {"eval_loss_over_clients": now + 0.25, "eval_accuracy_over_clients": 0.005 * n}
             log.append(record)
     facts = {"baselines": {"unigram_loss": baselines[0], "commonest_accuracy": baselines[1]}}
     (path / "run.json").write_text(to_json(facts))
@@ -194,7 +197,7 @@ def test_without_a_directory_the_command_says_how_it_is_used(capsys: pytest.Capt
 def test_the_plot_draws_a_line_a_group_in_a_band_over_seeds(tmp_path: Path) -> None:
     paths = [make_workdir(tmp_path / f"a{s}", 5 + s, seed=s) for s in range(3)]
     paths.append(make_workdir(tmp_path / "b", 4.0, sends=0, federated={"strategy": "local"}))
-    left, right = comparison.draw(load(*paths)).axes
+    left, right = compare_plot.draw(load(*paths)).axes
     assert [line.get_label() for line in left.get_lines()] == ["b", "a (3 seeds)"]
     assert left.get_lines()[1].get_ydata()[-1] == pytest.approx(6.0) and len(left.collections) == 1
     silent, sending = right.get_lines()
@@ -204,11 +207,11 @@ def test_the_plot_draws_a_line_a_group_in_a_band_over_seeds(tmp_path: Path) -> N
 
 def test_where_nobody_sends_anything_the_plot_is_against_time(tmp_path: Path) -> None:
     path = make_workdir(tmp_path / "a", sends=0)
-    _, right = comparison.draw(load(path)).axes
+    _, right = compare_plot.draw(load(path)).axes
     assert "time" in right.get_xlabel() and right.get_lines()[0].get_xdata()[-1] == pytest.approx(20 / 60)
 
 
 @pytest.mark.parametrize("options", [{"evaluates": False}, {"rounds": 1}, {"loss": math.nan}])
 def test_runs_with_little_to_draw_are_drawn(tmp_path: Path, options: dict[str, Any]) -> None:
-    comparison.write(load(make_workdir(tmp_path / "a", **options)), tmp_path / "out")
+    compare_plot.write(load(make_workdir(tmp_path / "a", **options)), tmp_path / "out")
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
