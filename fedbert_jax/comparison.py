@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -18,9 +18,6 @@ from rich.text import Text
 from fedbert_jax.config import all_keys
 from fedbert_jax.console import shown
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, to_json
-
-if TYPE_CHECKING:
-    pass
 
 # Keys that change where and how often a run saves, and what its export says, and none of its numbers.
 IGNORED = frozenset({
