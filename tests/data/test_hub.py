@@ -213,15 +213,16 @@ def test_files_that_the_library_does_not_see_are_named(tmp_path: Path) -> None:
 
 
 def test_what_only_the_library_reads_is_read_by_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    rows = "text;site\nNA;007\nnull;\n;1\n"
+    rows = "text;site;n\nNA;007;08\nnull;;1\n;1;1\n"
     write(tmp_path / "set" / "train.csv", rows)
     write(tmp_path / "set" / "README.md", "---\nconfigs:\n- config_name: x\n  data_files: train.csv\n  sep: ';'\n---\n")
     source = f"hf:{tmp_path}/set"
     assert read(source) == [("NA", "set"), ("null", "set")]
     assert read(source, split="train[:1]", client_field="site") == [("NA", "007")]
+    assert read(source, client_field="n") == [("NA", "08"), ("null", "1")]
     assert "train row 2 has nothing in data.client_field='site'" in refused(source, client_field="site")
     assert "data.split='dev'" in refused(source, split="dev")
-    assert "no column data.text_field='note'; there are: text, site" in refused(source, text_field="note")
+    assert "no column data.text_field='note'; there are: text, site, n" in refused(source, text_field="note")
     write(tmp_path / "set" / "train.csv", "text;site\na;b\nc;d;e\n")
     assert "a file of it is damaged" in refused(source)
     assert capfd.readouterr() == ("", "")
