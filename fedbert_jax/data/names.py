@@ -19,8 +19,8 @@ def printable(name: str) -> str:
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # where Python keeps a byte of a file's name that it could not decode
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+        return f"\\x{code - 0xDC00:02x}"
+    return match[0].encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 def shortened(name: str, length: int = 60) -> str:

@@ -157,6 +157,15 @@ def test_null_text_is_left_out_and_counted_wherever_it_is(tmp_path: Path, format
     assert told == [f"left out 1 row whose data.text_field='text' is null; the first is {path} {place}."]
 
 
+def test_nan_in_json_is_null(tmp_path: Path) -> None:  # as json.dumps writes pandas' missing values
+    path = write(tmp_path / "a.jsonl", '{"text": NaN, "s": "n"}\n{"text": "a", "s": "n"}\n{"text": "b", "s": NaN}\n')
+    told: list[str] = []
+    assert read(f"text:{path}", told, client_field="s", missing_client="drop") == [("a", "n")]
+    assert [sentence.rpartition(";")[2] for sentence in told] == [f" the first is {path} line {n}." for n in (1, 3)]
+    path = write(tmp_path / "b.jsonl", '{"text": "a", "s": Infinity}\n{"text": "b", "s": -Infinity}')
+    assert [client for _, client in read(f"text:{path}", client_field="s")] == ["Infinity", "-Infinity"]
+
+
 def test_a_row_without_words_needs_no_client(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,site\na,n\n,\n  ,\n\n")
     assert read(f"text:{path}", client_field="site") == [("a", "n")]
