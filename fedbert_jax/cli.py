@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -64,6 +65,7 @@ def _tell_no_more() -> None:
     """Silences what ends with the process: of a damaged checkpoint, the reads of its other arrays."""
     sys.excepthook = lambda *_: None
     sys.unraisablehook = lambda _: None
+    logging.disable()
 
 
 def parse_flags(argv: list[str], usage: str) -> list[str]:
@@ -130,7 +132,6 @@ def _bad_key(argv: list[str], error: Exception) -> ConfigError:
 
 def _quieten() -> None:
     """Leaves the terminal to the run: libraries speak up from errors on."""
-    import logging
     import warnings
 
     from absl import logging as absl_logging
@@ -141,5 +142,6 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     platforms.tell_what_is_unused()
     warnings.filterwarnings("ignore", module="orbax")
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # a cache can do without
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
