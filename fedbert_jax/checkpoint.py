@@ -8,6 +8,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +38,14 @@ class Checkpoints:
         self.directory = directory
         self._saving: int | None = None  # the round whose save is, or may be, under way
         self._hushed = contextlib.ExitStack()
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=keep is not None, read_only=keep is None, enable_async_checkpointing=True
         )
         with disk.writing(directory):
-            self._manager = ocp.CheckpointManager(directory.absolute(), item_names=("state", "meta"), options=options)
+            self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.directory.absolute(), item_names=("state", "meta"), options=self._options)
 
     def rounds(self) -> list[int]:
         """Returns the finished rounds at which there is a checkpoint, ascending."""
@@ -143,20 +147,26 @@ class Checkpoints:
     @contextlib.contextmanager
     def _one_error(self) -> Iterator[None]:
         """Makes one sentence of a save that fails, when all its threads have come to their end, and frees what it wrote."""
+        failure: UserError | None = None
         try:
             yield
         except Exception as error:
-            round, self._saving = self._saving, None
+            path = self.directory / str(self._saving)
+            failure = disk.explain(error, path) or DiskError(f"checkpoint {path} can't be written ({_first_line(error)}).")
+        if failure is None:
+            return
+        # From here on nothing holds the error, and what its threads left unsaid is collected while nobody hears it.
+        round, self._saving = self._saving, None
+        _join_threads()
+        if distributed.first():
+            for path in self.directory.glob(f"{round}.*tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        if not distributed.several():  # which would have to open it together
             with contextlib.suppress(Exception):
-                self._manager.wait_until_finished()
-            if distributed.first():
-                for path in self.directory.glob(f"{round}.*tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
-            path = self.directory / str(round)
-            said = disk.explain(error, path) or DiskError(f"checkpoint {path} can't be written ({_first_line(error)}).")
-            gc.collect()  # what nobody asked those threads is asked now, while nobody hears it
-            self._hushed.close()
-            raise said from error
+                self._manager = self._open()
+        gc.collect()
+        self._hushed.close()
+        raise failure
 
 
 @jax.jit
@@ -194,6 +204,15 @@ def _whole(x: Any) -> np.ndarray | None:
     for part in parts:
         whole[part.index] = np.asarray(part.data)
     return whole
+
+
+def _join_threads(seconds: float = 30.0) -> None:
+    """Waits for the threads of a save of which one has failed. (Of several processes some wait for one that is gone.)"""
+    until = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread.name == "async_save" or type(thread).__module__.startswith("orbax."):
+            with contextlib.suppress(Exception):  # what it failed with
+                thread.join(max(0.0, until - time.monotonic()))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -125,11 +126,11 @@ def _tell_no_more() -> None:
     """Silences what ends with the process: of a damaged checkpoint, the reads of its other arrays."""
     sys.excepthook = lambda *_: None
     sys.unraisablehook = lambda _: None
+    logging.disable()
 
 
 def _quieten() -> None:
     """Leaves the terminal to the run: libraries speak up from errors on."""
-    import logging
     import warnings
 
     from absl import logging as absl_logging
@@ -140,5 +141,6 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     platforms.tell_what_is_unused()
     warnings.filterwarnings("ignore", module="orbax")
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # a cache can do without
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

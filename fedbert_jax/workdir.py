@@ -122,10 +122,12 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
         nonlocal lock
         lock = _lock(root)
         nonce = secrets.token_hex(16)
-        with disk.writing(root):
+        with disk.writing(root), contextlib.ExitStack() as failing:
+            failing.callback(lock.close)
             lock.truncate(0)
             lock.write(nonce.encode())
             os.fsync(lock.fileno())
+            failing.pop_all()
         return nonce
 
     try:
