@@ -15,6 +15,7 @@ from fedbert_jax import compare, compare_plot, comparison
 from fedbert_jax.config import from_dict, to_dict
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import MetricsLog, to_json
+from fedbert_jax.plots import to_png
 
 
 def make_workdir(
@@ -215,3 +216,45 @@ def test_where_nobody_sends_anything_the_plot_is_against_time(tmp_path: Path) ->
 def test_runs_with_little_to_draw_are_drawn(tmp_path: Path, options: dict[str, Any]) -> None:
     compare_plot.write(load(make_workdir(tmp_path / "a", **options)), tmp_path / "out")
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+
+
+def test_the_first_point_is_there_where_bytes_are_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    paths = [make_workdir(tmp_path / "a", 5.0, sends=10, rounds=4)]
+    paths.append(make_workdir(tmp_path / "b", 5.0, sends=9000, rounds=4, federated={"local_steps": 1}))
+    left, right = comparison.draw(load(*paths)).axes
+    assert right.get_xscale() == "symlog" and right.get_xlim()[0] < 0
+    for line in right.get_lines():
+        assert line.get_xdata()[0] == 0 and len(line.get_xdata()) == 5
+        assert right.transData.transform((0, 6.0))[0] < right.transData.transform((line.get_xdata()[1], 6.0))[0] - 10
+    # The start, at 8, lies above what the axes show, so it is marked at their edge.
+    assert left.get_ylim()[1] < 8
+    for axes in (left, right):
+        assert [text.get_text() for text in axes.texts] == ["▲", "▲", "▲ first point, at 8.00"]
+
+
+def test_legends_are_whole_whatever_the_names(tmp_path: Path) -> None:
+    config = {"client_optimizer": {"learning_rate": 1e-4, "warmup_steps": 77, "b2": 0.98}, "mlm": {"mask_prob": 0.2}}
+    paths = [
+        make_workdir(tmp_path / "a"), make_workdir(tmp_path / ("long " * 40), **config),
+        make_workdir(tmp_path / ("$" * 200), federated={"local_steps": 3}),
+        make_workdir(tmp_path / "_[b]_caf\udce9", wire={"codec": "bfloat16"}),
+    ]  # fmt: skip
+    figure = comparison.draw(load(*paths))
+    assert to_png(figure)
+    (legend,) = figure.legends
+    box, canvas = legend.get_window_extent(), figure.bbox
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= canvas.x1 and box.y1 <= canvas.y1
+    names = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
+    assert len(names) == 4 and any("mask_prob=0.2" in name for name in names)
+    assert not any("…" in name for name in names) and any("$" * 3 in name.replace("\\$", "$") for name in names)
+
+
+def test_a_workdirs_name_is_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_workdir(tmp_path / "[red]a$_{x}$<b>:smile:*caf\udce9")
+    assert compare.main([str(path)]) == 0
+    assert "[red]a$_{x}$<b>:smile:*caf\\xe9  parallel" in capsys.readouterr().out
+    assert compare.main([str(path), "--markdown"]) == 0
+    assert r"| [red]a\$\_{x}\$\<b\>:smile:\*caf\\xe9 |" in capsys.readouterr().out
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"taken can't be written"):
+        compare.main([str(path), "--out", str(tmp_path / "taken")])

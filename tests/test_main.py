@@ -44,13 +44,7 @@ def load(config_file: Path, **changes):
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("federated.roundz=3", ["federated.roundz", "did you mean federated.rounds"]),
-        ("bogus=1", ["config key bogus does not exist", "federated"]),
-        ("federated.rounds=many", ["federated.rounds='many': accepted: an integer."]),
-        ("model.logits_at_once=2.5", ["model.logits_at_once='2.5': accepted: an integer or None."]),
-        ("data.lowercase=perhaps", ["data.lowercase='perhaps': accepted: true or false."]),
-        ("profile=5:2", ["profile='5:2'", "START:STOP"]),
-        ("federated.strategy=paralel", ["federated.strategy='paralel'", "'parallel'"]),
+        ("fedrated.rounds=3", ["no section fedrated", "did you mean federated.rounds"]),
         ("data.seq_len=64", ["data.seq_len=64", "max_position_embeddings=32"]),
     ],
 )
@@ -61,19 +55,6 @@ def test_a_bad_override_is_one_sentence(config_file, tmp_path, override, words):
     for word in words:
         assert word in done.stderr
     assert not (tmp_path / "w").exists()
-
-
-def test_a_missing_config_file(tmp_path):
-    done = run(*command(tmp_path / "none.py", tmp_path / "w"))
-    assert done.returncode == 2
-    assert "none.py" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_config_file_that_fails(tmp_path):
-    (tmp_path / "bad.py").write_text("def get_config():\n    return 1 / 0\n")
-    done = run(*command(tmp_path / "bad.py", tmp_path / "w"))
-    assert done.returncode == 2
-    assert "ZeroDivisionError" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_config_and_no_workdir(config_file):

@@ -201,3 +201,36 @@ def test_importing_the_report_imports_neither_matplotlib_nor_jax() -> None:
 def test_the_configuration_is_on_the_page(tmp_path: Path) -> None:
     text = check(report.write_report(make_workdir(tmp_path, ["a"], local_steps=17)))
     assert f'<tr><th scope="row">federated.local_steps</th><td>{json.dumps(17)}</td></tr>' in text
+
+
+def test_the_page_says_in_words_what_its_plots_show(tmp_path: Path) -> None:
+    text = check(report.write_report(make_workdir(tmp_path, ["north", "south"])))
+    loss, accuracy, clients, partition, traffic = re.findall(r'<img alt="([^"]+)"', text)
+    assert loss.startswith("Training loss from 7.900 at 4.1 k tokens to 6.000 at 81.9 k; held-out loss from 8.300 at 0")
+    assert "guessing by frequency has 5.890" in loss and "commonest token has 6.2 %" in accuracy
+    assert "south 5.501, north 5.401" in clients  # 5 + 3.3 * 0.9 ** 20, and 0.1 more
+    assert "south 2 k" in partition and "north 1 k" in partition
+    assert traffic.startswith("Sent to the server 60 kB, to the clients 40 kB; in one round activations up 3 kB")
+
+
+def test_the_page_is_built_for_those_who_hear_it(tmp_path: Path) -> None:
+    text = check(report.write_report(make_workdir(tmp_path, ["a"])))
+    assert text.count("<main>") == text.count("</main>") == 1
+    places = [text.index(tag) for tag in ("</header>", "<main>", "<h2>", "</main>", "</body>")]
+    assert places == sorted(places)
+    heads = re.findall(r"<th\b([^>]*)>", text)
+    assert set(heads) == {' scope="row"', ' scope="col"'}
+
+
+def test_the_model_is_described_by_its_own_size(tmp_path: Path) -> None:
+    make_workdir(tmp_path, ["a"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"] |= {"preset": "base", "num_layers": 3, "hidden_size": 96, "num_heads": 6, "vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert '<th scope="row">model</th><td>3 x 96, 6 heads, 4,096 tokens</td>' in check(report.write_report(tmp_path))
+
+
+def test_a_name_of_any_kind_is_on_the_page(tmp_path: Path) -> None:
+    names = ["x" * 10_000, "\x1b[31m", "שלום", "[/i]tiny", "$_{x}$", "😀"]
+    text = check(report.write_report(make_workdir(tmp_path / "caf\udce9 [b]", names)))
+    assert "<title>caf\\xe9 [b]</title>" in text and "\\x1b[31m</th>" in text and "x" * 10_000 in text
