@@ -18,6 +18,7 @@ import pytest
 from tiny import LENGTH, VOCAB, make_setting, mask_spec, random_blocks, tiny_config
 
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
+from fedbert_jax.federated import setting as setting_lib
 from fedbert_jax.federated.evaluation import EvalSet
 from fedbert_jax.federated.evaluation import masked as masked_for_scoring
 from fedbert_jax.federated.setting import RoundInputs, Setting, State, Strategy
@@ -26,8 +27,14 @@ from fedbert_jax.models.bert import Segments
 from fedbert_jax.optim import Optimizer
 from fedbert_jax.streams import Seeds, secrets
 
-SEED, K, B, M = 11, 2, 2, 4  # B * M is a power of two, so that dividing by it loses nothing
+SEEDS = Seeds(server=11, client=12)  # in a run they are one number
+K, B, M = 2, 2, 4  # B * M is a power of two, so that dividing by it loses nothing
 STEPS = 16  # global steps that are written down
+
+
+@pytest.fixture(autouse=True)
+def seeds(monkeypatch):
+    monkeypatch.setattr(setting_lib, "seeds_of", lambda config: Seeds(config.seed, SEEDS.client))
 
 
 def words(keys: jax.Array | None) -> jax.Array:
@@ -74,7 +81,7 @@ def record(name: str, clients: int = 3, **federated: Any) -> tuple[Setting, Stra
     """A strategy (of `parallel` with the body's name) on segments that compute nothing."""
     strategy, _, body = name.partition(" ")
     config = tiny_config(
-        seed=SEED, model=dict(hidden_dropout=0.1), mlm=dict(mask_prob=M / LENGTH),
+        seed=SEEDS.server, model=dict(hidden_dropout=0.1), mlm=dict(mask_prob=M / LENGTH),
         federated=dict(
             strategy=strategy, body=body or "pooled", num_clients=clients, local_steps=K, batch_size=B, **federated
         ),
@@ -94,12 +101,12 @@ def masked(key: jax.Array, blocks: jax.Array) -> MaskedBatch:
     return mask_blocks(key, blocks, MaskSpec(M, VOCAB, 4, (0, 1, 2, 3, 4), None))
 
 
-def expected(given: RoundInputs, n: int, k: int, seed: int = SEED) -> tuple[dict[str, Any], dict[str, Any]]:
+def expected(given: RoundInputs, n: int, k: int, seeds: Seeds = SEEDS) -> tuple[dict[str, Any], dict[str, Any]]:
     """What should reach the segments of the client at place `n` of the cohort in step `k`."""
     draw = (int(given.round), k, int(given.client_ids[n]))
-    batch = masked(draws.key("client", seed, draws.MASK, *draw), given.tokens[k, n])
-    own = draws.key("client", seed, draws.SEGMENT_DROPOUT, *draw)
-    body = draws.key("server", seed, draws.BODY_DROPOUT, *draw)
+    batch = masked(draws.key("client", seeds.client, draws.MASK, *draw), given.tokens[k, n])
+    own = draws.key("client", seeds.client, draws.SEGMENT_DROPOUT, *draw)
+    body = draws.key("server", seeds.server, draws.BODY_DROPOUT, *draw)
     number = lambda key: words(key[None])[0]  # noqa: E731
     client = {"tokens": batch.tokens, "embed_key": number(jax.random.fold_in(own, 0)),
               "head_key": number(jax.random.fold_in(own, 1)), "labels": batch.labels}  # fmt: skip
@@ -160,12 +167,13 @@ def test_draws_are_the_secrets_own():
     at = (given.tokens[1, 0], jnp.int32(3), jnp.int32(1), jnp.int32(5))
     with_secrets = jax.jit(lambda of: dataclasses.replace(setting, secrets=of).draw(*at))
     draw = lambda server, client: with_secrets(secrets(Seeds(server, client)))  # noqa: E731
-    client, server = expected(given, 0, 1, seed=4)
+    client, server = expected(given, 0, 1, Seeds(9, 4))
     batch, keys = draw(9, 4)
     np.testing.assert_array_equal(batch.tokens, client["tokens"])
     np.testing.assert_array_equal(words(jax.random.fold_in(keys.client, 1)[None])[0], client["head_key"])
-    np.testing.assert_array_equal(words(draw(4, 9)[1].server[None])[0], server["body_key"])
-    assert not np.array_equal(words(keys.server[None])[0], server["body_key"])
+    np.testing.assert_array_equal(words(keys.server[None])[0], server["body_key"])
+    other = draw(4, 9)[1]
+    assert not np.array_equal(words(other.server[None])[0], server["body_key"])
 
 
 def test_held_out_text_is_masked_by_its_client_and_block():
@@ -173,10 +181,10 @@ def test_held_out_text_is_masked_by_its_client_and_block():
     spec, blocks, numbers = mask_spec(tiny_config()), random_blocks(0, 6, 2), [[0, 1], [2, 3], [4, 5]] * 2
     batches = EvalSet(blocks, jnp.ones((6, 2)), jnp.array(numbers), jnp.array([0, 0, 0, 5, 5, 5]))
     hidden = jax.jit(lambda key, blocks: mask_blocks(key, blocks, spec, hide_all=True))
-    masks = jax.jit(jax.vmap(lambda batch: masked_for_scoring(secrets(Seeds(3, SEED)), batch, spec)))(batches)
+    masks = jax.jit(jax.vmap(lambda batch: masked_for_scoring(secrets(SEEDS), batch, spec)))(batches)
     for n, client in enumerate([0, 0, 0, 5, 5, 5]):
         for row, number in enumerate(numbers[n]):
-            key = draws.key("client", SEED, draws.EVAL_MASK, client, number)
+            key = draws.key("client", SEEDS.client, draws.EVAL_MASK, client, number)
             wanted = hidden(key, blocks[n, row][None])
             for found, value in zip(masks[:4], wanted[:4], strict=True):
                 np.testing.assert_array_equal(found[n, row], value[0])

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from tiny import make_simulation, tiny_config
 
-SEED, K, B, ROUNDS = 5, 2, 3, 6
+from fedbert_jax.runtime import simulation as simulation_lib
+from fedbert_jax.streams import Seeds
+
+SERVER, CLIENT = 5, 9  # the parties' seeds; in a run they are one number
+K, B, ROUNDS = 2, 3, 6
 SIZES = [4, 5, 6, 7, 8, 9, 10]  # training blocks of the seven clients; a round takes six, so epochs end within rounds
 
 
@@ -26,8 +30,10 @@ def simulate():
         name = repr((eval, optimizers, federated))
         if name not in made:
             federated = dict(num_clients=7, local_steps=K, batch_size=B, rounds=ROUNDS) | federated
-            config = tiny_config(seed=SEED, federated=federated, eval=eval or {}, **(optimizers or {}))
-            made[name] = make_simulation(config, clients=7, blocks=4)
+            config = tiny_config(seed=SERVER, federated=federated, eval=eval or {}, **(optimizers or {}))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(simulation_lib, "seeds_of", lambda config: Seeds(config.seed, CLIENT))
+                made[name] = make_simulation(config, clients=7, blocks=4)
         return made[name]
 
     yield make
@@ -39,7 +45,7 @@ def wanted(simulation: Any, round: int, clients: list[int]) -> np.ndarray:
     """The blocks [K, C, B, T] of clients in a round."""
     stored, taken = np.asarray(simulation.train.tokens), []
     for c in clients:
-        places = draws.blocks(SEED, c, SIZES[c], round * K * B, K * B)
+        places = draws.blocks(CLIENT, c, SIZES[c], round * K * B, K * B)
         taken.append(stored[[sum(SIZES[:c]) + n for n in places]].reshape(K, B, -1))
     return np.stack(taken, 1)
 
@@ -52,7 +58,7 @@ def test_cohorts_blocks_and_weights_round_by_round(simulate):
     """Three of seven clients, weighted by their text."""
     simulation, cohorts = simulate(clients_per_round=3), []
     for round in range(ROUNDS):
-        inputs, cohort = jax.device_get(simulation.round_inputs(round)), draws.cohort(SEED, round, 7, 3)
+        inputs, cohort = jax.device_get(simulation.round_inputs(round)), draws.cohort(SERVER, round, 7, 3)
         assert inputs.client_ids.tolist() == cohort and inputs.round == round
         np.testing.assert_array_equal(inputs.tokens, wanted(simulation, round, cohort))
         np.testing.assert_allclose(inputs.weights, shares(cohort), rtol=1e-6)
@@ -65,7 +71,7 @@ def test_padding_a_cohort_leaves_its_weights_alone(simulate, monkeypatch, store)
     simulation = simulate(clients_per_round=3)
     monkeypatch.setattr(simulation, "padding", 2)
     monkeypatch.setattr(simulation, "_on_device", store == "device")
-    inputs, cohort = jax.device_get(simulation.round_inputs(1)), draws.cohort(SEED, 1, 7, 3)
+    inputs, cohort = jax.device_get(simulation.round_inputs(1)), draws.cohort(SERVER, 1, 7, 3)
     np.testing.assert_allclose(inputs.weights, shares(cohort) + [0, 0], rtol=1e-6)
     np.testing.assert_array_equal(inputs.tokens[:, :3], wanted(simulation, 1, cohort))
 
@@ -80,8 +86,8 @@ def test_turns_are_taken_in_the_order_drawn(simulate, order):
     """Blocks and weights go with the clients."""
     simulation, orders = simulate(strategy="sequential", clients_per_round=4, order=order), []
     for round in range(ROUNDS):
-        inputs, cohort = jax.device_get(simulation.round_inputs(round)), draws.cohort(SEED, round, 7, 4)
-        turns = draws.turns(SEED, round, cohort) if order == "shuffled" else cohort
+        inputs, cohort = jax.device_get(simulation.round_inputs(round)), draws.cohort(SERVER, round, 7, 4)
+        turns = draws.turns(SERVER, round, cohort) if order == "shuffled" else cohort
         assert inputs.client_ids.tolist() == turns
         np.testing.assert_array_equal(inputs.tokens, wanted(simulation, round, turns))
         np.testing.assert_allclose(inputs.weights, shares(turns), rtol=1e-6)
@@ -94,7 +100,7 @@ def test_pooled_text_is_one_stream(simulate):
     stored = np.asarray(simulation.train.tokens)
     for round in range(ROUNDS):
         inputs = jax.device_get(simulation.round_inputs(round))
-        places = draws.blocks(SEED, 0, sum(SIZES), round * K * 2 * B, K * 2 * B)
+        places = draws.blocks(CLIENT, 0, sum(SIZES), round * K * 2 * B, K * 2 * B)
         np.testing.assert_array_equal(inputs.tokens, stored[places].reshape(K, 1, 2 * B, -1))
         assert (inputs.weights, inputs.client_ids) == ([1], [0])
 
@@ -108,7 +114,7 @@ def test_a_round_gets_its_own_data_however_rounds_are_asked_for(simulate, monkey
         simulation.run_round((), round)
     assert [int(inputs.round) for inputs in fed] == asked
     for round, inputs in zip(asked, fed, strict=True):
-        np.testing.assert_array_equal(inputs.tokens, wanted(simulation, round, draws.cohort(SEED, round, 7, 3)))
+        np.testing.assert_array_equal(inputs.tokens, wanted(simulation, round, draws.cohort(SERVER, round, 7, 3)))
 
 
 # --- what each segment's optimizer does ------------------------------------------------------------------------------
@@ -135,10 +141,10 @@ def test_each_segment_has_its_own_optimizer_and_limit(simulate, side, clip, rate
 def test_the_evaluated_clients_and_their_blocks_are_drawn(simulate):
     simulation = simulate(eval=dict(max_clients=3, max_blocks=2))
     data = jax.device_get(simulation._eval_set)
-    chosen = sorted(draws.generator("server", SEED, draws.EVALUATED).choice(7, 3, replace=False).tolist())
+    chosen = sorted(draws.generator("server", SERVER, draws.EVALUATED).choice(7, 3, replace=False).tolist())
     assert data.clients.tolist() == chosen == simulation._owners.tolist()
     for n, c in enumerate(chosen):
-        blocks = sorted(draws.generator("client", SEED, draws.SCORED_BLOCKS, c).choice(3, 2, replace=False).tolist())
+        blocks = sorted(draws.generator("client", CLIENT, draws.SCORED_BLOCKS, c).choice(3, 2, replace=False).tolist())
         assert data.blocks[n][data.real[n] > 0].tolist() == blocks
 
 

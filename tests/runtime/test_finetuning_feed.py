@@ -15,6 +15,7 @@ from fedbert_jax.data import glue
 from fedbert_jax.data.sequences import ExampleStream, Sequences
 from fedbert_jax.data.tasks import TaskData
 from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.runtime import finetuning
 from fedbert_jax.runtime.finetuning import Finetuning
 from fedbert_jax.streams import Seeds
 
@@ -44,7 +45,9 @@ def tune():
             made[name] = Finetuning(config, data, None, (SEED, SEED + 1))
         return made[name]
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:  # in a run the server's and the clients' are one number
+        patch.setattr(finetuning, "seeds_of", lambda config: Seeds(config.seed, 99))
+        yield make
 
 
 def rounds(tuning: Finetuning) -> range:
