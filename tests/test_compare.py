@@ -156,7 +156,7 @@ def test_the_command_prints_the_table_and_writes_its_files(tmp_path: Path, capsy
 
     assert compare.main([*map(str, paths), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[2].startswith(r"| a\|b | centralized | – | 4.000 |")
+    assert len(lines) == 6 and lines[2].startswith(r"| a\|b | centralized | – | 4.000 |")
     assert "5.500 ± 0.707" in lines[3] and "pooled[b] (2 seeds)" in lines[3]
 
 
@@ -221,7 +221,7 @@ def test_runs_with_little_to_draw_are_drawn(tmp_path: Path, options: dict[str, A
 def test_the_first_point_is_there_where_bytes_are_on_a_logarithmic_axis(tmp_path: Path) -> None:
     paths = [make_workdir(tmp_path / "a", 5.0, sends=10, rounds=4)]
     paths.append(make_workdir(tmp_path / "b", 5.0, sends=9000, rounds=4, federated={"local_steps": 1}))
-    left, right = comparison.draw(load(*paths)).axes
+    left, right = compare_plot.draw(load(*paths)).axes
     assert right.get_xscale() == "symlog" and right.get_xlim()[0] < 0
     for line in right.get_lines():
         assert line.get_xdata()[0] == 0 and len(line.get_xdata()) == 5
@@ -239,7 +239,7 @@ def test_legends_are_whole_whatever_the_names(tmp_path: Path) -> None:
         make_workdir(tmp_path / ("$" * 200), federated={"local_steps": 3}),
         make_workdir(tmp_path / "_[b]_caf\udce9", wire={"codec": "bfloat16"}),
     ]  # fmt: skip
-    figure = comparison.draw(load(*paths))
+    figure = compare_plot.draw(load(*paths))
     assert to_png(figure)
     (legend,) = figure.legends
     box, canvas = legend.get_window_extent(), figure.bbox

@@ -41,7 +41,9 @@ def make_workdir(
     def evaluation(n: int) -> dict[str, Any]:
         loss = 5 + 3.3 * 0.9**n
         clients = {name: {"loss": loss + 0.1 * i, "accuracy": 0.1} for i, name in enumerate(names[:64])}
-        return {"eval_loss": loss, "eval_accuracy": 0.1, "eval_clients": clients}
+        scores = {"eval_loss": loss, "eval_accuracy": 0.1, "eval_clients": clients, "eval_clients_scored": len(clients)}
+        scores |= {"eval_loss_by_text": loss, "eval_loss_over_clients": loss + 0.125}
+        return scores | {"eval_accuracy_by_text": 0.1, "eval_accuracy_over_clients": 0.2}
 
     with MetricsLog(path / "metrics.jsonl") as log:
         if every:
@@ -107,7 +109,7 @@ def test_a_report_holds_every_client_escaped_and_nothing_from_outside(tmp_path: 
         shown = name.replace("\n", "\\n")
         assert f'<th scope="row">{html.escape(shown)}</th>' in text
     assert "<title>a &lt;run&gt;</title>" in text and "[MASK] &lt;b&gt;" in text
-    assert "guessing by frequency (5.890)" in text
+    assert "guessing by frequency at the same places (5.890)" in text
     assert "20 of 20" in text and "81.9 k" in text and "1.22 B" in text  # rounds, tokens, bytes a token
 
 
@@ -166,14 +168,28 @@ def test_without_run_json_and_with_a_torn_line(tmp_path: Path) -> None:
     assert "20 of 20" in check(report.write_report(tmp_path))
 
 
+def test_held_out_numbers_say_which_mean_they_are_and_of_how_many_clients(tmp_path: Path) -> None:
+    many = [f"client {n}" for n in range(70)]
+    text = check(report.write_report(make_workdir(tmp_path, many)))
+    assert "5.401 by training text, 5.526 over clients; 64 of 70 clients, at the end" in text
+    assert "10.0 % by training text, 20.0 % over clients; 64 of 70 clients, at the end" in text
+    assert "held-out loss (mean by text, 64 of 70 clients)" in text
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["federated"]["weighting"] = "uniform"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "held-out loss (mean over 64 of 70 clients)" in check(report.write_report(tmp_path))
+
+
 def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
     make_workdir(tmp_path, ["a", "b"])
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         nan = float("nan")
-        bad = {"eval_loss": nan, "eval_accuracy": nan, "eval_clients": {"a": {"loss": nan}}, "train_loss": nan}
+        bad = dict.fromkeys(("eval_loss", "eval_loss_by_text", "eval_loss_over_clients", "eval_accuracy"), nan)
+        bad |= {"eval_clients": {"a": {"loss": nan}}, "train_loss": nan}
         log.append({"round": 21, "tokens": 99_999} | bad)
     text = check(report.write_report(tmp_path))
-    assert "not finite: training diverged" in text and "not finite at the end, 5.401 at best" in text
+    assert "not finite: training diverged" in text
+    assert "not finite by training text, not finite over clients; 2 of 2 clients, at the end" in text
 
 
 def test_the_command_prints_where_the_report_is_and_refuses_in_one_sentence(
@@ -206,7 +222,9 @@ def test_the_configuration_is_on_the_page(tmp_path: Path) -> None:
 def test_the_page_says_in_words_what_its_plots_show(tmp_path: Path) -> None:
     text = check(report.write_report(make_workdir(tmp_path, ["north", "south"])))
     loss, accuracy, clients, partition, traffic = re.findall(r'<img alt="([^"]+)"', text)
-    assert loss.startswith("Training loss from 7.900 at 4.1 k tokens to 6.000 at 81.9 k; held-out loss from 8.300 at 0")
+    assert loss.startswith("Training loss from 7.900 at 4.1 k tokens to 6.000 at 81.9 k; ")
+    assert "held-out loss (mean by text, 2 of 2 clients)" in loss
+    assert "from 8.300 at 0 tokens to 5.401 at 81.9 k" in loss
     assert "guessing by frequency has 5.890" in loss and "commonest token has 6.2 %" in accuracy
     assert "south 5.501, north 5.401" in clients  # 5 + 3.3 * 0.9 ** 20, and 0.1 more
     assert "south 2 k" in partition and "north 1 k" in partition

@@ -145,7 +145,20 @@ def _write(directory: Path, tensors: Tensors, settings: dict[str, Any], tokenize
     (directory / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
     _save_tokenizer(tokenizer, directory, settings["max_position_embeddings"])
     save_file(tensors, directory / WEIGHTS, {"format": "pt", MARK: __version__})
+    _sort_metadata(directory / WEIGHTS)
     shutil.copymode(directory / SETTINGS, directory / WEIGHTS)  # safetensors leaves it to be read by its owner alone
+
+
+def _sort_metadata(file: Path) -> None:
+    """Puts a safetensors file's metadata in order, which is another one at each save: the same model is the same bytes."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as it is, where the library writes more tightly than this
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path, longest: int) -> None:
