@@ -69,8 +69,7 @@ def main() -> None:
     run = build(config, workdir, begun=True)
     round = rounds[-1] if args.round is None else args.round
     state, meta = restore(run, checkpoints, round)
-    with about("--client"):
-        name = export(run, state, out, meta, args.client)
+    name = export(run, state, out, meta, args.client)
     print(f"round {round}{f' of client {shown(name)}' if name else ''} is in {shown(out)}")
 
 

@@ -159,7 +159,8 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
         _predict(tuning, workdir)
     median, mean, std = (100 * results[k] for k in ("median", "mean", "std"))
     on = "" if data.dev.keys() == set(glue.dev_splits(data.task)) else f", on {', '.join(data.dev)}"
-    console.print(f"median {median:.1f}, mean {mean:.1f} ± {std:.1f} (last epoch{on})")
+    numbers = f"median {median:.1f}, mean {mean:.1f} ± {std:.1f}" if len(all_seeds) > 1 else f"{mean:.1f}, of one seed"
+    console.print(f"{numbers} (last epoch{on})")
     console.print(f"model    {shown(workdir.hf)} (of seed {all_seeds[0]})\nresults  {shown(workdir.root / 'results.json')}")
     return interrupts.exit_code if interrupts.received else 0
 

@@ -87,7 +87,8 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("task", "metrics") else "right")
     for task in tasks:
         r = results[task.name]
-        numbers = [f"{100 * r[k]:.1f}" for k in ("median", "mean", "std")]
+        numbers = [f"{100 * r[k]:.1f}" for k in ("median", "mean")]
+        numbers.append(f"{100 * r['std']:.1f}" if len(r["values"]) > 1 else "–")  # one seed has no spread
         table.add_row(task.name, ", ".join(task.metrics), *numbers, f"{r['learning_rate']:g}")
     average = sum(r["median"] for r in results.values()) / len(results)
     table.add_row("average", "of medians", f"{100 * average:.1f}", "", "", "")

@@ -157,7 +157,7 @@ def _differences(stamped: Flat | None, config: Config, harmless: Collection[str]
     if stamped is None:
         return ""
     defaults, now = stamp(Config()), stamp(config)
-    free = {"resume", "profile", *harmless}
+    free = {*config_lib.FREE, *harmless}
     was = {key: stamped.get(key, defaults[key]) for key in now}
     return ", ".join(f"{k} (was {was[k]!r}, now {now[k]!r})" for k in now if k not in free and was[k] != now[k])
 

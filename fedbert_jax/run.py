@@ -207,7 +207,7 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     f, names = run.config.federated, run.dataset.client_names
     if client and client not in names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise UserError(f"there is no client {client!r} in {run.workdir.root}; accepted: {shown}.")
+        raise UserError(f"--client {client!r}: there is no client of that name in {run.workdir.root}; accepted: {shown}.")
     own = f.strategy == "local" or f.body == "private"
     name = (client or names[0]) if own else ""
     model = run.simulation.model_of(state, names.index(name) if name else 0)

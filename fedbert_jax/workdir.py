@@ -177,7 +177,7 @@ def check_same(
     """
     before, after = (config_lib.flatten(config_lib.to_dict(c)) for c in (old, new))
     worked_out = {key for key, source in config_lib.WORKED_OUT.items() if after[source] is not None}
-    free = {"resume", "profile", *worked_out, *free, *(k for k in after if k.startswith("export."))}
+    free = {*config_lib.FREE, *worked_out, *free}
     differ = [k for k in before if before[k] != after.get(k) and k not in free]
     harmful = [k for k in differ if k not in harmless]
     show = lambda keys: ", ".join(f"{k} (was {before[k]!r}, now {after[k]!r})" for k in keys)  # noqa: E731

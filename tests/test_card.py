@@ -10,10 +10,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from tiny import tiny_config
 
-from fedbert_jax import huggingface, run
-from fedbert_jax.config import Config, from_dict
+from fedbert_jax import huggingface, resume, run
+from fedbert_jax.config import FREE, Config, all_keys, from_dict
 from fedbert_jax.data.glue import MSR_TEST, TASKS
 from fedbert_jax.errors import ConfigError
+from fedbert_jax.workdir import check_same
 
 FACTS: dict[str, Any] = dict(
     round=140, tokens=4587520, num_clients=706, clients_per_round=8, eval_clients_scored=64, eval_round=120,
@@ -158,6 +159,17 @@ def test_what_is_a_hub_name_is_settled_when_the_run_begins(tmp_path: Any, monkey
 def test_what_the_hub_would_not_take_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"export\.{key}=.*accepted"):
         from_dict({"export": {key: value}})
+
+
+def test_what_a_card_says_may_change_at_any_time() -> None:
+    keys = {key for key in all_keys() if key.startswith("export.")}
+    assert len(keys) == 6 and keys <= FREE
+    check_same(resolved(), resolved(export=dict(license="mit", language="en", datasets="a/b", hidden_dropout=0.0)))
+    with pytest.raises(ConfigError, match=r"federated\.rounds.*resume=force"):
+        check_same(resolved(), resolved(export=dict(license="mit"), federated=dict(rounds=3)))
+    begun = resolved()
+    free = resume.harmless(begun, resume.Made(1, None))
+    resume.check_stamp("the checkpoint", resume.stamp(begun), resolved(export=dict(license="mit")), free)
 
 
 def tuned(**sections: Any) -> Config:

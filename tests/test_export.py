@@ -119,7 +119,7 @@ def test_the_export_command_takes_the_round_asked_for_and_says_what_is_wrong(tra
     assert not np.array_equal(a, b)
     assert "| rounds | 3, each of" in (tmp_path / "a" / "README.md").read_text()
     for workdir, out, more, message in (
-        (trained.root, "b", ("--client", "nobody"), "--client: there is no client 'nobody'.*client_0, client_1"),
+        (trained.root, "b", ("--client", "nobody"), "--client 'nobody': there is no client of that name.*client_1"),
         (trained.root, "b", ("--round", "2"), "--round 2: there is no such checkpoint; accepted: 3, 4"),
         (tmp_path, "b", (), "no workdir of a run"),
         (trained.root, trained.hf, (), "--out: .*a run's workdir"),

@@ -7,6 +7,7 @@ from fedbert_jax.config.load import default_config, from_dict, from_text
 from fedbert_jax.config.schema import (
     ARRANGEMENTS,
     EXTENDABLE,
+    FREE,
     HARMLESS,
     HUB_NAME,
     PRESETS,
@@ -32,7 +33,7 @@ from fedbert_jax.config.schema import (
 )
 
 __all__ = [
-    "ARRANGEMENTS", "EXTENDABLE", "HARMLESS", "HUB_NAME", "PRESETS", "RESCHEDULED", "WORKED_OUT", "AggregatorConfig",
+    "ARRANGEMENTS", "EXTENDABLE", "FREE", "HARMLESS", "HUB_NAME", "PRESETS", "RESCHEDULED", "WORKED_OUT", "AggregatorConfig",
     "Arrangement", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "FederatedConfig",
     "FinetuneConfig", "MeshConfig", "MlmConfig", "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig",
     "StrategyName", "WireConfig", "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text",

@@ -273,9 +273,14 @@ class Config:
 
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub
+# What no round knows of: an old workdir goes on with any change to these.
+FREE = frozenset({
+    "resume", "profile", "export.license", "export.language", "export.datasets", "export.base_model",
+    "export.hidden_dropout", "export.attention_dropout",
+})  # fmt: skip
 # A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
-HARMLESS = frozenset({
-    "resume", "fill_mask", "federated.rounds", "federated.epochs", "federated.schedule_rounds",
+HARMLESS = FREE | frozenset({
+    "fill_mask", "federated.rounds", "federated.epochs", "federated.schedule_rounds",
     "federated.schedule_from", "federated.clients_at_once", "checkpoint.every_rounds",
     "checkpoint.times", "checkpoint.keep", "eval.every_rounds", "eval.times", "mesh.data", "mesh.model", "data.store",
     "data.cache_dir", "model.remat", "model.unroll_layers", "model.attention", "model.logits_at_once",

@@ -117,7 +117,8 @@ def classifier_card(
         "strategy": f.strategy,
         "clients": None if f.strategy == "centralized" else f"{f.num_clients}{dealt}",
         "epochs": f"{t.epochs:g}",
-        "batch": f"{f.batch_size} sequences of at most {config.data.seq_len} tokens a client",
+        "batch": f"{f.batch_size} sequences of at most {config.data.seq_len} tokens"
+        + (" a client" if f.strategy != "centralized" else ""),
         "learning rate": f"{config.server_optimizer.learning_rate:g} at its peak",
         "seeds": f"{config.seed} (this model)" + (f" to {config.seed + t.seeds - 1}" if t.seeds > 1 else ""),
     }
