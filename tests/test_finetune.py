@@ -25,6 +25,7 @@ from fedbert_jax import glue as command
 from fedbert_jax.data import sequences
 from fedbert_jax.data.sequences import ExampleStream, encode, take
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
+from fedbert_jax.federated.setting import RoundMetrics, State
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import load_run
 from fedbert_jax.streams import Seeds
@@ -222,10 +223,15 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
     assert again["seeds"] == results["seeds"] and (tmp_path / "metrics-seed-1.jsonl").read_bytes() == log
     with pytest.raises(ConfigError, match="batch_size"):
         ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
+    (tmp_path / "config.json").unlink()  # which is not all that knows it
+    with pytest.raises(ConfigError, match=r"run\.json was made with another config: federated\.batch_size \(was 8, now 4\)"):
+        ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
+    (tmp_path / "config.json").write_text(json.dumps(dict(task="finetune")))
     with pytest.raises(UserError, match="is a run of fine-tuning"):
         load_run(tmp_path)  # as report and compare do
     with (glue / "SST-2" / "dev.tsv").open("a") as file:
         file.write("a good song\t1\n")
+    (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"data\.source names, or the tokenizer, has changed"):
         ft.finetune(config, tmp_path, QUIET)
 
@@ -256,6 +262,36 @@ def test_what_became_of_a_checkpoints_classifier_is_said(tmp_path: Path, capsys:
         printed = capsys.readouterr().out
         assert "the pooler (1 tensor: bert.pooler.dense.weight)" in printed
         assert ("it is not used [bold]here" in printed) == bool(said) and ("the classifier (2" in printed) == (not said)
+
+
+def test_a_seed_that_is_not_finite_is_named_and_nothing_is_written(
+    tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two side by side; its loss doesn't show it yet."""
+
+    def step(self: ft.Finetuning, state: State, n: int) -> tuple[State, RoundMetrics]:
+        bias = state.model.server["layers"]["up"]["bias"]
+        state.model.server["layers"]["up"]["bias"] = bias.at[1].set(jnp.nan)
+        return state, RoundMetrics(*jnp.ones((3, 2)), jnp.zeros((2, 1), jnp.int32))
+
+    monkeypatch.setattr(ft.Finetuning, "step", step)
+    config = make_config(tokenizer, glue, finetune=dict(seeds=2, seeds_at_once=2, epochs=0.2))
+    with pytest.raises(DivergedError, match=r"SST-2, round 1: .*finite of model/server/layers/up/bias, of seed 1; nothing"):
+        ft.finetune(config, tmp_path / "w", QUIET)
+    assert not (tmp_path / "w" / "hf").exists() and not (tmp_path / "w" / "results.json").exists()
+    assert not any(path.name.isdigit() for path in (tmp_path / "w" / "checkpoints").rglob("*"))
+
+
+def test_a_round_that_is_not_finite_names_its_seed_and_the_client(tokenizer: BertTokenizerFast, glue: Path) -> None:
+    federated = dict(strategy="sequential", num_clients=3)
+    config = make_config(tokenizer, glue, federated=federated, data=dict(partition=dict(kind="iid")))
+    tuning = make(config, tokenizer, (4, 5))
+    failed = np.array([[0, 0, 0], [0, 1, 2]], np.int32)
+    metrics = RoundMetrics(np.array([0.5, np.inf]), np.ones(2), np.ones(2), failed)
+    words = rf"SST-2, round 4: of seed 5, the loss .*loss inf.*, first with client {tuning.order(3)[1]};"
+    with pytest.raises(DivergedError, match=words):
+        tuning.check_round(3, metrics)
+    tuning.check_round(3, RoundMetrics(np.ones(2), np.ones(2), np.ones(2), failed * 0))
 
 
 def test_a_group_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:

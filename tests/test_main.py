@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from corpus import command, run, write_corpus
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from fedbert_jax import config as config_lib
-from fedbert_jax.config import default_config, from_dict
+from fedbert_jax import run as run_lib
+from fedbert_jax.checkpoint import Checkpoints
+from fedbert_jax.config import MeshConfig, default_config, from_dict
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
-from fedbert_jax.train import train
+from fedbert_jax.runtime.simulation import Simulation
+from fedbert_jax.sharding import make_mesh
+from fedbert_jax.train import Loop, train
+from fedbert_jax.workdir import Workdir
 
 QUIET = Console(quiet=True)
 
@@ -206,13 +216,73 @@ def test_a_workdir_in_use(config_file, tmp_path):
     lock.close()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(config_file, tmp_path):
-    huge = dict(learning_rate=1e30, warmup_steps=8, clip_norm=None, name="sgd", schedule="constant")
-    changes = {f"{side}__{k}": v for side in ("client_optimizer", "server_optimizer") for k, v in huge.items()}
-    config = load(config_file, checkpoint__every_rounds=1, federated__local_steps=1, **changes)
-    with pytest.raises(DivergedError, match="not finite"):
+HUGE = {
+    f"{side}__{k}": v for side in ("client_optimizer", "server_optimizer")
+    for k, v in dict(learning_rate=1e30, warmup_steps=0, clip_norm=None, schedule="constant").items()
+}  # fmt: skip
+
+
+def test_the_last_round_of_all_may_diverge_too(config_file, tmp_path):
+    """Its loss is of before the step; the evaluation tells. Nothing is saved or exported, and what is written is JSON."""
+    config = load(config_file, federated__rounds=1, federated__local_steps=1, model__num_layers=1, **HUGE)
+    words = "round 1: the held-out loss is not finite, of clients client_0, client_1; there was no checkpoint yet"
+    with pytest.raises(DivergedError, match=words) as raised:
         train(config, tmp_path / "w", QUIET)
-    assert '"train_loss": NaN' not in (tmp_path / "w" / "metrics.jsonl").read_text()
+    assert raised.value.exit_code == 3
+    assert not (tmp_path / "w" / "hf").exists() and Checkpoints(tmp_path / "w" / "checkpoints").rounds() == []
+    (line,) = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["round"] == 0
+    assert json.loads((tmp_path / "w" / "run.json").read_text(), parse_constant=pytest.fail)["finished"] is False
+
+
+def test_what_is_not_finite_is_never_saved_and_the_last_checkpoint_is_whole(config_file, tmp_path, monkeypatch):
+    """One client of many goes in round 4, where its loss doesn't show it yet, and nobody is evaluated."""
+    config = load(
+        config_file, federated__strategy="local", federated__rounds=6, federated__local_steps=1, checkpoint__every_rounds=1,
+        eval__every_rounds=100, model__num_layers=1,
+    )  # fmt: skip
+    run_round = Simulation.run_round
+
+    def poisoned(self, state, n):
+        state, metrics = run_round(self, state, n)
+        if n == 3:
+            state.model.client["head"]["bias"] = state.model.client["head"]["bias"].at[1, 5].set(float("inf"))
+        return state, metrics
+
+    monkeypatch.setattr(Simulation, "run_round", poisoned)
+    words = "round 4: .*finite of model/client/head/bias, of client client_1; the checkpoint of round 3 is kept, and nothing"
+    with pytest.raises(DivergedError, match=words):
+        train(config, tmp_path / "w", QUIET)
+    workdir, checkpoints = Workdir(tmp_path / "w"), Checkpoints(tmp_path / "w" / "checkpoints")
+    assert checkpoints.rounds() == [1, 2, 3] and not workdir.hf.exists()
+    state, _ = run_lib.restore(run_lib.build(config, workdir), checkpoints, 3)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_a_checkpoint_that_is_not_finite_is_no_start(tmp_path):
+    """As an earlier version may have left one."""
+    checkpoints, here = Checkpoints(tmp_path / "c", keep=2), jax.sharding.NamedSharding(make_mesh(MeshConfig()), P())
+    state = {"head": {"bias": jnp.array([1.0, float("nan")])}}
+    for n, saved in ((1, jax.tree.map(jnp.ones_like, state)), (2, state)):
+        checkpoints.save(n, saved, {})
+    checkpoints.wait()
+    words = r"c/2 holds numbers that are not finite \(head/bias\); delete that directory to go on from round 1"
+    with pytest.raises(DivergedError, match=words):
+        checkpoints.restore(2, jax.eval_shape(lambda: state), jax.tree.map(lambda _: here, state))
+
+
+def test_without_held_out_text_a_word_tells_whether_the_model_speaks(monkeypatch):
+    monkeypatch.setattr("fedbert_jax.train.fill_mask", lambda *_: [[("the", float("nan")), ("a", 0.1)]])
+    loop = Loop.__new__(Loop)
+    loop.round, loop.scores, loop.sim, loop.run, loop.checkpoints = 7, {}, *(MagicMock() for _ in range(3))
+    loop.checkpoints.rounds.return_value = [5]
+    with pytest.raises(DivergedError, match="round 7: what the model predicts is not finite; the checkpoint of round 5 is"):
+        loop._check_model(MagicMock())
+    loop.scores = {"eval_loss": 5.0}
+    loop._check_model(MagicMock())
+    loop.scores = {"eval_loss": float("nan")}
+    with pytest.raises(DivergedError, match="held-out loss"):
+        loop._check_model(MagicMock())
 
 
 def test_a_profile_of_some_rounds_is_written(config_file, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import command, environment, run, write_corpus
+from rich.console import Console
 from safetensors.numpy import load_file
+from test_main import load
+
+from fedbert_jax.errors import ConfigError
+from fedbert_jax.resume import open_run
+from fedbert_jax.train import Loop, train
+from fedbert_jax.workdir import Workdir
 
 TIMES = {"seconds", "tokens_per_second"}
 
@@ -130,9 +138,41 @@ def test_another_config_on_an_old_workdir_is_refused(undisturbed):
     assert done.returncode == 2 and "another --workdir" in done.stderr
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(undisturbed, tmp_path):
-    import shutil
+def test_a_config_file_that_is_gone_is_written_anew_or_its_run_refused(undisturbed, tmp_path):
+    config, reference = undisturbed
+    workdir = Workdir(tmp_path / "w")
+    shutil.copytree(reference, workdir.root)
+    workdir.config.unlink()
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"round 12 was made with another config: federated\.local_steps \(was 2, now 3\)"):
+        open_run(load(config, federated__local_steps=3), workdir, said.append, said.append)
+    assert not workdir.config.exists()
+    open_run(load(config), workdir, said.append, said.append)
+    assert f"{workdir.config} is not there, and is written anew." in said
+    assert workdir.config.read_bytes() == (reference / "config.json").read_bytes()
 
+
+def test_a_run_that_goes_on_with_more_rounds_is_not_finished(undisturbed, tmp_path, monkeypatch):
+    config, reference = undisturbed
+    shutil.copytree(reference, tmp_path / "w")
+    more = dict(federated__rounds=14, resume="force")
+    with pytest.raises(ConfigError, match=r"would jump up.*federated\.schedule_from=12 warms up and decays anew"):
+        train(load(config, **more), tmp_path / "w", Console(quiet=True))
+    assert json.loads((tmp_path / "w" / "run.json").read_text())["finished"] is True  # nothing has changed
+    rates = []
+
+    def rounds(self, state, interrupts):
+        rates.append([float(self.sim.setting.client_tx.schedule(np.int32(n))) for n in (24, 27)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "rounds", rounds)
+    with pytest.raises(KeyboardInterrupt):
+        train(load(config, federated__schedule_from=12, **more), tmp_path / "w", Console(quiet=True))
+    assert json.loads((tmp_path / "w" / "run.json").read_text())["finished"] is False
+    np.testing.assert_allclose(rates, [[2e-3 / 4, 2e-3]])  # four steps of warm-up, again
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(undisturbed, tmp_path):
     config, reference = undisturbed
     workdir = tmp_path / "damaged"
     shutil.copytree(reference, workdir)
