@@ -287,9 +287,9 @@ def _train_group(
         said = tuning.start.classifier if isinstance(tuning.start, Checkpoint) else ""
         fresh = huggingface.describe_missing([name for name in missing if not said or name not in huggingface.CLASSIFIER])
         if fresh:
-            console.print(f"the checkpoint lacks, so it starts fresh: {shown(', '.join(fresh))}", style="dim")
+            console.print(f"the checkpoint lacks, so it starts fresh: {shown(', '.join(fresh))}", style="dim", markup=False)
         if said:
-            console.print(shown(said), style="dim")
+            console.print(shown(said), style="dim", markup=False)
     stamp = {"config": resume.stamp(tuning.config)}
     with MetricsLog(log_path) as log, progress.bar(console) as bars:
         bar = bars.add_task("compiling", total=tuning.rounds, completed=finished)

@@ -249,7 +249,8 @@ def test_what_became_of_a_checkpoints_classifier_is_said(tmp_path: Path, capsys:
     class Tuning:
         """With nothing to train."""
 
-        seeds, rounds, data = (0,), 0, SimpleNamespace(task=SimpleNamespace(name="RTE"))
+        seeds, rounds, config = (0,), 0, config_lib.Config()
+        data = SimpleNamespace(task=SimpleNamespace(name="RTE"))
 
         def __init__(self, said: str):
             self.start = ft.Checkpoint({}, said)
