@@ -244,6 +244,7 @@ def test_legends_are_whole_whatever_the_names(tmp_path: Path) -> None:
     (legend,) = figure.legends
     box, canvas = legend.get_window_extent(), figure.bbox
     assert min(box.x0, box.y0) >= 0 and box.x1 <= canvas.x1 and box.y1 <= canvas.y1
+    assert min(axes.get_window_extent().height for axes in figure.axes) > 2.9 * figure.dpi  # and leaves the plots room
     names = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
     assert len(names) == 4 and any("mask_prob=0.2" in name for name in names)
     assert not any("…" in name for name in names) and any("$" * 3 in name.replace("\\$", "$") for name in names)

@@ -44,6 +44,14 @@ def test_nothing_printed_is_markup_emoji_or_folded(terminal):
         assert printed(line, terminal=terminal) == line + "\n"
 
 
+def test_a_file_is_as_wide_as_what_is_printed():
+    table = Table("a", "b")
+    table.add_row("x" * 300, "y" * 300)
+    file = io.StringIO()
+    make_console(file=file).print(table, soft_wrap=False)
+    assert "x" * 300 in file.getvalue() and "y" * 300 in file.getvalue()
+
+
 def test_a_table_in_a_file_has_every_name_whole():
     long = "x" * 10_000
     clients = [("[/i]tiny", 5), ("transformers", 12_345), (long, 7), ("日本", 1)]
