@@ -144,7 +144,8 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     if distributed.first():
         card = huggingface.model_card(run.config, facts | ({"client": name} if name else {}))
         client_params, server_params = jax.device_get(model)
-        huggingface.save(directory, client_params, server_params, run.config.model, run.tokenizer, card)
+        with disk.writing(directory):
+            huggingface.save(directory, client_params, server_params, run.config.model, run.tokenizer, card)
     return name
 
 
