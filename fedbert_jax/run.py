@@ -214,9 +214,10 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     if distributed.first():
         card = huggingface.model_card(run.config, facts | _evaluated(run.workdir, facts.get("round"), name))
         client_params, server_params = jax.device_get(model)
-        huggingface.save(
-            directory, client_params, server_params, run.config.model, run.tokenizer, card, export=run.config.export
-        )
+        with disk.writing(directory):
+            huggingface.save(
+                directory, client_params, server_params, run.config.model, run.tokenizer, card, export=run.config.export
+            )
     return name
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import disk, distributed, finite, huggingface, optim, platforms, progress, resume
+from fedbert_jax import distributed, finite, huggingface, optim, platforms, progress, resume
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
@@ -295,8 +295,7 @@ class Loop:
         self.checkpoints.close()
         model = self.sim.model_of(state)
         self._check_model(model)
-        with disk.writing(workdir.hf):
-            name = run_lib.export(run, state, workdir.hf, self._meta())
+        name = run_lib.export(run, state, workdir.hf, self._meta())
         self.sim.close()
         self.dispatcher.close()
         if self.log is None:
