@@ -14,6 +14,7 @@ from fedbert_jax import distributed, optim
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config, FederatedConfig, OptimizerConfig
+from fedbert_jax.data.progress import Progress
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.run import Run
 from fedbert_jax.workdir import Workdir, check_same
@@ -28,13 +29,13 @@ class Made(NamedTuple):
     config: Flat | None  # what it was made with, as dotted keys; None if it doesn't say
 
 
-def open_run(config: Config, workdir: Workdir, progress: Callable[[str], None], warn: Callable[[str], None]) -> Run:
+def open_run(config: Config, workdir: Workdir, progress: Progress, warn: Callable[[str], None]) -> Run:
     """Makes a run ready for its next round, and writes its config down once nothing about it was refused.
 
     Args:
       config: as the command gives it.
       workdir: its place, locked.
-      progress: is told what is done.
+      progress: is told how far the preparation of the data is.
       warn: is told what looks wrong, and can be done nevertheless.
 
     Raises:

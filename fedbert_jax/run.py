@@ -17,6 +17,7 @@ from fedbert_jax.config import HUB_NAME, Config
 from fedbert_jax.data import glue
 from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.data.masking import MaskSpec, num_masked
+from fedbert_jax.data.progress import Progress
 from fedbert_jax.data.tokenizer import continuation_mask, load_tokenizer, special_ids, vocab_size
 from fedbert_jax.errors import ConfigError, UserError, about
 from fedbert_jax.federated.setting import State
@@ -39,8 +40,8 @@ class Run:
 
 
 def build(
-    config: Config, workdir: Workdir, progress: Callable[[str], None] = lambda _: None,
-    warn: Callable[[str], None] = lambda _: None, begun: bool = False,
+    config: Config, workdir: Workdir, progress: Progress | None = None, warn: Callable[[str], None] = lambda _: None,
+    begun: bool = False,
 ) -> Run:  # fmt: skip
     """Prepares the data (or takes what the workdir has) and compiles nothing yet.
 

@@ -17,7 +17,7 @@ from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.config import Config
 from fedbert_jax.console import make_console, print_table, shown
-from fedbert_jax.data.dataset import client_table
+from fedbert_jax.data.summary import client_table
 from fedbert_jax.dispatch import Dispatched, Dispatcher
 from fedbert_jax.errors import DivergedError
 from fedbert_jax.federated.setting import Pair, State
@@ -29,6 +29,7 @@ from fedbert_jax.profiling import Profile
 from fedbert_jax.report import write_report
 from fedbert_jax.run import Run
 from fedbert_jax.sharding import make_mesh
+from fedbert_jax.stages import Stages
 from fedbert_jax.workdir import open_workdir
 
 
@@ -55,10 +56,9 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     workdir, lock = open_workdir(root)
     with lock:
         huggingface.check_target(workdir.hf)  # now, not after hours of training
-        run = resume.open_run(
-            config, workdir, progress=lambda text: console.print(shown(text), style="dim"),
-            warn=lambda text: console.print(f"warning: {shown(text)}", style="yellow"),
-        )  # fmt: skip
+        with Stages(console) as stages:
+            warn = lambda text: console.print(f"warning: {shown(text)}", style="yellow")  # noqa: E731
+            run = resume.open_run(config, workdir, stages, warn)
         loop = Loop(run, console)
         loop.introduce()
         state = loop.begin()
@@ -98,7 +98,7 @@ class Loop:
         if not self.writes:
             return
         client, server = (count_parameters(part) for part in jax.eval_shape(sim.setting.fresh))
-        print_table(self.console, client_table(run.dataset))
+        print_table(self.console, client_table(run.dataset.summary))
         body = f" ({f.body} body)" if f.strategy == "parallel" else ""
         m = run.config.model
         self.console.print(

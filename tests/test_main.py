@@ -186,7 +186,7 @@ def test_a_client_with_too_little_text_is_refused_or_dropped(config_file, tmp_pa
 
     said: list[str] = []
     config = load(config_file, data__source=source)
-    dataset, _ = prepare(config, tmp_path / "data", warn=said.append, progress=lambda _: None)
+    dataset, _ = prepare(config, tmp_path / "data", warn=said.append)
     assert "small" not in dataset.client_names and dataset.train.num_clients == 2
     assert len(said) == 1 and "small" in said[0]
 

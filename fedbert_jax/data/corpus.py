@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import logging
 import os
 import re
@@ -56,8 +55,6 @@ def read_documents(
     min_words = DOCS_MIN_WORDS if kind == "docs" else 1
     left_out, names = LeftOut(), ClientNames()
     documents: Iterable[Document] = (Document(text, names(group)) for text, group in _read(kind, what, data, left_out, warn))
-    if data.deduplicate:
-        documents = drop_repeated_paragraphs(documents)
     kept, told = [], time.monotonic()
     for document in documents:
         if len(document.text.split(None, min_words - 1)) >= min_words:  # not all words at once, which a long line has
@@ -74,26 +71,8 @@ def read_documents(
         warn(sentence)
     holders = {document.group for document in kept}
     if without := [client for client in names.given() if client not in holders]:
-        more = " that did not come before elsewhere" if data.deduplicate else ""
-        warn(f"{len(without):,} client{'s have' if len(without) > 1 else ' has'} no text{more}: {listed(without)}.")
+        warn(f"{len(without):,} client{'s have' if len(without) > 1 else ' has'} no text: {listed(without)}.")
     return kept
-
-
-def drop_repeated_paragraphs(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yields the documents without each blank-line separated paragraph that came before, in any of them.
-
-    Paragraphs are compared without case and with runs of whitespace as one space. A document may be left empty.
-    """
-    seen: set[int] = set()  # 8-byte hashes: 10M paragraphs fit in memory, and none collide in practice
-    for document in documents:
-        kept = []
-        for paragraph in re.split(r"\n\s*\n", document.text):
-            key = " ".join(paragraph.lower().split()).encode()
-            digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-            if key and digest not in seen:
-                seen.add(digest)
-                kept.append(paragraph)
-        yield Document("\n\n".join(kept), document.group)
 
 
 def _read(

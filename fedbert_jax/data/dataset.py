@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -11,41 +10,27 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from fedbert_jax.config import Config
-from fedbert_jax.console import Name
 from fedbert_jax.data.blocks import BlockWriter, TokenBlocks, pack
-from fedbert_jax.data.corpus import Document, read_documents
-from fedbert_jax.data.partition import assign, hold_out, js_divergence
-from fedbert_jax.data.tokenizer import encode, load_tokenizer, special_ids, token_dtype, train_tokenizer, vocab_size
+from fedbert_jax.data.encoded import Encoded, encode_documents, usual_tokens
+from fedbert_jax.data.partition import js_divergence
+from fedbert_jax.data.progress import Logged, Progress
+from fedbert_jax.data.summary import ClientSummary, describe_left_out, describe_unknown
+from fedbert_jax.data.text import Share, Text, read_text
+from fedbert_jax.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, token_dtype, vocab_size
+from fedbert_jax.data.vocabulary import train_tokenizer
 from fedbert_jax.errors import ConfigError, UserError
-from fedbert_jax.streams import seeds_of
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of the prepared directory; raise it when the same config makes other blocks
-TABLE_ROWS, TABLE_LARGEST, TABLE_SMALLEST = 40, 10, 5
+FORMAT = 2  # of the prepared directory; raise it when the same config makes other blocks
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClientSummary:
-    """What one client holds."""
-
-    name: str
-    documents: int  # held-out ones included
-    words: int  # held-out ones included
-    train_blocks: int
-    heldout_blocks: int
-    tokens: int  # in its training blocks
-    share: float  # of all training blocks
-    js_divergence: float  # bits, of its training tokens (special ones aside) from everybody's
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +46,17 @@ class Dataset:
     unigram: np.ndarray  # int64 [V], how often each token is in the training blocks
 
 
-@dataclass(frozen=True)
-class _Share:
-    """A client's documents, by index."""
+class _Packed(NamedTuple):
+    """How many blocks of a client are in train.npy and heldout.npy."""
 
-    name: str
-    train: np.ndarray
-    heldout: np.ndarray
+    train: int
+    heldout: int
+    unusable: int  # training blocks that are not there since no token in them could be masked
 
 
 def prepare(
     config: Config, directory: Path, *,
-    warn: Callable[[str], None] = log.warning, progress: Callable[[str], None] = log.info,
+    warn: Callable[[str], None] = log.warning, progress: Progress | None = None,
 ) -> tuple[Dataset, PreTrainedTokenizerFast]:  # fmt: skip
     """Makes a run's token blocks and tokenizer, or takes those that `directory` holds.
 
@@ -83,14 +67,16 @@ def prepare(
     Args:
       config: of the run.
       directory: where the data is or goes.
-      warn: is told in a sentence of clients dropped because they fill no block, and of having no held-out text.
-      progress: is told of each stage as it begins.
+      warn: is told in a sentence of clients left out, of text that the tokenizer doesn't know, and of having no held-out
+        text.
+      progress: is told of each stage as it begins, and how much of it is done; by default the log.
 
     Returns:
       The dataset, its blocks memory-mapped read-only, and the tokenizer.
 
     Raises:
-      UserError: for text that cannot be read, too few or too small clients, or a directory that holds something else.
+      UserError: for text that cannot be read, or of which the tokenizer knows nothing, too few or too small clients, or a
+        directory that holds something else.
     """
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -99,7 +85,7 @@ def prepare(
             raise UserError(f"{directory} holds something else than prepared data; give another --workdir.")
         unfinished.mkdir(parents=True)
         try:
-            _make(config, unfinished, warn, progress)
+            _make(config, unfinished, warn, progress or Logged())
             os.replace(unfinished, directory)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -143,97 +129,127 @@ def _open(path: Path, sizes: Sequence[int]) -> TokenBlocks:
     return TokenBlocks(np.load(path, mmap_mode="r"), np.cumsum([0, *sizes], dtype=np.int64))
 
 
-def _make(config: Config, directory: Path, warn: Callable[[str], None], progress: Callable[[str], None]) -> None:
-    data, f = config.data, config.federated
-    progress(f"reading data.source={data.source!r}")
-    documents = read_documents(data, warn=warn, count=lambda n: None)
-    words = np.array([len(document.text.split()) for document in documents])
-    names, owned = assign([d.group for d in documents], words, data.partition, f.num_clients, seeds_of(config))
-    shares = []
-    for client, (name, mine) in enumerate(zip(names, owned, strict=True)):
-        held = hold_out(words[mine], data.eval_fraction, seeds_of(config), client)
-        shares.append(_Share(name, mine[~held], mine[held]))
-
-    tokenizer = _tokenizer(config, documents, shares, progress)
+def _make(config: Config, directory: Path, warn: Callable[[str], None], progress: Progress) -> None:
+    data = config.data
+    text = read_text(config, warn, progress)
+    tokenizer = _tokenizer(config, text, progress)
+    save_tokenizer(tokenizer, directory / "tokenizer")
     special = special_ids(tokenizer)
-    tokenizer.save_pretrained(directory / "tokenizer")
 
-    taken = sum(int(words[mine].sum()) for mine in owned)
-    progress(f"packing {taken:,} words of {len(shares):,} clients into blocks of {data.seq_len} tokens")
-    sizes = _write_blocks(directory, documents, shares, tokenizer, data.seq_len)
-    kept = [(share, train, heldout) for share, (train, heldout) in zip(shares, sizes, strict=True) if train]
-    _report_small([share.name for share, (train, _) in zip(shares, sizes, strict=True) if not train], config, warn)
+    words, clients = int(text.words.sum()), len(text.shares)
+    progress.stage(f"encoding {words:,} words of {clients:,} clients", "characters", sum(map(len, text.texts)))
+    encoded = encode_documents(tokenizer, text.texts, directory / "documents.bin", data.deduplicate, progress.count)
+    if not encoded.usual.any():
+        key = "data.tokenizer" if data.tokenizer else "model.init_from"
+        raise UserError(
+            f"{key}={data.tokenizer or config.model.init_from!r} knows no word of data.source={data.source!r}; accepted: "
+            "a tokenizer of the text's language, or data.tokenizer='train:SIZE', which makes one."
+        )
+    tokens = int(encoded.kept.sum())
+    most = (tokens + len(encoded.spans)) // (data.seq_len - 1)
+    progress.stage(f"packing {tokens:,} tokens into blocks of {data.seq_len}", "blocks", most)
+    packed = _write_blocks(directory, text.shares, encoded, tokenizer, data.seq_len, progress)
+    _report_left_out(config, text, encoded, packed, warn)
+    kept = [(share, sizes) for share, sizes in zip(text.shares, packed, strict=True) if sizes.train]
     _check_cohort(config, len(kept))
-    if not any(heldout for *_, heldout in kept):
+    if not any(sizes.heldout for _, sizes in kept):
         warn("no client holds out as much as one block, so nothing will be evaluated; raise data.eval_fraction.")
 
-    blocks = _open(directory / "train.npy", [train for _, train, _ in kept])
+    blocks = _open(directory / "train.npy", [sizes.train for _, sizes in kept])
     unigram = _count(blocks.tokens, vocab_size(tokenizer))
-    usual = ~np.isin(np.arange(len(unigram)), special)  # [CLS] is as often in every client's blocks
+    usual = usual_tokens(tokenizer)  # [CLS] is as often in every client's blocks
     each = (_count(blocks.client(c), len(unigram)) * usual for c in range(blocks.num_clients))
     divergences = js_divergence(each, unigram * usual)
-    clients = []
-    for (share, train, heldout), divergence in zip(kept, divergences, strict=True):
-        mine = np.concatenate([share.train, share.heldout])
-        summary = ClientSummary(
-            name=share.name, documents=len(mine), words=int(words[mine].sum()), train_blocks=train,
-            heldout_blocks=heldout, tokens=train * data.seq_len, share=train / len(blocks.tokens),
-            js_divergence=float(divergence),
-        )  # fmt: skip
-        clients.append(dataclasses.asdict(summary))
-    meta = {"origin": _origin(config), "special_ids": special, "unigram": unigram.tolist(), "clients": clients}
+    summaries = [
+        _summarise(config, text, encoded, share, sizes, float(divergence), len(blocks.tokens))
+        for (share, sizes), divergence in zip(kept, divergences, strict=True)
+    ]
+    unknown = describe_unknown(summaries)
+    if unknown:
+        warn(unknown)
+    (directory / "documents.bin").unlink()
+    meta = {
+        "origin": _origin(config), "special_ids": special, "unigram": unigram.tolist(),
+        "clients": [dataclasses.asdict(s) for s in summaries],
+    }  # fmt: skip
     (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _tokenizer(
-    config: Config, documents: Sequence[Document], shares: Sequence[_Share], progress: Callable[[str], None]
-) -> PreTrainedTokenizerFast:
+def _tokenizer(config: Config, text: Text, progress: Progress) -> PreTrainedTokenizerFast:
     name = config.data.tokenizer or config.model.init_from
     if not name.startswith("train:"):
-        progress(f"loading the tokenizer {name!r}")
+        progress.stage(f"loading the tokenizer {name!r}")
         return load_tokenizer(name)
     size = int(name.removeprefix("train:"))
-    progress(f"training a tokenizer of {size:,} tokens")
-    texts = (documents[i].text for share in shares for i in share.train)  # held-out text stays unseen
-    return train_tokenizer(texts, size, config.data.lowercase)
+    texts = [text.texts[i] for share in text.shares for i in share.train]  # held-out text stays unseen
+    progress.stage(f"training a tokenizer of {size:,} tokens", "characters", sum(map(len, texts)))
+    return train_tokenizer(texts, size, config.data.lowercase, progress.count)
 
 
 def _write_blocks(
-    directory: Path, documents: Sequence[Document], shares: Sequence[_Share], tokenizer: PreTrainedTokenizerFast,
-    seq_len: int,
-) -> list[tuple[int, int]]:  # fmt: skip
-    """Writes train.npy and heldout.npy, a client after the other; returns each one's number of blocks in them.
+    directory: Path, shares: Sequence[Share], encoded: Encoded, tokenizer: PreTrainedTokenizerFast, seq_len: int,
+    progress: Progress,
+) -> list[_Packed]:  # fmt: skip
+    """Writes train.npy and heldout.npy, a client after the other.
 
-    Blocks go to the files as they fill, so memory holds the text and a batch of tokens. A client without a training
-    block has none held out.
+    Blocks go to the files as they fill. A client without a training block has none held out. A block of which no token may
+    be masked, since all are special or [UNK], is in neither.
     """
-    dtype = token_dtype(vocab_size(tokenizer))
-    texts = (documents[i].text for share in shares for part in (share.train, share.heldout) for i in part)
-    ids = encode(tokenizer, texts)
+    dtype, usual = token_dtype(vocab_size(tokenizer)), usual_tokens(tokenizer)
     cls_id, sep_id = int(tokenizer.cls_token_id), int(tokenizer.sep_token_id)
-    sizes = []
+    packed = []
     with (
         BlockWriter(directory / "train.npy", seq_len, dtype) as train,
         BlockWriter(directory / "heldout.npy", seq_len, dtype) as heldout,
     ):
         for share in shares:
-            before = train.num_blocks, heldout.num_blocks
+            before, unusable = (train.num_blocks, heldout.num_blocks), 0
             for writer, part in ((train, share.train), (heldout, share.heldout)):
-                for blocks in pack(itertools.islice(ids, len(part)), seq_len, cls_id, sep_id):
+                for blocks in pack(encoded.pieces(part), seq_len, cls_id, sep_id):
+                    usable = usual[blocks].any(axis=1)
                     if writer is train or train.num_blocks > before[0]:
-                        writer.append(blocks)
-            sizes.append((train.num_blocks - before[0], heldout.num_blocks - before[1]))
-    return sizes
+                        writer.append(blocks[usable])
+                        progress.count(train.num_blocks + heldout.num_blocks)
+                    unusable += int(np.count_nonzero(~usable)) if writer is train else 0
+            packed.append(_Packed(train.num_blocks - before[0], heldout.num_blocks - before[1], unusable))
+    return packed
 
 
-def _report_small(names: Sequence[str], config: Config, warn: Callable[[str], None]) -> None:
-    if not names:
-        return
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    what = f"without text for one training block of data.seq_len={config.data.seq_len} tokens: {listed}"
-    if config.data.small_clients == "error":
-        raise UserError(f"data.small_clients='error' refuses clients ({len(names):,} here) {what}.")
-    warn(f"dropped {len(names):,} of the clients, those {what}.")
+def _summarise(
+    config: Config, text: Text, encoded: Encoded, share: Share, sizes: _Packed, divergence: float, all_blocks: int
+) -> ClientSummary:
+    mine = share.documents
+    left = text.words[mine] * encoded.kept[mine] / np.maximum(encoded.lengths[mine], 1)  # words, in proportion to tokens
+    read = int((text.words[mine] + text.dropped[mine]).sum()) + share.emptied
+    return ClientSummary(
+        name=share.name, documents=int(np.count_nonzero(encoded.kept[mine])), words=round(left.sum()),
+        train_blocks=sizes.train, heldout_blocks=sizes.heldout, tokens=sizes.train * config.data.seq_len,
+        share=sizes.train / all_blocks, js_divergence=divergence,
+        unknown=float(encoded.unknown[mine].sum() / encoded.lengths[mine].sum()), dropped_words=read - round(left.sum()),
+    )  # fmt: skip
+
+
+def _report_left_out(
+    config: Config, text: Text, encoded: Encoded, packed: Sequence[_Packed], warn: Callable[[str], None]
+) -> None:
+    """Says which clients have no training block, and why; raises UserError if data.small_clients refuses them."""
+    unknown, repeated = "with only unknown text for this tokenizer", "with nothing but repeated text (data.deduplicate)"
+    small = f"without text for one training block of data.seq_len={config.data.seq_len} tokens"
+    left_out = {unknown: [], repeated: list(text.emptied), small: []}
+    for share, sizes in zip(text.shares, packed, strict=True):
+        if not sizes.train:
+            tokens, words, dropped = (int(x[share.train].sum()) for x in (encoded.lengths, text.words, text.dropped))
+            # How many tokens there were before anything was left out; of text that was not encoded, about.
+            tokens += round(tokens * (dropped + share.emptied) / max(words, 1))
+            if sizes.unusable or not encoded.usual[share.documents].any():
+                left_out[unknown].append(share.name)
+            else:
+                left_out[repeated if tokens >= config.data.seq_len - 1 else small].append(share.name)
+    clients = describe_left_out(left_out)
+    if clients and config.data.small_clients == "error":
+        raise UserError(f"data.small_clients='error' refuses clients: {clients}.")
+    if clients:
+        warn(f"clients left out: {clients}.")
 
 
 def _check_cohort(config: Config, num_clients: int) -> None:
@@ -256,27 +272,3 @@ def _count(blocks: np.ndarray, size: int) -> np.ndarray:
     for start in range(0, len(blocks), 65536):
         total += np.bincount(blocks[start : start + 65536].ravel(), minlength=size)
     return total
-
-
-def client_table(dataset: Dataset) -> Table:
-    """Lists the clients, largest first, and all together; of more than 40, the largest ten and the smallest five."""
-    table = Table(title=f"{len(dataset.summary):,} clients")
-    table.add_column("client", overflow="fold")
-    for column in ("documents", "blocks", "held-out", "tokens", "share", "JS (bits)"):
-        table.add_column(column, justify="right", no_wrap=True)
-    clients = sorted(dataset.summary, key=lambda c: (-c.train_blocks, c.name))
-    hidden = len(clients) - TABLE_LARGEST - TABLE_SMALLEST if len(clients) > TABLE_ROWS else 0
-
-    def add(name: str, members: Sequence[ClientSummary]) -> None:
-        sums = [sum(getattr(c, k) for c in members) for k in ("documents", "train_blocks", "heldout_blocks", "tokens")]
-        share, divergence = sum(c.share for c in members), np.mean([c.js_divergence for c in members])
-        table.add_row(Name(name), *(f"{n:,}" for n in sums), f"{share:.1%}", f"{divergence:.3f}")
-
-    for place, client in enumerate(clients):
-        if not hidden or not TABLE_LARGEST <= place < TABLE_LARGEST + hidden:
-            add(client.name, [client])
-        elif place == TABLE_LARGEST:
-            table.add_row(f"... {hidden:,} more", *["..."] * 6)
-    table.add_section()
-    add("all (JS: their mean)", clients)
-    return table

@@ -1,24 +1,29 @@
-"""The WordPiece tokenizer: loaded or trained, and text to token ids with it."""
+"""The tokenizer as it is used: loaded, saved, and text to token ids with it."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
+from fedbert_jax.data.vocabulary import CONTINUES, LONGEST_WORD, MAX_LENGTH, SPECIAL_TOKENS
+from fedbert_jax.data.words import BREAKS, cut
 from fedbert_jax.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, so functions import it when they need it
     from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
-CONTINUES = "##"  # the prefix of a token that continues a word
-MAX_LENGTH = 512  # BERT's, for users of the saved tokenizer; nothing here truncates
-MAX_ALPHABET = 1000  # characters of a trained vocabulary, as in `tokenizers`; rarer ones become [UNK]
+_ENDLESS = re.compile(f"(?<![0-9A-Za-z])[0-9A-Za-z]{{{10 * LONGEST_WORD},}}")  # a word that is [UNK] however long
+_PIECE = 100_000  # characters that are encoded as one text: the library takes 100 bytes for each
+# Places to cut text for tokenizers of unknown kind. With most a space belongs to the word behind it, so that begins a piece.
+_BEFORE_SPACE = re.compile(r"(?<=[a-z])(?= [a-z])")
+_SAMPLE = 20_000  # characters by which it is found out whether they are cut there without a difference
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -108,87 +113,94 @@ def _from_vocabulary(file: str) -> PreTrainedTokenizerFast:
     return BertTokenizer(vocab=vocabulary, do_lower_case=not cased, model_max_length=MAX_LENGTH)
 
 
-def train_tokenizer(texts: Iterable[str], size: int, lowercase: bool) -> PreTrainedTokenizerFast:
-    """Trains BERT's tokenizer (Devlin et al. 2019; Hugging Face's BPE-style WordPiece trainer) on the texts.
-
-    The same texts give the same vocabulary in every process. `tokenizers` alone does not: it numbers the `##x`
-    characters in the order of a randomly seeded hash map, and breaks ties between merges by those numbers. So the
-    alphabet is counted here and handed over as reserved tokens in a fixed order, which leaves the trainer no choice.
-
-    Args:
-      texts: what to learn from.
-      size: number of tokens wanted, the five special tokens included; fewer if the texts have too few words.
-      lowercase: fold case and strip accents.
-
-    Raises:
-      UserError: if the texts hold no word.
-    """
-    from transformers import BertTokenizer
-
-    texts = list(texts)
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    starts, continues = _count_characters(texts, normalizer)
-    if not starts:
-        raise UserError("data.tokenizer='train:...': there is no text to train a tokenizer on.")
-    ranked = sorted(starts | continues, key=lambda c: (-starts[c] - continues[c], c))
-    # A small vocabulary would drown in rare characters; 28 with their ## forms still leave room in one of 64 tokens.
-    alphabet = sorted(ranked[: min(MAX_ALPHABET, max(28, size // 16))])
-    reserved = [*SPECIAL_TOKENS, *alphabet, *(CONTINUES + c for c in alphabet if c in continues)]
-
-    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    trained.normalizer = normalizer
-    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=reserved, initial_alphabet=alphabet, limit_alphabet=len(alphabet),
-        continuing_subword_prefix=CONTINUES, show_progress=False,
-    )  # fmt: skip
-    trained.train_from_iterator(texts, trainer)
-    vocabulary = trained.get_vocab(with_added_tokens=False)
-    in_order = {token: vocabulary[token] for token in sorted(vocabulary, key=vocabulary.__getitem__)}
-    # Built anew from the vocabulary, because the trainer made every reserved token a special one.
-    return BertTokenizer(vocab=in_order, do_lower_case=lowercase, model_max_length=MAX_LENGTH)
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Writes a tokenizer so that `AutoTokenizer.from_pretrained` of transformers 4 and 5 loads it as it is."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 doesn't know, for:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _count_characters(texts: Iterable[str], normalizer: normalizers.Normalizer) -> tuple[Counter[str], Counter[str]]:
-    """Counts the characters that start a word and those that continue one, as BERT's tokenizer divides the texts."""
-    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
-    starts: Counter[str] = Counter()
-    continues: Counter[str] = Counter()
-    # Once for each different piece between spaces: a tenth of the work, since words never cross a space.
-    for piece, count in Counter(piece for text in texts for piece in text.split()).items():
-        for word, _ in split(normalizer.normalize_str(piece)):
-            starts[word[0]] += count
-            for character in word[1:]:
-                continues[character] += count
-    return starts, continues
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 1_000_000) -> Iterator[np.ndarray]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 1_000_000,
+    count: Callable[[int], None] = lambda _: None,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Yields the token ids of each text: [n] uint16 or int32 (`token_dtype`), without special tokens added.
 
-    Text that spells a special token ("[MASK]" in documentation) is read as text, never as that token.
+    Text that spells a special token ("[MASK]" in documentation) is read as text, never as that token. Long text is encoded
+    in pieces where that makes no difference, so that its size costs neither memory nor all cores but one.
 
     Args:
       tokenizer: any fast tokenizer.
       texts: texts of any length; nothing is truncated.
       batch: about how many characters are encoded at a time, on all cores.
+      count: is told how many characters have been encoded so far.
     """
     dtype = token_dtype(vocab_size(tokenizer))
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, whose settings may be changed
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
+    divide = _Divider(backend)
+    parts: list[np.ndarray] = []  # of a text whose last piece is still to come
 
-    def flush(pending: list[str]) -> Iterator[np.ndarray]:
-        for encoding in backend.encode_batch_fast(pending, add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=dtype)
+    def flush(pending: list[tuple[str, bool]]) -> Iterator[np.ndarray]:
+        encodings = backend.encode_batch_fast([piece for piece, _ in pending], add_special_tokens=False)
+        for encoding, (_, last) in zip(encodings, pending, strict=True):
+            parts.append(np.array(encoding.ids, dtype=dtype))
+            if last:
+                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+                parts.clear()
 
-    pending: list[str] = []
-    characters = 0
+    pending: list[tuple[str, bool]] = []  # pieces, and whether a text ends with them
+    characters = done = 0
     for text in texts:
-        pending.append(text)
-        characters += len(text)
-        if characters >= batch:
-            yield from flush(pending)
-            pending, characters = [], 0
+        pieces = [text] if len(text) <= _PIECE else divide(text)
+        for n, piece in enumerate(pieces, 1):
+            pending.append((piece, n == len(pieces)))
+            characters += len(piece)
+            if characters >= batch:
+                yield from flush(pending)
+                done += characters
+                count(done)
+                pending, characters = [], 0
     yield from flush(pending)
+    count(done + characters)
+
+
+class _Divider:
+    """Divides a long text into pieces that have the same ids, one after the other, as the whole."""
+
+    def __init__(self, backend: Tokenizer):
+        self._backend = backend
+        self._like_bert = _is_like_bert(json.loads(backend.to_str()))
+        self._same: bool | None = None  # whether a tokenizer of another kind gives the same ids before and after a cut
+
+    def __call__(self, text: str) -> list[str]:
+        if self._like_bert:
+            return list(cut(_ENDLESS.sub(lambda match: match[0][: 10 * LONGEST_WORD], text), _PIECE, BREAKS))
+        if self._same is None:
+            sample = text[:_SAMPLE]
+            self._same = self._ids([sample]) == self._ids(list(cut(sample, _SAMPLE // 10, _BEFORE_SPACE)))
+        return list(cut(text, _PIECE, _BEFORE_SPACE)) if self._same else [text]
+
+    def _ids(self, texts: list[str]) -> list[int]:
+        return [i for e in self._backend.encode_batch_fast(texts, add_special_tokens=False) for i in e.ids]
+
+
+def _is_like_bert(spec: dict[str, Any]) -> bool:
+    """Tells whether text is first cut into BERT's words, each of which then becomes tokens by itself."""
+
+    def steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+        return [{}] if part is None else part[key] if part["type"] == "Sequence" else [part]
+
+    normalizer = steps(spec["normalizer"], "normalizers")[0]
+    return (
+        spec["model"]["type"] == "WordPiece"
+        and spec["model"]["max_input_chars_per_word"] <= LONGEST_WORD
+        and normalizer.get("type") == "BertNormalizer" and normalizer["handle_chinese_chars"]
+        and steps(spec["pre_tokenizer"], "pretokenizers")[-1].get("type") == "BertPreTokenizer"
+        and all(token["special"] for token in spec["added_tokens"])
+    )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from sources import read, refused, write
 
 from fedbert_jax.config import DataConfig
 from fedbert_jax.data import corpus
-from fedbert_jax.data.corpus import Document, drop_repeated_paragraphs, read_documents
+from fedbert_jax.data.corpus import read_documents
 
 
 def test_blank_lines_separate_documents_and_the_folder_is_the_client(tmp_path: Path) -> None:
@@ -59,16 +58,13 @@ def test_a_clients_name_is_its_folders_whatever_that_is(tmp_path: Path, monkeypa
     assert read("text:שלום/../[[]*/*") == [("text of 1", "[b]bold")]
 
 
-def test_clients_who_end_up_without_text_are_named(tmp_path: Path) -> None:
+def test_clients_without_text_are_named(tmp_path: Path) -> None:
     write(tmp_path / "t" / "east" / "a.txt", "one\n\ntwo")
-    write(tmp_path / "t" / "north" / "a.txt", "Two\n\none")  # all of it came before
+    write(tmp_path / "t" / "north" / "a.txt", "Two")
     write(tmp_path / "t" / "west" / "a.txt", "")
     write(tmp_path / "t" / "x" / "b.jsonl", '{"text": " "}')
     told: list[str] = []
-    assert read(f"text:{tmp_path}/t", told) == [("one", "east"), ("two", "east")]
-    assert told == ["3 clients have no text that did not come before elsewhere: north, west, x."]
-    told.clear()
-    read(f"text:{tmp_path}/t", told, deduplicate=False)
+    assert read(f"text:{tmp_path}/t", told) == [("one", "east"), ("two", "east"), ("Two", "north")]
     assert told == ["2 clients have no text: west, x."]
 
 
@@ -136,32 +132,3 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", " \n\n\t\n")
     assert "has no text" in refused(f"text:{path}")
     assert "has no text" in refused(f"text:{path}", deduplicate=False)
-
-
-# --- paragraphs seen before ---
-
-
-def test_a_paragraph_seen_before_is_dropped_wherever_it_was() -> None:
-    documents = [
-        Document("Alpha  beta\n\ngamma", "a"),
-        Document("delta\n \nalpha\nBETA", "b"),
-        Document("GAMMA\n\n\n\nalpha beta", "c"),
-        Document("alpha beta delta", "c"),
-    ]
-    texts = [d.text for d in drop_repeated_paragraphs(documents)]
-    assert texts == ["Alpha  beta\n\ngamma", "delta", "", "alpha beta delta"]
-
-
-def test_documents_left_empty_are_dropped(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", "one\n\nOne\n\ntwo")
-    assert [t for t, _ in read(f"text:{path}")] == ["one", "two"]
-    assert [t for t, _ in read(f"text:{path}", deduplicate=False)] == ["one", "One", "two"]
-
-
-def test_a_repeated_row_inside_a_joined_document_is_dropped(tmp_path: Path) -> None:
-    rows = ["= A", "same", "only a", "= B", "same", "only b"]
-    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": r}) for r in rows))
-    found = read(f"text:{path}", document_start="= ")
-    assert [t for t, _ in found] == ["= A\n\nsame\n\nonly a", "= B\n\nonly b"]
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import random
@@ -14,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config
 from fedbert_jax.data import dataset as dataset_lib
-from fedbert_jax.data.dataset import ClientSummary, Dataset, client_table, prepare
+from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.errors import UserError
 
 LENGTH = 16
@@ -56,6 +54,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Any, Path]:
     directory = tmp_path_factory.mktemp("run") / "data"
     return *prepare(make_config(corpus), directory), directory
+
+
+class Told:
+    """Takes down what is told of progress."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, str, int | None]] = []
+        self.counts: list[list[int]] = []  # by stage
+
+    def stage(self, text: str, unit: str = "", total: int | None = None) -> None:
+        self.stages.append((text.split()[0], unit, total))
+        self.counts.append([])
+
+    def count(self, done: int) -> None:
+        self.counts[-1].append(done)
 
 
 def same(a: Path, b: Path) -> bool:
@@ -100,20 +113,19 @@ def test_blocks_spell_the_clients_own_documents(prepared: tuple[Dataset, Any, Pa
 def test_no_document_is_both_held_out_and_trained_on(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[list[str]] = []
-    encode = dataset_lib.encode
-    monkeypatch.setattr(dataset_lib, "encode", lambda t, texts: encode(t, seen.append(list(texts)) or seen[-1]))
+    seen: list[str] = []
+    encode = dataset_lib.encode_documents
+    monkeypatch.setattr(dataset_lib, "encode_documents", lambda t, texts, *a: encode(t, seen.extend(texts) or texts, *a))
     learned: list[str] = []
     train = dataset_lib.train_tokenizer
-    monkeypatch.setattr(dataset_lib, "train_tokenizer", lambda t, *a: train(learned.extend(t) or learned, *a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(dataset_lib, "train_tokenizer", lambda t, *a: train(learned.extend(t) or t, *a))
     shared = tmp_path / "c" / "both"
     shared.mkdir(parents=True)
     text = (corpus / "east" / "notes.txt").read_text()
     (shared / "a.txt").write_text(text + "\n\n" + text.upper().replace(" ", "  "))
     prepare(make_config(tmp_path / "c"), tmp_path / "data")
-    (texts,) = seen
-    assert len(texts) == len({" ".join(t.lower().split()) for t in texts}) == 40
-    assert set(learned) < set(texts) and 0 < len(texts) - len(learned) < 20  # the vocabulary saw no held-out text
+    assert len(seen) == len({" ".join(t.lower().split()) for t in seen}) == 40
+    assert set(learned) < set(seen) and 0 < len(seen) - len(learned) < 20  # the vocabulary saw no held-out text
 
 
 def test_a_vocabulary_past_16_bits_is_stored_in_32(corpus: Path, tmp_path: Path) -> None:
@@ -155,9 +167,9 @@ def test_prepared_data_is_taken_as_it_is(tmp_path: Path) -> None:
     kept = {n: np.array(getattr(first, n).tokens) for n in ("train", "heldout")}
     make_corpus(corpus, {"a": 30}, seed=5)
     (corpus / "b" / "notes.txt").unlink()
-    stages: list[str] = []
-    again, reloaded = prepare(config, tmp_path / "data", progress=stages.append)
-    assert stages == []
+    told = Told()
+    again, reloaded = prepare(config, tmp_path / "data", progress=told)
+    assert told.stages == []
     for name, tokens in kept.items():
         assert np.array_equal(getattr(again, name).tokens, tokens)
         assert np.array_equal(getattr(again, name).offsets, getattr(first, name).offsets)
@@ -193,12 +205,14 @@ dataset.prepare(config.from_dict(json.loads({config!r})), pathlib.Path("data"))
 
 
 def test_an_error_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    def interrupt(stage: str) -> None:
-        if stage.startswith("packing"):
-            raise KeyboardInterrupt
+    class Interrupt(Told):
+        def stage(self, text: str, unit: str = "", total: int | None = None) -> None:
+            super().stage(text, unit, total)
+            if text.startswith("packing"):
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(make_config(corpus), tmp_path / "data", progress=interrupt)
+        prepare(make_config(corpus), tmp_path / "data", progress=Interrupt())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,7 +254,8 @@ def test_a_dropped_client_leaves_nothing_held_out(tmp_path: Path) -> None:
     for i in range(12):  # a short document and a long one: whichever is held out, the other is all there is to train on
         (corpus / f"two{i:02d}").mkdir()
         (corpus / f"two{i:02d}" / "a.txt").write_text(f"abc {i}\n\n" + f"hgf{i} " * 200)
-    data, _ = prepare(make_config(corpus), tmp_path / "data", warn=lambda _: None)
+    config = make_config(corpus, data={"deduplicate": False})  # a long document of one word is no text otherwise
+    data, _ = prepare(config, tmp_path / "data", warn=lambda _: None)
     assert 1 < len(data.client_names) < 13
     assert len(data.train.tokens) == data.train.offsets[-1] and len(data.heldout.tokens) == data.heldout.offsets[-1]
 
@@ -273,24 +288,158 @@ def test_a_client_with_one_document_has_no_held_out_text(tmp_path: Path) -> None
     assert (data.train.sizes > 0).all() and data.heldout.sizes.tolist() == [0, 0]
 
 
-# --- tables ---
+# --- text that came before ---
 
 
-def printed(data: Dataset) -> str:
-    out = io.StringIO()
-    Console(file=out, width=120).print(client_table(data))
-    return out.getvalue()
+def windows(blocks: np.ndarray) -> list[bytes]:
+    """All that 32 tokens in a row of a block can be."""
+    return [np.array(row[i : i + 32]).tobytes() for row in blocks for i in range(row.size - 31)]
 
 
-def test_the_table_lists_few_clients_whole(prepared: tuple[Dataset, Any, Path]) -> None:
-    text = printed(prepared[0])
-    assert all(name in text for name in ("east", "north", "west", "all"))
-    assert f"{sum(c.tokens for c in prepared[0].summary):,}" in text
+def random_texts(rng: random.Random, count: int) -> list[str]:
+    words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 5))) for _ in range(300)]
+    return [" ".join(rng.choices(words, k=60)) for _ in range(count)]
 
 
-def test_the_table_abridges_many_clients(prepared: tuple[Dataset, Any, Path]) -> None:
-    many = tuple(ClientSummary(f"[c{i:02d}]", 2, 9, i + 1, 1, 16 * (i + 1), 0.01, 0.25) for i in range(50))
-    text = printed(dataclasses.replace(prepared[0], summary=many))
-    shown = {f"[c{i:02d}]" for i in (*range(5), *range(40, 50))}
-    assert {name for name in (c.name for c in many) if name in text} == shown
-    assert "35 more" in text and "0.250" in text and f"{sum(range(1, 51)):,}" in text
+def write_texts(root: Path, clients: dict[str, list[str]]) -> Path:
+    for name, texts in clients.items():
+        (root / name).mkdir(parents=True)
+        (root / name / "a.txt").write_text("\n\n".join(texts))
+    return root
+
+
+def test_no_window_of_held_out_text_is_trained_on(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    common = random_texts(rng, 30)  # which every client has, with a word more
+    names = ("east", "north", "west")
+    clients = {name: random_texts(rng, 30) + [f"{text} {name}{n}" for n, text in enumerate(common)] for name in names}
+    corpus = write_texts(tmp_path / "corpus", clients)
+    keys = dict(seq_len=64, tokenizer="train:512")
+    data, _ = prepare(make_config(corpus, data=keys | {"deduplicate": False}), tmp_path / "all")
+    trained = set(windows(data.train.tokens))
+    assert np.mean([window in trained for window in windows(data.heldout.tokens)]) > 0.1
+    assert all(c.dropped_words == 0 for c in data.summary)
+
+    clean, _ = prepare(make_config(corpus, data=keys), tmp_path / "once")
+    trained = set(windows(clean.train.tokens))
+    held_out = windows(clean.heldout.tokens)
+    assert len(held_out) > 100 and not any(window in trained for window in held_out)
+    assert [c.documents for c in clean.summary] == [60, 30, 30]
+    assert [c.words + c.dropped_words for c in clean.summary] == [30 * 60 + 30 * 61] * 3
+    assert [c.dropped_words for c in clean.summary] == [0, 30 * 61, 30 * 61]  # the word more is no text of its own
+
+
+def test_words_of_repeated_paragraphs_are_counted(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    a, b, c = (random_texts(rng, 40) for _ in range(3))
+    a[0] = f"{a[0]}\n{b[0]}"
+    documents = write_texts(tmp_path / "corpus", {"a": a, "b": b, "c": [*a[:10], *c], "d": a})
+    warnings: list[str] = []
+    data, _ = prepare(make_config(documents), tmp_path / "data", warn=warnings.append)
+    assert data.client_names == ("a", "b", "c")
+    assert [c.words for c in data.summary] == [41 * 60, 39 * 60, 40 * 60]
+    assert [c.dropped_words for c in data.summary] == [0, 60, 11 * 60]
+    assert warnings == ["clients left out: 1 with nothing but repeated text (data.deduplicate): d."]
+    with pytest.raises(UserError, match=r"data\.small_clients='error'.*with nothing but repeated text.*: d\."):
+        prepare(make_config(documents, data={"small_clients": "error"}), tmp_path / "other")
+
+
+def test_a_near_copy_of_another_client_is_named(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    own = random_texts(rng, 10)
+    near = [text.replace(" ", "\n", 1) + " end" for text in own[:5]]
+    corpus = write_texts(tmp_path / "corpus", {"a": own, "b": random_texts(rng, 10), "copy": ["start " + "\n".join(near)]})
+    warnings: list[str] = []
+    data, _ = prepare(make_config(corpus), tmp_path / "data", warn=warnings.append)
+    assert data.client_names == ("a", "b")
+    assert warnings == ["clients left out: 1 with nothing but repeated text (data.deduplicate): copy."]
+
+
+# --- text that the tokenizer doesn't know ---
+
+
+def save_bert(root: Path, letters: str = "abcdefgh") -> str:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    root.mkdir()
+    (root / "vocab.txt").write_text("\n".join(words))
+    return str(root)
+
+
+def test_a_client_of_unknown_text_is_named(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", {"west": 40, "east": 40})
+    (corpus / "teens").mkdir()
+    (corpus / "teens" / "a.txt").write_text("\n\n".join(f"😀 {'🎉' * n} 🔥" * 20 for n in range(1, 30)))
+    config = make_config(corpus, data={"tokenizer": save_bert(tmp_path / "bert"), "deduplicate": False})
+    for name, keys in (("all", {}), ("once", {"deduplicate": True})):
+        warnings: list[str] = []
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, **keys))
+        data, _ = prepare(changed, tmp_path / name, warn=warnings.append)
+        assert data.client_names == ("east", "west")
+        assert warnings[0] == "clients left out: 1 with only unknown text for this tokenizer: teens."
+    refuses = dataclasses.replace(config, data=dataclasses.replace(config.data, small_clients="error"))
+    with pytest.raises(UserError, match=r"data\.small_clients='error'.*only unknown text for this tokenizer: teens"):
+        prepare(refuses, tmp_path / "refused", warn=lambda _: None)
+
+
+def test_a_tokenizer_that_knows_nothing_is_refused(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", {"west": 40, "east": 40})
+    bert = save_bert(tmp_path / "bert", "xyz")
+    with pytest.raises(UserError, match=rf"^data\.tokenizer='{bert}' knows no word of data\.source=.*train:SIZE"):
+        prepare(make_config(corpus, data={"tokenizer": bert}), tmp_path / "data")
+    with pytest.raises(UserError, match=rf"^model\.init_from='{bert}' knows no word"):
+        prepare(make_config(corpus, data={"tokenizer": ""}, model={"init_from": bert}), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_block_is_without_a_token_to_predict(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    for name, known in (("east", 60), ("west", 50)):
+        (corpus / name).mkdir(parents=True)
+        rng = random.Random(known)
+        texts = [" ".join(rng.choices("abcdefgh", k=30)) for _ in range(known)] + ["語 " * 90 for _ in range(20)]
+        (corpus / name / "a.txt").write_text("\n\n".join(texts))
+    config = make_config(corpus, data={"tokenizer": save_bert(tmp_path / "bert"), "deduplicate": False})
+    warnings: list[str] = []
+    data, _ = prepare(config, tmp_path / "data", warn=warnings.append)
+    for blocks in (data.train.tokens, data.heldout.tokens):
+        assert np.isin(blocks, data.special_ids, invert=True).any(axis=1).all()
+        assert len(blocks)
+    assert data.train.offsets[-1] == len(data.train.tokens) < (110 * 31 + 40 * 91) * 0.8 / (LENGTH - 1)
+    shares = [1800 / (60 * 30 + 1800), 1800 / (50 * 30 + 1800)]  # [UNK] among the tokens of its text
+    assert [c.unknown for c in data.summary] == pytest.approx(shares)
+    (warning,) = warnings
+    assert "more than 1% of the text of 2 of the clients" in warning and "west 54.5%, east 50.0%" in warning
+
+
+def test_a_trained_tokenizer_of_any_script_knows_its_text(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for name, first in (("beijing", 0x4E00), ("seoul", 0xAC00), ("bangkok", 0x0E01)):
+        (tmp_path / "c" / name).mkdir(parents=True)
+        letters = [chr(first + n) for n in range(46 if name == "bangkok" else 400)]
+        text = "\n\n".join("".join(rng.choices(letters, k=100)) for _ in range(40))
+        (tmp_path / "c" / name / "a.txt").write_text(text)
+    warnings: list[str] = []
+    data, _ = prepare(make_config(tmp_path / "c", data={"tokenizer": "train:1024"}), tmp_path / "data", warn=warnings.append)
+    assert warnings == [] and all(c.unknown < 0.001 for c in data.summary)
+    # A fifth of the text is held out, though none has a space.
+    assert all(0.1 < c.heldout_blocks / (c.heldout_blocks + c.train_blocks) < 0.3 for c in data.summary)
+    beijing = data.summary[data.client_names.index("beijing")]
+    assert beijing.words == 40 * 100
+
+
+# --- progress ---
+
+
+def test_progress_is_told_with_counts(corpus: Path, tmp_path: Path) -> None:
+    told = Told()
+    data, _ = prepare(make_config(corpus), tmp_path / "data", progress=told)
+    names, units, totals = zip(*told.stages, strict=True)
+    assert names == ("reading", "training", "encoding", "packing")
+    assert units == ("documents", "characters", "characters", "blocks")
+    texts = [t for n in data.client_names for t in (corpus / n / "notes.txt").read_text().split("\n\n")]
+    characters = sum(map(len, texts))
+    assert told.counts[0][-1] == len(texts) == 120
+    assert told.counts[1][-1] == totals[1] and 0.7 * characters < totals[1] < 0.9 * characters  # a fifth is held out
+    assert told.counts[2][-1] == totals[2] == characters
+    assert told.counts[3][-1] == len(data.train.tokens) + len(data.heldout.tokens) <= totals[3]
+    assert all(counts == sorted(counts) for counts in told.counts)

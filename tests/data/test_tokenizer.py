@@ -1,32 +1,26 @@
-"""The tokenizer is the same in every process, and ids are what `transformers` would give."""
+"""Ids are what `transformers` would give, however long the text."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
-import subprocess
-import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from fedbert_jax.data import tokenizer as tokenizer_lib
 from fedbert_jax.data.tokenizer import (
     continuation_mask,
     encode,
     load_tokenizer,
-    special_ids,
     token_dtype,
-    train_tokenizer,
-    vocab_size,
 )
+from fedbert_jax.data.vocabulary import train_tokenizer
 from fedbert_jax.errors import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzéøß漢字0123456789-'ΣσЖ"
@@ -39,62 +33,9 @@ def make_texts(count: int = 300, seed: int = 0) -> list[str]:
     return [" ".join(rng.choice(words) for _ in range(40)).capitalize() for _ in range(count)]
 
 
-def fingerprint(size: int) -> str:
-    vocabulary = train_tokenizer(make_texts(), size, lowercase=True).get_vocab()
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def trained() -> Any:
     return train_tokenizer(make_texts(), 400, lowercase=True)
-
-
-def test_another_process_trains_the_same_vocabulary() -> None:
-    code = "import test_tokenizer as t; print(t.fingerprint(400), hash('a'))"
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(tokenizer_lib.__file__).parents[2])])
-    env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    vocabulary, hashed = run.stdout.split()
-    assert hashed != str(hash("a"))  # it did hash otherwise
-    assert {vocabulary} == {fingerprint(400) for _ in range(3)}
-
-
-def test_a_trained_vocabulary_is_berts(trained: Any) -> None:
-    assert len(trained) == vocab_size(trained) == 400
-    assert trained.convert_ids_to_tokens(list(range(5))) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    assert special_ids(trained) == (0, 1, 2, 3, 4)
-    assert sorted(trained.get_vocab().values()) == list(range(400))
-    assert trained.tokenize("ÉÉ") == trained.tokenize("ee")  # folded, and without accents
-    cased = train_tokenizer(make_texts(), 400, lowercase=False)
-    assert cased.tokenize("É") != cased.tokenize("é")
-
-
-def test_a_trained_tokenizer_survives_saving(trained: Any, tmp_path: Path) -> None:
-    trained.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.get_vocab() == trained.get_vocab() and loaded.model_max_length == 512
-    pair = loaded("some words", "other words")
-    tokens = loaded.convert_ids_to_tokens(pair["input_ids"])
-    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and tokens.count("[SEP]") == 2
-    assert pair["token_type_ids"] == [0] * (tokens.index("[SEP]") + 1) + [1] * (len(tokens) - tokens.index("[SEP]") - 1)
-    assert loaded("a [MASK]")["input_ids"][-2] == 4
-    text = make_texts()[7]
-    assert loaded(text)["input_ids"] == trained(text)["input_ids"]
-    assert [i.tolist() for i in encode(load_tokenizer(str(tmp_path)), [text])] == [
-        i.tolist() for i in encode(trained, [text])
-    ]
-
-
-def test_rare_characters_give_way_in_a_small_vocabulary() -> None:
-    rare = "".join(chr(0x3041 + i) for i in range(80))
-    small = train_tokenizer(["abcdefg " * 50, " ".join(rare), "gfedcba " + rare], 64, lowercase=True)
-    assert len(small) <= 64
-    assert small.unk_token_id not in small("abcdefg gfedcba", add_special_tokens=False)["input_ids"]
-
-
-def test_no_text_is_refused() -> None:
-    with pytest.raises(UserError, match="no text"):
-        train_tokenizer(["  ", ""], 400, lowercase=True)
 
 
 def test_continuation_mask(trained: Any) -> None:
@@ -116,6 +57,109 @@ def test_encode_is_what_transformers_gives(trained: Any) -> None:
         assert ids.tolist() == trained(text, add_special_tokens=False)["input_ids"]
     whole = list(encode(trained, texts))
     assert all(np.array_equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+# --- long texts ---
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def bert(**settings: Any) -> PreTrainedTokenizerFast:
+    words = [*SPECIAL, *"abcdefgh.,漢字語", *(f"##{c}" for c in "abcdefgh"), "abc", "##def"]
+    return BertTokenizer(vocab={word: n for n, word in enumerate(words)}, **settings)
+
+
+def trained_as(model: models.Model, trainer: trainers.Trainer, before: Any) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = before
+    backend.train_from_iterator(make_texts(100), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+TRAINING = dict(vocab_size=600, special_tokens=SPECIAL, show_progress=False)
+BYTES = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **TRAINING)
+KINDS = {
+    "trained": lambda: train_tokenizer(make_texts(), 400, lowercase=True),
+    "trained, cased": lambda: train_tokenizer(make_texts(), 400, lowercase=False),
+    "bert": bert,
+    "bert without ideographs": lambda: bert(tokenize_chinese_chars=False),
+    "byte-level": lambda: trained_as(
+        models.BPE(), trainers.BpeTrainer(**BYTES),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ),
+    "byte-level with a space": lambda: trained_as(
+        models.BPE(), trainers.BpeTrainer(**BYTES),
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+    ),
+    "unigram": lambda: trained_as(
+        models.Unigram(), trainers.UnigramTrainer(unk_token="[UNK]", **TRAINING),
+        pre_tokenizers.Metaspace(),
+    ),
+    "one that can't be cut": lambda: trained_as(  # all text is one word
+        models.BPE(unk_token="[UNK]"), trainers.BpeTrainer(**TRAINING),
+        pre_tokenizers.Split("\x00", "removed"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_has_the_ids_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_lib, "_PIECE", 60)
+    rng = random.Random(1)
+    units = [
+        "abc def ", "abcdef", "é", "e\u0301 ", "漢字語漢", "。", ", ", "\n\n", "  ", "\u3000", " and a.", "x\x1cy", "[MASK]",
+        "ß9-", "z" * 1200, " the lazy dog", "กำลังภาษาไทย", "😀👍🏽",
+    ]  # fmt: skip
+    texts = ["".join(rng.choices(units, k=rng.randint(1, 400))) for _ in range(30)]
+    made = KINDS[kind]()
+    backend = Tokenizer.from_str(made.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    for text, ids in zip(texts, encode(made, texts, batch=500), strict=True):
+        assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", ["trained", "byte-level", "unigram"])
+def test_a_long_text_is_encoded_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_lib, "_PIECE", 60)
+    made, longest = KINDS[kind](), 0
+
+    class Watched:
+        encode_special_tokens = False
+
+        def __init__(self, backend: Tokenizer):
+            self.backend = backend
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.backend, name)
+
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            nonlocal longest
+            if len(texts) > 1:  # the whole sample is looked at once
+                longest = max(longest, *map(len, texts))
+            return self.backend.encode_batch_fast(texts, **options)
+
+    class Watcher:
+        @staticmethod
+        def from_str(text: str) -> Any:
+            return Watched(Tokenizer.from_str(text))
+
+    monkeypatch.setattr(tokenizer_lib, "Tokenizer", Watcher)
+    (ids,) = encode(made, ["the quick brown fox and the lazy dog " * 2000])
+    assert len(ids) > 2000
+    assert 60 < longest < 5000
+
+
+def test_a_line_of_megabytes_takes_little_time_for_each() -> None:
+    made = KINDS["trained"]()
+    rng = random.Random(0)
+    ideographs = "".join(rng.choices([chr(c) for c in range(0x4E00, 0x5000)], k=300_000))
+    start = time.process_time()
+    told: list[int] = []
+    lines = [ideographs, "a" * 3_000_000, "the quick brown fox " * 50_000]
+    found = list(encode(made, lines, count=told.append))
+    assert time.process_time() - start < 20  # two seconds
+    assert [len(found[0]), found[1].tolist()] == [300_000, [made.unk_token_id]]
+    assert told == sorted(told) and len(told) > 1
 
 
 def test_encode_says_nothing_of_long_texts(trained: Any, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,78 @@
+"""A run's documents as token ids, one after the other in a file: no more of them is in memory than is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedbert_jax.data.duplicates import kept_spans
+from fedbert_jax.data.tokenizer import encode, special_ids, token_dtype, vocab_size
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """D documents, of which some text may be left out."""
+
+    ids: np.ndarray  # [n] uint16 or int32, all documents' one after the other; a view of a file
+    lengths: np.ndarray  # int64 [D], tokens of each document
+    unknown: np.ndarray  # int64 [D], how many of them are [UNK]
+    usual: np.ndarray  # int64 [D], how many of them are no special token: what a model can be asked for
+    spans: np.ndarray  # int64 [S, 2], first token and end of what is not left out, in order
+    offsets: np.ndarray  # int64 [D + 1]: document d's are spans[offsets[d] : offsets[d + 1]]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """How many tokens of each document are not left out, int64 [D]."""
+        sizes = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])
+        return np.diff(sizes[self.offsets])
+
+    def pieces(self, documents: Iterable[int]) -> Iterator[np.ndarray]:
+        """Yields what is not left out of these documents: a document, or the pieces that it was cut into."""
+        for d in documents:
+            for first, end in self.spans[self.offsets[d] : self.offsets[d + 1]].tolist():
+                yield self.ids[first:end]
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str] | Iterable[str], path: Path, deduplicate: bool,
+    count: Callable[[int], None],
+) -> Encoded:  # fmt: skip
+    """Encodes documents into a file.
+
+    Args:
+      tokenizer: with [CLS], [SEP] and [MASK].
+      texts: the documents', in the order of their source.
+      path: of the file, which has to stay while the documents are used.
+      deduplicate: leave out windows of tokens that came before, see `kept_spans`.
+      count: is told how many characters have been encoded.
+    """
+    size, unknown_id = vocab_size(tokenizer), tokenizer.unk_token_id
+    dtype, usual = token_dtype(size), usual_tokens(tokenizer)
+    facts: list[tuple[int, int, int]] = []
+    with path.open("wb") as file:
+        for ids in encode(tokenizer, texts, count=count):
+            file.write(ids.tobytes())
+            facts.append((len(ids), int(np.count_nonzero(ids == unknown_id)), int(np.count_nonzero(usual[ids]))))
+    lengths, unknown, known = np.array(facts, np.int64).reshape(-1, 3).T
+    ends = np.cumsum(lengths)
+    everything = np.asarray(np.memmap(path, dtype, "r")) if lengths.sum() else np.zeros(0, dtype)
+    if deduplicate:
+        document, *bounds = kept_spans(everything, ends).T
+    else:
+        document, bounds = np.arange(len(ends)), [ends - lengths, ends]
+    offsets = np.searchsorted(document, np.arange(len(ends) + 1))
+    return Encoded(everything, lengths, unknown, known, np.stack(bounds, axis=1), offsets)
+
+
+def usual_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """Returns bool [V], false for the special tokens, [UNK] among them: those are neither masked nor predicted."""
+    usual = np.ones(vocab_size(tokenizer), bool)
+    usual[list(special_ids(tokenizer))] = False
+    return usual

@@ -1,0 +1,92 @@
+"""A run's text before it becomes tokens: its documents, without repeated paragraphs, and who holds which."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fedbert_jax.config import Config
+from fedbert_jax.data.corpus import Document, read_documents
+from fedbert_jax.data.docs import DOCS_MIN_WORDS
+from fedbert_jax.data.duplicates import drop_repeated_paragraphs
+from fedbert_jax.data.partition import assign, hold_out
+from fedbert_jax.data.progress import Progress
+from fedbert_jax.data.words import count_words
+from fedbert_jax.errors import UserError
+from fedbert_jax.streams import seeds_of
+
+
+class Share(NamedTuple):
+    """A client's documents, by index."""
+
+    name: str
+    train: np.ndarray
+    heldout: np.ndarray
+    emptied: int  # words of documents that aren't there since all their paragraphs came before; where dealt, nobody's: 0
+
+    @property
+    def documents(self) -> np.ndarray:
+        """All of them."""
+        return np.concatenate([self.train, self.heldout])
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """The documents of all clients, in the order of their source."""
+
+    texts: list[str]
+    words: np.ndarray  # int64 [D]
+    dropped: np.ndarray  # int64 [D], words of repeated paragraphs that were left out of each document
+    shares: list[Share]
+    emptied: list[str]  # clients who aren't there since all their paragraphs came before
+
+
+def read_text(config: Config, warn: Callable[[str], None], progress: Progress) -> Text:
+    """Reads `data.source`, leaves out paragraphs that came before, deals the documents and draws what is held out.
+
+    Raises:
+      UserError: for text that cannot be read, or fewer documents than clients.
+    """
+    data, seeds = config.data, seeds_of(config)
+    progress.stage(f"reading data.source={data.source!r}", "documents")
+    documents = read_documents(data, warn=warn, count=progress.count)
+    kept, words, dropped, emptied = _without_repeats(documents, config)
+    groups = [document.group for document in kept]
+    names, owned = assign(groups, words, data.partition, config.federated.num_clients, seeds)
+    taken = np.sort(np.concatenate(owned))  # the others are of clients that don't take part
+    shares = []
+    natural = data.partition.kind == "natural"
+    for client, (name, mine) in enumerate(zip(names, owned, strict=True)):
+        held = hold_out(words[mine], data.eval_fraction, seeds, client)
+        places = np.searchsorted(taken, mine)
+        shares.append(Share(name, places[~held], places[held], emptied[name] if natural else 0))
+    lost = sorted(emptied.keys() - set(groups)) if natural and config.federated.num_clients is None else []
+    return Text([kept[i].text for i in taken], words[taken], dropped[taken], shares, lost)
+
+
+def _without_repeats(
+    documents: list[Document], config: Config
+) -> tuple[list[Document], np.ndarray, np.ndarray, Counter[str]]:
+    """Returns what is left of the documents, the words of each, how many were left out, and those of emptied ones."""
+    min_words = DOCS_MIN_WORDS if config.data.source.startswith("docs:") else 1
+    texts: Iterable[str] = (document.text for document in documents)
+    if config.data.deduplicate:
+        texts = drop_repeated_paragraphs(texts)
+    kept: list[Document] = []
+    counts: list[tuple[int, int]] = []
+    emptied: Counter[str] = Counter()
+    for document, text in zip(documents, texts, strict=True):
+        words = count_words(text)
+        dropped = 0 if text is document.text else count_words(document.text) - words
+        if words >= min_words:
+            kept.append(document if not dropped else Document(text, document.group))
+            counts.append((words, dropped))
+        else:
+            emptied[document.group] += words + dropped
+    if not kept:
+        raise UserError(f"data.source={config.data.source!r} has no text: no document in it has {min_words} words.")
+    return kept, *np.array(counts, np.int64).T, emptied

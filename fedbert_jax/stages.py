@@ -1,0 +1,68 @@
+"""Shows the stages of a preparation on a console: a live count on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from fedbert_jax.console import shown
+
+LIVE_SECONDS, PLAIN_SECONDS = 0.1, 30.0  # between two counts that are shown
+
+
+class Stages:
+    """A `data.progress.Progress`, and a context manager, since a live count has to be cleared away in the end.
+
+    A stage is a line that stays. Below it a terminal shows how much of it is done; a log file gets a line of that every
+    `PLAIN_SECONDS`.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        self._console, self._clock = console, clock
+        self._live: tuple[Progress, TaskID] | None = None
+        self._unit, self._total = "", 0  # of the stage
+        self._shown = 0.0  # when a count was last shown
+
+    def stage(self, text: str, unit: str = "", total: int | None = None) -> None:
+        """Begins a stage, see `data.progress.Progress`."""
+        self._clear()
+        self._console.print(shown(text), style="dim", markup=False, highlight=False, soft_wrap=True)
+        self._unit, self._total, self._shown = unit, total or 0, self._clock()
+        if unit and self._console.is_terminal and not self._console.is_dumb_terminal and not self._console.quiet:
+            columns = BarColumn(), TextColumn("{task.fields[shown]}"), TimeElapsedColumn()
+            live = Progress(*columns, console=self._console, transient=True)
+            self._live = live, live.add_task("", total=total, shown=self._describe(0))
+            live.start()
+
+    def count(self, done: int) -> None:
+        """Shows the count, unless one was shown a moment ago."""
+        now = self._clock()
+        if not self._unit or now - self._shown < (LIVE_SECONDS if self._live else PLAIN_SECONDS):
+            return
+        self._shown = now
+        if self._live:
+            live, task = self._live
+            live.update(task, completed=done, shown=self._describe(done))
+        else:
+            self._console.print(f"  {self._describe(done)}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def _describe(self, done: int) -> str:
+        total = f" of {self._total:,}" if self._total else ""
+        return f"{done:,}{total} {self._unit}"
+
+    def _clear(self) -> None:
+        if self._live:
+            self._live[0].stop()
+            self._live = None
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clear()

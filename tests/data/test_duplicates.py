@@ -1,0 +1,134 @@
+"""No paragraph and no window of tokens is left twice, and what repeats nothing is left as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedbert_jax.data import duplicates
+from fedbert_jax.data.duplicates import WINDOW, drop_repeated_paragraphs, kept_spans
+
+# --- paragraphs ---
+
+
+def test_a_paragraph_seen_before_is_dropped_wherever_it_was() -> None:
+    texts = ["Alpha  beta\n\ngamma", "delta\n \nalpha\nBETA", "GAMMA\n\n\n\nalpha beta", "alpha beta delta"]
+    assert list(drop_repeated_paragraphs(texts)) == ["Alpha  beta\n\ngamma", "delta", "", "alpha beta delta"]
+
+
+def test_a_text_that_repeats_nothing_is_the_same_object() -> None:
+    texts = ["one\n\n\n\ntwo\n", "", "\n\n", "three"]
+    assert all(a is b for a, b in zip(texts, drop_repeated_paragraphs(texts), strict=True))
+
+
+def test_a_long_paragraph_is_compared_like_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a b\tc\u3000d\x1c e ", "A  b c d e", "a b c d f"]
+    expected = [texts[0], "", texts[2]]
+    assert list(drop_repeated_paragraphs(texts)) == expected
+    monkeypatch.setattr(duplicates, "_LONG", 3)
+    assert list(drop_repeated_paragraphs(texts)) == expected
+
+
+# --- windows of tokens ---
+
+
+def left(documents: list[np.ndarray]) -> list[list[list[int]]]:
+    """What is left of each document: its pieces."""
+    ends = np.cumsum([len(d) for d in documents])
+    tokens = np.concatenate(documents).astype(np.uint16)
+    pieces: list[list[list[int]]] = [[] for _ in documents]
+    for document, first, last in kept_spans(tokens, ends):
+        pieces[document].append(tokens[first:last].tolist())
+    return pieces
+
+
+def left_by_hand(documents: list[np.ndarray]) -> list[list[list[int]]]:
+    """The same, a window at a time."""
+    seen: set[tuple[int, ...]] = set()
+    result = []
+    for document in documents:
+        tokens = document.tolist()
+        gone = [False] * len(tokens)
+        for start in range(len(tokens) - 31):
+            window = tuple(tokens[start : start + 32])
+            if window in seen:
+                gone[start : start + 32] = [True] * 32
+            seen.add(window)
+        pieces: list[list[int]] = [[]]
+        for token, dropped in zip(tokens, gone, strict=True):
+            if dropped:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        result.append([p for p in pieces if len(p) >= 32 or (p and not any(gone))])
+    return result
+
+
+def documents(seed: int) -> list[np.ndarray]:
+    """Documents made of stretches that others have too, of runs of one token, and of text of their own; some empty."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(5, 40, 1500)
+    made = []
+    for _ in range(50):
+        parts = [np.zeros(0, np.int64)]
+        for _ in range(rng.integers(0, 5)):
+            length = rng.integers(1, 100)
+            start = rng.integers(0, 1400)
+            kinds = shared[start : start + length], rng.integers(5, 40, length), np.full(length, 7)
+            parts.append(kinds[rng.choice(3, p=(0.5, 0.4, 0.1))])
+        made.append(np.concatenate(parts))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_windows_against_a_plain_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = documents(seed)
+    expected = left_by_hand(given)
+    assert 0.1 < sum(len(piece) for pieces in expected for piece in pieces) / sum(map(len, given)) < 0.9
+    assert left(given) == expected
+    monkeypatch.setattr(duplicates, "_CHUNK", 50)  # hashed in many parts, and sorted in many
+    monkeypatch.setattr(duplicates, "_SORTED", 300)
+    assert left(given) == expected
+
+
+def test_only_what_repeats_is_left_out() -> None:
+    rng = np.random.default_rng(0)
+    text = rng.integers(5, 1000, 400)
+    near = text.copy()
+    near[200] = 1001  # a near-duplicate: one word of it is another
+    own = rng.integers(5, 1000, 50)
+    mixed = np.concatenate([own, text[100:160], own[:20], text[300:350], rng.integers(5, 1000, 40)])
+    whole, none, pieces = left([text, near, mixed])
+    assert whole == [text.tolist()]
+    assert none == []  # its own word and what is around it have no window of their own
+    assert pieces == [own.tolist(), mixed[-40:].tolist()]  # the 20 between two cuts are no text
+
+
+def test_windows_end_with_their_document() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(5, 1000, (2, WINDOW - 1))
+    assert left([a, b, a, b]) == [[a.tolist()], [b.tolist()]] * 2  # a and b in a row, but in no document
+    both = np.concatenate([a, b])
+    assert left([both, a, both]) == [[both.tolist()], [a.tolist()], []]
+
+
+def test_a_run_of_one_token_collapses() -> None:
+    assert left([np.full(WINDOW, 5), np.full(WINDOW, 6)]) == [[[5] * WINDOW], [[6] * WINDOW]]
+    assert left([np.full(10_000, 5)]) == [[]]
+
+
+def test_nothing_and_empty_documents() -> None:
+    assert kept_spans(np.zeros(0, np.uint16), np.zeros(0, np.int64)).shape == (0, 3)
+    assert kept_spans(np.arange(3), np.array([0, 0, 3, 3])).tolist() == [[2, 0, 3]]
+
+
+def test_windows_that_differ_in_one_token_or_its_place_are_others() -> None:
+    rng = np.random.default_rng(2)
+    window = rng.integers(0, 3, WINDOW)
+    others = [window]
+    for i in range(WINDOW):
+        other = window.copy()
+        other[i] = 9
+        others += [other, np.roll(window, i) if i else rng.integers(3, 6, WINDOW)]
+    assert len({tuple(o) for o in others}) == len(others)
+    assert [len(pieces) for pieces in left(others)] == [1] * len(others)
