@@ -225,10 +225,10 @@ class ExportConfig:
     language: str = ""  # of the text, codes with commas between: en,de
     datasets: str | None = None  # the text's hub names, with commas between; None: NAME of hf:NAME, if it is the hub's
     base_model: str | None = None  # a hub name; None: model.init_from, if it is one
-    # config.json's hidden_dropout_prob and attention_probs_dropout_prob, for whoever trains the model on. None: the first
-    # that is above 0 of the run's own, the starting checkpoint's and BERT's 0.1.
+    # config.json's hidden_dropout_prob, for whoever trains the model on. None: the first that is above 0 of the run's own,
+    # the starting checkpoint's and BERT's 0.1.
     hidden_dropout: float | None = None
-    attention_dropout: float | None = None
+    attention_dropout: float | None = None  # the same for attention_probs_dropout_prob
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _extract_all(files: Sequence[Path]) -> list[list[str]]:
 
 def _extract_in_child(files: Sequence[Path]) -> list[list[str]]:
     # ast.parse makes a million objects and no cycle: a fifth of its time would be the collector's.
-    code = "import gc, json, sys, fedbert_jax.data.corpus as c; gc.disable(); "
+    code = f"import gc, json, sys, {__name__} as c; gc.disable(); "
     code += "json.dump(c._extract(json.load(sys.stdin)), sys.stdout)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])}
     paths = json.dumps([str(path) for path in files]).encode()
@@ -112,7 +112,7 @@ def _extract(files: Iterable[str | Path]) -> list[list[str]]:
     with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
         for path in files:
             tree: ast.AST = ast.Module([], [])
-            with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+            with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
                 tree = ast.parse(Path(path).read_bytes())
             texts = (t for t in _docstrings(tree) if len(t.split()) >= DOCS_MIN_WORDS)
             result.append([inspect.cleandoc(t).encode("utf-8", "replace").decode() for t in texts])

@@ -116,3 +116,11 @@ def test_numpy_has_the_docstrings_of_its_c_functions() -> None:
     (path,) = (p for p in docs._package_files("numpy") if p.name == "_add_newdocs.py")
     (texts,) = docs._extract([path])
     assert any(t.startswith("arange(") for t in texts)
+
+
+def test_another_process_really_does_the_parsing(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(files: object) -> list[list[str]]:
+        raise AssertionError("this process parses, so the other one failed")
+
+    monkeypatch.setattr(docs, "_extract", here)
+    assert [t.split()[0] for t in docs._extract_in_child([package / "part.py"])[0]] == ["Class", "Method", "Added"]
