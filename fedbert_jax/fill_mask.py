@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,5 @@ def fill_mask(
     probs = np.asarray(predict(client_params, server_params))[:, : len(tokenizer)]
     found = (tokens == tokenizer.mask_token_id).any(axis=1)
     best = np.argsort(-probs, axis=1)[:, :top]
-    return [
-        [(tokenizer.convert_ids_to_tokens(int(i)), float(probs[row, i])) for i in best[row]] if found[row] else []
-        for row in range(len(ids))
-    ]
+    names = {i: unicodedata.normalize("NFC", tokenizer.convert_ids_to_tokens(i)) for i in np.unique(best).tolist()}
+    return [[(names[int(i)], float(probs[row, i])) for i in best[row]] if found[row] else [] for row in range(len(ids))]

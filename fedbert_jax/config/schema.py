@@ -69,7 +69,7 @@ class DataConfig:
 
     source: str = "docs:"  # docs:[PACKAGE,...] | text:GLOB | hf:NAME[/CONFIG]
     tokenizer: str = "train:4096"  # a Hugging Face directory or hub name, or train:SIZE
-    lowercase: bool = True  # of a tokenizer trained here
+    lowercase: bool = True  # of a tokenizer trained here: fold case, and drop accents that a reader may leave out
     seq_len: int = 128  # tokens of a block, [CLS] and [SEP] included
     eval_fraction: float = 0.05  # of each client's documents, held out
     documents: Literal["blank_lines", "file"] = "blank_lines"  # text: a document ends at a blank line, or with its file
@@ -79,8 +79,8 @@ class DataConfig:
     client_pattern: str = ""  # text: a regular expression on the file name; its first group names the client
     missing_client: Literal["error", "drop"] = "error"  # a row, or file, in which client_field or client_pattern has no name
     split: str = "train"  # hf and save_to_disk: the split to read, or a part of it as in train[:10%]
-    deduplicate: bool = True  # drop a paragraph seen anywhere before, so that held-out text is not in the training text
-    small_clients: Literal["drop", "error"] = "drop"  # a client with less text than one training block
+    deduplicate: bool = True  # drop paragraphs, and 32 tokens in a row, seen before: what is held out isn't trained on
+    small_clients: Literal["drop", "error"] = "drop"  # a client with less than one training block of text that is known
     store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks lie during training
     cache_dir: str = ""  # "" is ~/.cache/fedbert_jax
     partition: PartitionConfig = field(default_factory=PartitionConfig)

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedbert_jax import __version__
 from fedbert_jax.config import ExportConfig, ModelConfig
+from fedbert_jax.data.tokenizer import save_tokenizer
 from fedbert_jax.errors import UserError
 from fedbert_jax.huggingface.names import CLASSIFIER_CLIENT, CLIENT, Tensors, to_tensors
 from fedbert_jax.huggingface.settings import hf_config
@@ -175,7 +176,7 @@ def _save_tokenizer(tokenizer: Any, directory: Path, longest: int) -> None:
         "tokenizer_file", "vocab_file", "special_tokens_map_file",
     ):  # fmt: skip
         tokenizer.init_kwargs.pop(name, None)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
 
 
 def _put(new: Path, place: Path, old: Path) -> None:
