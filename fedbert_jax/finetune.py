@@ -94,9 +94,7 @@ def finetune(config: Config, root: Path, console: Console | None = None) -> int:
     """
     console = console or make_console()
     optim.check(config)
-    if passed_over := platforms.start():
-        console.print(f"warning: {passed_over}", style="yellow")
-    console.print(f"on {platforms.describe(make_mesh(config.mesh).size)}", style="dim")
+    platforms.introduce(console, lambda: make_mesh(config.mesh).size)
     workdir, lock = open_workdir(root)
     with lock:
         return _finetune(config, workdir, console)

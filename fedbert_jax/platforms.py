@@ -9,8 +9,13 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fedbert_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 JAX_STARTS_IN = "jax._src.xla_bridge"  # the module that finds devices, and tells of those that it can't use
 
@@ -36,6 +41,17 @@ def start() -> str | None:
         except RuntimeError:
             return f"JAX_PLATFORMS={_setting()!r} asks for {name}, which isn't there; this runs on {used}."
     return None
+
+
+def introduce(console: Console, used: Callable[[], int]) -> None:
+    """Starts JAX's devices and prints which they are; `used` returns how many of them are used.
+
+    Raises:
+      ConfigError: as `start`.
+    """
+    if passed_over := start():
+        console.print(f"warning: {passed_over}", style="yellow", markup=False, highlight=False)
+    console.print(f"on {describe(used())}", style="dim", markup=False, highlight=False)
 
 
 def describe(devices: int | None = None) -> str:

@@ -41,16 +41,16 @@ def open_run(config: Config, workdir: Workdir, progress: Progress, warn: Callabl
     Raises:
       UserError: for what the user can mend.
     """
-    old = workdir.read_config() if workdir.exists() else None
     made = newest(workdir.checkpoints)
+    if distributed.share(lambda: _put_back(workdir, made)):
+        warn(f"{workdir.config} was not there; it is put back as the checkpoint of round {made.round} has it.")
+    old = workdir.read_config() if workdir.exists() else None
     if old is not None:
         check_unedited(workdir.config, old, made)
         config = config_lib.as_begun(config, old)
         check_same(old, run_lib.resolve(config, old.model.vocab_size or 0), harmless=harmless(config, made))
     else:
         run_lib.check_start(config)
-    if old is None and made.round:
-        warn(f"{workdir.config} is not there, and is written anew.")
     run = run_lib.build(config, workdir, progress=progress, warn=warn)
     steps_per_round = run.simulation.strategy.steps_per_round
     check(run.config, made, steps_per_round, old)
@@ -74,6 +74,25 @@ def newest(directory: Path) -> Made:
     config = checkpoints.meta(rounds[-1]).get("config")
     checkpoints.close()
     return Made(rounds[-1], config)
+
+
+def _put_back(workdir: Workdir, made: Made) -> str:
+    """Writes a config.json that is gone, from the checkpoint's stamp; returns "yes", or "" if that can't or needn't be."""
+    if workdir.exists() or made.config is None:
+        return ""
+    nested: dict[str, Any] = {}
+    for key in config_lib.all_keys():
+        if key in made.config:
+            *sections, name = key.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = made.config[key]
+    try:
+        workdir.write_config(config_lib.from_dict(nested))
+    except ConfigError:  # it may be of a version that accepted other values
+        return ""
+    return "yes"
 
 
 def stamp(config: Config) -> Flat:
@@ -100,8 +119,8 @@ def check_unedited(path: Path, written: Config, made: Made) -> None:
     """
     if changed := _differences(made.config, written, harmless(written, made)):
         raise ConfigError(
-            f"{path} is not what the checkpoint of round {made.round} was made with: {changed}; put it back, or delete it: "
-            "the command that the run was begun with writes it anew."
+            f"{path} is not what the checkpoint of round {made.round} was made with: {changed}; put it back, or delete it, "
+            "and it is put back by the checkpoint."
         )
 
 
@@ -131,7 +150,7 @@ def check(config: Config, made: Made, steps_per_round: int, before: Config | Non
         return
     check_stamp(f"the checkpoint of round {made.round}", made.config, config, harmless(config, made))
     if f.rounds < made.round:
-        raise ConfigError(f"config key federated.rounds={f.rounds}: accepted: at least {made.round}, the finished rounds.")
+        raise ConfigError(f"config key {_rounds(f)}: accepted: at least {made.round} rounds, which are finished.")
     past = made.config if made.config is not None else stamp(before) if before else None
     if past is not None and f.rounds > made.round:
         _check_rates(config, made.round, past, steps_per_round)
@@ -174,11 +193,17 @@ def _check_rates(config: Config, done: int, past: Flat, steps_per_round: int) ->
         if new > old * (1 + 1e-5):
             made_for = before.schedule_rounds or before.rounds - before.schedule_from
             raise ConfigError(
-                f"config key federated.rounds={f.rounds}: after round {done} the rate of {section} would jump up from "
-                f"{old:.3g} to {new:.3g}; federated.schedule_rounds={made_for} leaves the schedule as it was, "
-                f"federated.schedule_from={done} warms up and decays anew, and federated.schedule_rounds="
-                f"{f.rounds - f.schedule_from} takes the jump."
+                f"config key {_rounds(f)}: after round {done} the rate of {section} would jump up from {old:.3g} to "
+                f"{new:.3g}; federated.schedule_rounds={made_for} leaves the schedule as it was, federated.schedule_from="
+                f"{done} warms up and decays anew, and federated.schedule_rounds={f.rounds - f.schedule_from} takes the jump."
             )
+
+
+def _rounds(federated: FederatedConfig) -> str:
+    """Returns the key that decides how many rounds there are, and its value."""
+    if federated.epochs is None:
+        return f"federated.rounds={federated.rounds}"
+    return f"federated.epochs={federated.epochs} ({federated.rounds} rounds)"
 
 
 def _rate(optimizer: OptimizerConfig, federated: FederatedConfig, done: int, steps_per_round: int) -> float:

@@ -49,9 +49,7 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     """
     console = console or make_console(quiet=not distributed.first())
     optim.check(config)
-    if passed_over := platforms.start():
-        console.print(f"warning: {passed_over}", style="yellow", markup=False)
-    console.print(f"on {platforms.describe(make_mesh(config.mesh).size)}", style="dim", markup=False)
+    platforms.introduce(console, lambda: make_mesh(config.mesh).size)
     distributed.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
     workdir, lock = open_workdir(root)
     with lock:

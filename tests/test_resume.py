@@ -19,6 +19,7 @@ from test_main import load
 
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.resume import open_run
+from fedbert_jax.stages import Stages
 from fedbert_jax.train import Loop, train
 from fedbert_jax.workdir import Workdir
 
@@ -138,17 +139,16 @@ def test_another_config_on_an_old_workdir_is_refused(undisturbed):
     assert done.returncode == 2 and "another --workdir" in done.stderr
 
 
-def test_a_config_file_that_is_gone_is_written_anew_or_its_run_refused(undisturbed, tmp_path):
+def test_a_config_file_that_is_gone_is_put_back_by_the_checkpoint(undisturbed, tmp_path):
     config, reference = undisturbed
     workdir = Workdir(tmp_path / "w")
     shutil.copytree(reference, workdir.root)
     workdir.config.unlink()
     said: list[str] = []
-    with pytest.raises(ConfigError, match=r"round 12 was made with another config: federated\.local_steps \(was 2, now 3\)"):
-        open_run(load(config, federated__local_steps=3), workdir, said.append, said.append)
-    assert not workdir.config.exists()
-    open_run(load(config), workdir, said.append, said.append)
-    assert f"{workdir.config} is not there, and is written anew." in said
+    words = r"this workdir belongs to a run with another config: federated\.local_steps \(was 2, now 3\)"
+    with Stages(Console(quiet=True)) as stages, pytest.raises(ConfigError, match=words):
+        open_run(load(config, federated__local_steps=3), workdir, stages, said.append)
+    assert said == [f"{workdir.config} was not there; it is put back as the checkpoint of round 12 has it."]
     assert workdir.config.read_bytes() == (reference / "config.json").read_bytes()
 
 

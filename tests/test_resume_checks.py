@@ -37,7 +37,7 @@ def rate(c: Config, step: int) -> float:
 
 def test_fewer_rounds_than_are_done_are_refused():
     check(config(10), made(10), STEPS, None)
-    with pytest.raises(ConfigError, match=r"federated\.rounds=9: accepted: at least 10, the finished rounds"):
+    with pytest.raises(ConfigError, match=r"federated\.rounds=9: accepted: at least 10 rounds, which are finished"):
         check(config(9), made(10), STEPS, None)
     check(config(8), made(7), STEPS, None)  # ends earlier than was meant, and not before it stands
 

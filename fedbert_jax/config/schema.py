@@ -294,7 +294,7 @@ WORKED_OUT = {
 # Nor does a change to one of these, if federated.schedule_from says that the schedules begin after the last finished round.
 RESCHEDULED = frozenset(
     f"{side}_optimizer.{key}" for side in ("client", "server")
-    for key in ("learning_rate", "schedule", "warmup_steps", "decay_steps", "end_learning_rate", "power")
+    for key in ("learning_rate", "schedule", "warmup", "warmup_steps", "decay_steps", "end_learning_rate", "power")
 )  # fmt: skip
 # A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
 EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})
