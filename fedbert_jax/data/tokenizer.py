@@ -155,19 +155,21 @@ def encode(
                 parts.clear()
 
     pending: list[tuple[str, bool]] = []  # pieces, and whether a text ends with them
-    characters = done = 0
+    characters = read = 0
     for text in texts:
+        start = read
         pieces = [text] if len(text) <= _PIECE else divide(text)
         for n, piece in enumerate(pieces, 1):
             pending.append((piece, n == len(pieces)))
             characters += len(piece)
+            read += len(piece)
             if characters >= batch:
                 yield from flush(pending)
-                done += characters
-                count(done)
+                count(read)
                 pending, characters = [], 0
+        read = start + len(text)  # the pieces may be less
     yield from flush(pending)
-    count(done + characters)
+    count(read)
 
 
 class _Divider:
