@@ -184,8 +184,9 @@ class _Divider:
         if self._like_bert:
             return list(cut(_ENDLESS.sub(lambda match: match[0][: 10 * LONGEST_WORD], text), _PIECE, BREAKS))
         if self._same is None:
-            sample = text[:_SAMPLE]
-            self._same = self._ids([sample]) == self._ids(list(cut(sample, _SAMPLE // 10, _BEFORE_SPACE)))
+            pieces = list(cut(text[:_SAMPLE], _SAMPLE // 10, _BEFORE_SPACE))
+            if len(pieces) > 1:
+                self._same = self._ids([text[:_SAMPLE]]) == self._ids(pieces)
         return list(cut(text, _PIECE, _BEFORE_SPACE)) if self._same else [text]
 
     def _ids(self, texts: list[str]) -> list[int]:

@@ -109,7 +109,7 @@ def test_a_long_text_has_the_ids_of_the_whole(kind: str, monkeypatch: pytest.Mon
         "abc def ", "abcdef", "é", "e\u0301 ", "漢字語漢", "。", ", ", "\n\n", "  ", "\u3000", " and a.", "x\x1cy", "[MASK]",
         "ß9-", "z" * 1200, " the lazy dog", "กำลังภาษาไทย", "😀👍🏽",
     ]  # fmt: skip
-    texts = ["".join(rng.choices(units, k=rng.randint(1, 400))) for _ in range(30)]
+    texts = ["漢字" * 100, *("".join(rng.choices(units, k=rng.randint(1, 400))) for _ in range(30))]
     made = KINDS[kind]()
     backend = Tokenizer.from_str(made.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
