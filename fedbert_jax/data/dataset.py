@@ -233,7 +233,7 @@ def _report_left_out(
     config: Config, text: Text, encoded: Encoded, packed: Sequence[_Packed], warn: Callable[[str], None]
 ) -> None:
     """Says which clients have no training block, and why; raises UserError if data.small_clients refuses them."""
-    unknown, repeated = "with only unknown text for this tokenizer", "with nothing but repeated text (data.deduplicate)"
+    unknown, repeated = "with only unknown text for this tokenizer", "with little but repeated text (data.deduplicate)"
     small = f"without text for one training block of data.seq_len={config.data.seq_len} tokens"
     left_out = {unknown: [], repeated: list(text.emptied), small: []}
     for share, sizes in zip(text.shares, packed, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 WINDOW = 32  # tokens; text that shares as many in a row with earlier text repeats it. A power of two
 _LONG = 1_000_000  # characters of a paragraph
 _CHUNK = 1 << 20  # tokens that are hashed together
-_SORTED = 1 << 24  # windows that are sorted together
+_SORTED = 1 << 23  # windows that are sorted together
 
 
 def drop_repeated_paragraphs(texts: Iterable[str]) -> Iterator[str]:
@@ -46,7 +46,7 @@ def kept_spans(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
     between two cuts, or between one and an end of the document, goes too if it is shorter than a window: that much of a
     near-duplicate is no text of its own. Text that repeats itself, like a long line of dashes, goes for the most part.
 
-    Memory is 11 bytes a token (a hash of the window that begins there, and masks), and half a gigabyte for sorting.
+    Memory is 11 bytes a token (a hash of the window that begins there, and masks), and a quarter of a gigabyte for sorting.
 
     Args:
       tokens: integers [n], all documents' one after the other; may be a memmap.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +41,7 @@ class Encoded:
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str] | Iterable[str], path: Path, deduplicate: bool,
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], path: Path, deduplicate: bool,
     count: Callable[[int], None],
 ) -> Encoded:  # fmt: skip
     """Encodes documents into a file.
@@ -53,8 +53,8 @@ def encode_documents(
       deduplicate: leave out windows of tokens that came before, see `kept_spans`.
       count: is told how many characters have been encoded.
     """
-    size, unknown_id = vocab_size(tokenizer), tokenizer.unk_token_id
-    dtype, usual = token_dtype(size), usual_tokens(tokenizer)
+    dtype, usual = token_dtype(vocab_size(tokenizer)), usual_tokens(tokenizer)
+    unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # some know every byte
     facts: list[tuple[int, int, int]] = []
     with path.open("wb") as file:
         for ids in encode(tokenizer, texts, count=count):

@@ -33,7 +33,7 @@ class ClientSummary:
 
 def client_table(clients: Sequence[ClientSummary]) -> Table:
     """Lists the clients, largest first, and all together; of more than 40, the largest ten and the smallest five."""
-    table = Table(title=f"{len(clients):,} clients")
+    table = Table(title=Text(f"{len(clients):,} clients; of all together, JS and [UNK] are means"))
     table.add_column("client", overflow="fold")
     for column in ("documents", "blocks", "held-out", "share", "JS\n(bits)", "[UNK]", "repeated\nwords"):
         table.add_column(Text(column), justify="right", no_wrap=True)
@@ -54,7 +54,7 @@ def client_table(clients: Sequence[ClientSummary]) -> Table:
         elif place == TABLE_LARGEST:
             table.add_row(f"... {hidden:,} more", *["..."] * 7)
     table.add_section()
-    add("all (JS, [UNK]: means)", ranked)
+    add("all", ranked)
     return table
 
 

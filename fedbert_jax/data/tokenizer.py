@@ -155,19 +155,21 @@ def encode(
                 parts.clear()
 
     pending: list[tuple[str, bool]] = []  # pieces, and whether a text ends with them
-    characters = done = 0
+    characters = read = 0
     for text in texts:
+        start = read
         pieces = [text] if len(text) <= _PIECE else divide(text)
         for n, piece in enumerate(pieces, 1):
             pending.append((piece, n == len(pieces)))
             characters += len(piece)
+            read += len(piece)
             if characters >= batch:
                 yield from flush(pending)
-                done += characters
-                count(done)
+                count(read)
                 pending, characters = [], 0
+        read = start + len(text)  # the pieces may be less
     yield from flush(pending)
-    count(done + characters)
+    count(read)
 
 
 class _Divider:
@@ -182,8 +184,9 @@ class _Divider:
         if self._like_bert:
             return list(cut(_ENDLESS.sub(lambda match: match[0][: 10 * LONGEST_WORD], text), _PIECE, BREAKS))
         if self._same is None:
-            sample = text[:_SAMPLE]
-            self._same = self._ids([sample]) == self._ids(list(cut(sample, _SAMPLE // 10, _BEFORE_SPACE)))
+            pieces = list(cut(text[:_SAMPLE], _SAMPLE // 10, _BEFORE_SPACE))
+            if len(pieces) > 1:
+                self._same = self._ids([text[:_SAMPLE]]) == self._ids(pieces)
         return list(cut(text, _PIECE, _BEFORE_SPACE)) if self._same else [text]
 
     def _ids(self, texts: list[str]) -> list[int]:

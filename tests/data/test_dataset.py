@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -333,14 +334,16 @@ def test_words_of_repeated_paragraphs_are_counted(tmp_path: Path) -> None:
     rng = random.Random(0)
     a, b, c = (random_texts(rng, 40) for _ in range(3))
     a[0] = f"{a[0]}\n{b[0]}"
-    documents = write_texts(tmp_path / "corpus", {"a": a, "b": b, "c": [*a[:10], *c], "d": a})
+    clients = {"a": a, "b": b, "c": [*a[:10], *c], "d": a, "e": [*b[5:9], "a few"], "f": ["a bit"]}
+    documents = write_texts(tmp_path / "corpus", clients)
     warnings: list[str] = []
     data, _ = prepare(make_config(documents), tmp_path / "data", warn=warnings.append)
     assert data.client_names == ("a", "b", "c")
     assert [c.words for c in data.summary] == [41 * 60, 39 * 60, 40 * 60]
     assert [c.dropped_words for c in data.summary] == [0, 60, 11 * 60]
-    assert warnings == ["clients left out: 1 with nothing but repeated text (data.deduplicate): d."]
-    with pytest.raises(UserError, match=r"data\.small_clients='error'.*with nothing but repeated text.*: d\."):
+    left_out = "2 with little but repeated text (data.deduplicate): d, e; 1 without text for one training block"
+    assert warnings == [f"clients left out: {left_out} of data.seq_len={LENGTH} tokens: f."]
+    with pytest.raises(UserError, match=rf"^data\.small_clients='error' refuses clients: {re.escape(left_out)}"):
         prepare(make_config(documents, data={"small_clients": "error"}), tmp_path / "other")
 
 
@@ -352,7 +355,7 @@ def test_a_near_copy_of_another_client_is_named(tmp_path: Path) -> None:
     warnings: list[str] = []
     data, _ = prepare(make_config(corpus), tmp_path / "data", warn=warnings.append)
     assert data.client_names == ("a", "b")
-    assert warnings == ["clients left out: 1 with nothing but repeated text (data.deduplicate): copy."]
+    assert warnings == ["clients left out: 1 with little but repeated text (data.deduplicate): copy."]
 
 
 # --- text that the tokenizer doesn't know ---
