@@ -17,8 +17,8 @@ GROUPS = [name for name in "abcd" for _ in range(15)]
 
 
 def owners(kind: str, server: int, client: int) -> list[list[int]]:
-    partition = PartitionConfig(kind=kind)  # type: ignore[arg-type]
-    return [mine.tolist() for mine in assign(GROUPS, np.ones(60, int), partition, 5, Seeds(server, client))[1]]
+    how = PartitionConfig(kind=kind)  # type: ignore[arg-type]
+    return [mine.tolist() for mine in assign(GROUPS, np.ones(60, int), how, 5, Seeds(server, client))[1]]
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet"])
@@ -79,7 +79,7 @@ def test_preparation_draws_by_the_runs_seed_and_the_clients_number(tmp_path, mon
     rng = np.random.default_rng(0)
     documents = [" ".join(rng.choice(list("abcdefgh"), 40)) for _ in range(36)]
     (tmp_path / "all.txt").write_text("\n\n".join(documents))
-    source = dict(source=f"text:{tmp_path / 'all.txt'}", tokenizer="train:100", eval_fraction=0.2, partition=dict(kind="iid"))
+    source = dict(source=f"text:{tmp_path}/all.txt", tokenizer="train:100", eval_fraction=0.2, partition=dict(kind="iid"))
     config = tiny_config(seed=7, data=source, federated=dict(num_clients=3))
     dataset.prepare(config, tmp_path / "data")
     seeds = Seeds(7, 7)
