@@ -8,17 +8,17 @@ import pytest
 from tiny import tiny_config
 
 from fedbert_jax.config import PartitionConfig
-from fedbert_jax.data import dataset, tasks
+from fedbert_jax.data import dataset, partition, tasks
 from fedbert_jax.data.partition import assign, hold_out
 from fedbert_jax.data.sequences import ExampleStream, Sequences
-from fedbert_jax.streams import Seeds
+from fedbert_jax.streams import Seeds, Stream
 
 GROUPS = [name for name in "abcd" for _ in range(15)]
 
 
 def owners(kind: str, server: int, client: int) -> list[list[int]]:
-    partition = PartitionConfig(kind=kind)  # type: ignore[arg-type]
-    return [mine.tolist() for mine in assign(GROUPS, np.ones(60, int), partition, 5, Seeds(server, client))[1]]
+    how = PartitionConfig(kind=kind)  # type: ignore[arg-type]
+    return [mine.tolist() for mine in assign(GROUPS, np.ones(60, int), how, 5, Seeds(server, client))[1]]
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet"])
@@ -74,21 +74,13 @@ def test_what_a_task_holds_out_follows_from_the_seed(monkeypatch):
 
 
 def test_preparation_draws_by_the_runs_seed_and_the_clients_number(tmp_path, monkeypatch):
-    calls = []
-
-    def spied(function):
-        return lambda *args: calls.append((function.__name__, args)) or function(*args)
-
-    for name in ("assign", "hold_out"):
-        monkeypatch.setattr(dataset, name, spied(getattr(dataset, name)))
+    drawn, real = [], partition.generator
+    monkeypatch.setattr(partition, "generator", lambda *name: drawn.append(name) or real(*name))
     rng = np.random.default_rng(0)
-    for client in range(3):
-        (tmp_path / "text" / f"c{client}").mkdir(parents=True)
-        documents = [" ".join(rng.choice(list("abcdefgh"), 40)) for _ in range(12)]
-        (tmp_path / "text" / f"c{client}" / "all.txt").write_text("\n\n".join(documents))
-    source = dict(source=f"text:{tmp_path / 'text'}", tokenizer="train:100", eval_fraction=0.2)
-    config = tiny_config(seed=7, data=source, federated=dict(num_clients=None))
+    documents = [" ".join(rng.choice(list("abcdefgh"), 40)) for _ in range(36)]
+    (tmp_path / "all.txt").write_text("\n\n".join(documents))
+    source = dict(source=f"text:{tmp_path}/all.txt", tokenizer="train:100", eval_fraction=0.2, partition=dict(kind="iid"))
+    config = tiny_config(seed=7, data=source, federated=dict(num_clients=3))
     dataset.prepare(config, tmp_path / "data")
-    seeds = {"assign": 4, "hold_out": 2}  # the place of the argument
-    assert [args[seeds[name]] for name, args in calls] == [Seeds(7, 7)] * 4
-    assert [args[3] for name, args in calls if name == "hold_out"] == [0, 1, 2]
+    seeds = Seeds(7, 7)
+    assert drawn == [(seeds, Stream.DEAL), *[(seeds, Stream.HOLD_OUT, client) for client in range(3)]]
