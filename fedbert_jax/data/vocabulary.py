@@ -37,12 +37,12 @@ _ACCENTS = (
     "(?<=[\\p{Latin}\\p{Greek}\\p{Cyrillic}])\\p{Mn}+"
     "|[\\p{Mn}&&[\u0591-\u05c7\u0610-\u061a\u064b-\u0652\u0670\u06d6-\u06ed]]"
 )
-# What is a word of its own beside BERT's: up to 24 letters (with their marks) of a script without spaces, for a run of more
-# than 100 would be [UNK]; as many syllables of Korean; a symbol or emoji with its modifiers.
+# What is a word of its own beside BERT's: up to 24 syllables of Korean, decomposed; as many letters (with their marks) of a
+# script without spaces, for a run of more than 100 would be [UNK]; a symbol or emoji with its modifiers.
 _WORDS = (
-    f"(?:[{UNSPACED}{KANA}\U00020000-\U000323af]\\p{{M}}{{0,3}}){{1,24}}"
-    "|(?:[\u1100-\u115f]+[\u1160-\u11a7]*[\u11a8-\u11ff]*){1,24}"
-    f"|[[\\p{{S}}&&[^\\x00-\\x7f]]{PICTURES}][\ufe0e\ufe0f\u20e3\U0001f3fb-\U0001f3ff]*"
+    "(?:[\u1100-\u115f]{1,2}[\u1160-\u11a7]{1,2}[\u11a8-\u11ff]{0,2}){1,24}"
+    f"|(?:[{UNSPACED}{KANA}\u1100-\u11ff\U00020000-\U000323af]\\p{{M}}{{0,3}}){{1,24}}"
+    f"|[[\\p{{S}}&&[^\\x00-\\x7f]]{PICTURES}][\ufe0e\ufe0f\u20e3\U0001f3fb-\U0001f3ff]{{0,3}}"
 )
 
 

@@ -254,6 +254,18 @@ def test_an_endless_word_costs_nothing(kind: str) -> None:
     assert made.get_vocab() == train_tokenizer(make_texts(30), 300, lowercase=True).get_vocab()
 
 
+@pytest.mark.parametrize(
+    "letters",
+    ["ᄀᄂᄃᄅᄆᄇᄉᄌ", "ᅡᅢᅣᅥᅦᅧ", "가각갂", "🏻🏼🏽🏾🏿", "😀😂🔥", "\ufe0e\ufe0f", "ัิีึืุู", "がぎぐ", "字\u0301", "𝒳𝒴𝒵", "⁂※"],
+)
+def test_no_run_of_odd_characters_takes_long(letters: str) -> None:
+    endless = "".join(random.Random(0).choices(letters, k=100_000))
+    start = time.process_time()
+    made = train_tokenizer([*make_texts(30), endless], 300, lowercase=True)
+    assert time.process_time() - start < 5  # a second; of one endless word, minutes
+    assert unknown(made, [endless[:3000]]) < 0.5 or letters in ("\ufe0e\ufe0f", "𝒳𝒴𝒵")  # which are such a word
+
+
 def test_a_long_word_that_is_short_without_its_accents_is_learnt_from() -> None:
     word = "e\u0301" * 60
     assert train_tokenizer([f"{word} ab"], 200, lowercase=True).tokenize(word) == ["e" * 60]
