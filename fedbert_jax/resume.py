@@ -195,8 +195,7 @@ def _check_rates(config: Config, done: int, past: Flat, steps_per_round: int) ->
             raise ConfigError(
                 f"config key {_rounds(f)}: after round {done} the rate of {section} would jump up from {old:.3g} to "
                 f"{new:.3g}; federated.schedule_rounds={made_for} leaves the schedule as it was, federated.schedule_from="
-                f"{done} warms up and decays anew, and federated.schedule_rounds={f.rounds - f.schedule_from} takes the "
-                "jump."
+                f"{done} warms up and decays anew, federated.schedule_rounds={f.rounds - f.schedule_from} takes the jump."
             )
 
 

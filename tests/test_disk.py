@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import logging
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -18,7 +21,7 @@ from rich.console import Console
 from test_main import load
 
 from fedbert_jax import cli, disk
-from fedbert_jax.checkpoint import Checkpoints
+from fedbert_jax.checkpoint import Checkpoints, _join_threads
 from fedbert_jax.config import MeshConfig
 from fedbert_jax.errors import DiskError, UserError
 from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
@@ -130,7 +133,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_other(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_the_one_before_stays(tmp_path, capfd):
+def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_the_one_before_stays(tmp_path, capfd, caplog):
     state = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "v": jnp.ones((500, 3)), "n": jnp.int32(7)}
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     checkpoints.save(1, state, {})
@@ -146,8 +149,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_the_one_before_stays
             checkpoints.save(n, state, {})
             with pytest.raises(DiskError, match=f"c/{n} can't be written: a file would be larger"):
                 noticed()
+            assert not [t for t in threading.enumerate() if type(t).__module__.startswith("orbax.")]
     said = capfd.readouterr()
-    assert said.out == said.err == ""  # of the many threads that failed
+    assert said.out == said.err == "" and not [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]  # what was written in vain takes no room
     again = Checkpoints(tmp_path / "c", keep=1)
     here = jax.sharding.NamedSharding(make_mesh(MeshConfig()), jax.sharding.PartitionSpec())
@@ -156,6 +160,16 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_the_one_before_stays
     again.save(2, state, {})
     again.close()
     assert Checkpoints(tmp_path / "c").rounds() == [2]
+
+
+def test_a_failed_save_is_over_when_its_last_thread_is():
+    """What it wrote can't be removed before, and what its threads say last would be heard."""
+    go = threading.Event()
+    late = type("Late", (threading.Thread,), {"__module__": "orbax.checkpoint.some_module"})(target=go.wait)
+    late.start()
+    threading.Timer(0.05, go.set).start()
+    _join_threads()
+    assert not late.is_alive()
 
 
 @pytest.fixture
@@ -172,14 +186,16 @@ def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path, no_compilatio
     """In preparing data, and in a checkpoint; each time the workdir is free for the next try."""
     config = write_corpus(tmp_path, clients=2, documents=12)
     config = load(config, federated__rounds=2, checkpoint__every_rounds=1, model__num_layers=1, fill_mask=())
-    root, quiet = tmp_path / "w", Console(quiet=True)
+    root, console = tmp_path / "w", Console(file=io.StringIO(), width=200)
     for size, place, left in ((300, "w/data", set()), (8_000, "checkpoints/1", {"data", "config.json", "metrics.jsonl"})):
         with files_of_at_most(size), pytest.raises(DiskError, match=f"{place} can't be written"):
-            train(config, root, quiet)
+            train(config, root, console)
         _, lock = open_workdir(root)
         lock.close()
         assert {path.name for path in root.iterdir()} - {".lock", "run.json", "checkpoints"} == left
-    assert train(config, root, quiet) == 0
+    assert train(config, root, console) == 0
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.startswith("on 1 x cpu\n") and "\ncompiling a round took " in said
     assert [record["round"] for record in read_metrics(root / "metrics.jsonl")] == [0, 1, 2]
 
 

@@ -139,6 +139,14 @@ def test_another_config_on_an_old_workdir_is_refused(undisturbed):
     assert done.returncode == 2 and "another --workdir" in done.stderr
 
 
+def test_compiling_is_no_part_of_a_rounds_speed_but_of_its_time(undisturbed):
+    _, reference = undisturbed
+    records = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    tokens = records[1]["tokens"]
+    assert records[1]["tokens_per_second"] > 2 * tokens / records[1]["seconds"]  # of a tiny round it is nearly all
+    assert all(r["tokens_per_second"] == tokens / r["seconds"] for r in records[2:])
+
+
 def test_a_config_file_that_is_gone_is_put_back_by_the_checkpoint(undisturbed, tmp_path):
     config, reference = undisturbed
     workdir = Workdir(tmp_path / "w")
@@ -158,7 +166,9 @@ def test_a_run_that_goes_on_with_more_rounds_is_not_finished(undisturbed, tmp_pa
     more = dict(federated__rounds=14, resume="force")
     with pytest.raises(ConfigError, match=r"would jump up.*federated\.schedule_from=12 warms up and decays anew"):
         train(load(config, **more), tmp_path / "w", Console(quiet=True))
-    assert json.loads((tmp_path / "w" / "run.json").read_text())["finished"] is True  # nothing has changed
+    for name in ("config.json", "run.json"):  # nothing has changed
+        assert (tmp_path / "w" / name).read_bytes() == (reference / name).read_bytes()
+    assert json.loads((reference / "run.json").read_text())["finished"] is True
     rates = []
 
     def rounds(self, state, interrupts):
