@@ -3,8 +3,8 @@
 Hyper-parameters are those that the public FedBERT scripts show: Adam (0.9, 0.98), eps 1e-6, peak 5e-4, 10,000 steps of
 warm-up, polynomial decay, weight decay 0.01, dropout 0.1. Articles are documents, so held-out text is other articles.
 Reads the corpus and the tokenizer from the Hugging Face hub. 125,000 steps of 10 x 8 sequences are 5.1 billion tokens:
-an experiment for accelerators, not for a CPU. For a first look set federated.rounds=100 and
-client_optimizer.decay_steps=800, server_optimizer.decay_steps=800 with warmup_steps=80.
+an experiment for accelerators, not for a CPU. For a first look set federated.rounds=100, and
+client_optimizer.warmup_steps=400 and server_optimizer.warmup_steps=400 of its 5,000 steps.
 """
 
 import ml_collections

@@ -15,15 +15,14 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fedbert_jax.config import all_keys
+from fedbert_jax.config import FREE
 from fedbert_jax.console import shown
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, to_json
 
 # Keys that change where and how often a run saves, and what its export says, and none of its numbers.
-IGNORED = frozenset({
-    "seed", "resume", "fill_mask", "checkpoint.every_rounds", "checkpoint.times", "checkpoint.keep", "data.cache_dir",
+IGNORED = FREE | frozenset({
+    "seed", "fill_mask", "checkpoint.every_rounds", "checkpoint.times", "checkpoint.keep", "data.cache_dir",
     "data.store",
-    *(key for key in all_keys() if key.startswith("export.")),
 })  # fmt: skip
 # Keys that decide what is read and what is asked of it: losses compare only where they are the same.
 DATA = (

@@ -18,7 +18,7 @@ FILE_WIDTH = 1_000_000
 ALIGNED = 60  # columns of a table in a file are padded to at most this, so that one endless name stretches its own row only
 ON_TERMINAL, FOLDED = 120, 12  # letters of a name on a terminal; and how narrow a column may be folded there
 # What moves the cursor, ends a line, or turns the text after it around.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def shown(name: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -173,7 +174,7 @@ def _usage(name: str) -> str:
 
 def _flag_value(name: str, text: str) -> Any:
     if name in INTEGERS:
-        if not text.lstrip("-").isdecimal():
+        if not re.fullmatch(r"-?[0-9]{1,18}", text):
             raise ConfigError(f"--{name}={text}: accepted: an integer.")
         return int(text)
     if _is_switch(name):

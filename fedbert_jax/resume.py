@@ -138,9 +138,11 @@ def check(config: Config, made: Made, steps_per_round: int, before: Config | Non
         to come, or a learning rate that would jump up without having been asked to.
     """
     f = config.federated
-    if f.schedule_from > made.round:
+    begun = (made.config or {}).get("federated.schedule_from", 0) if made.round else 0
+    if f.schedule_from not in (0, begun, made.round):
         raise ConfigError(
-            f"config key federated.schedule_from={f.schedule_from}: accepted: at most {made.round}, the finished rounds."
+            f"config key federated.schedule_from={f.schedule_from}: accepted: {made.round}, the finished rounds"
+            + (f", or {begun}, as before." if begun else ".")
         )
     if f.schedule_from and f.schedule_from >= f.rounds:
         raise ConfigError(

@@ -312,7 +312,7 @@ class Loop:
             self.console.print()
         for text, predictions in zip(config.fill_mask, filled, strict=True):
             self.console.print(f"  {shown(text)}", style="bold")
-            self.console.print("    " + "  ".join(f"{t} {p:.0%}" for t, p in predictions))
+            self.console.print("    " + "  ".join(f"{shown(t)} {p:.0%}" for t, p in predictions))
         self.console.print(f"\nmodel        {shown(workdir.hf)}" + (f" (of client {shown(name)})" if name else ""))
         self.console.print(f"report       {shown(report)}")
         self.console.print(f"checkpoints  {shown(workdir.checkpoints)}")

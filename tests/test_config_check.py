@@ -39,3 +39,12 @@ def test_a_number_out_of_range_is_refused_by_its_key(key, value):
 def test_the_floats_are_those_of_the_schema():
     assert {"data.partition.alpha", "mlm.mask_prob", "client_optimizer.learning_rate"} <= set(FLOATS) <= set(all_keys())
     assert from_dict(default_config()) == from_dict({})
+
+
+@pytest.mark.parametrize("key, value", [
+    ("federated.rounds", 999_999_999), ("federated.local_steps", 2**30), ("data.tokenizer", "train:²"),
+    ("data.tokenizer", "train:" + "9" * 23), ("aggregator.momentum", 5.0), ("aggregator.b1", 1.0),
+])  # fmt: skip
+def test_what_no_counter_or_average_can_hold_is_refused(key, value):
+    with pytest.raises(ConfigError, match=r"^config key .*: accepted: "):
+        from_dict(nested(key, value))

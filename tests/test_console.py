@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
-from types import SimpleNamespace
 
 import pytest
 from rich.table import Table
 
 from fedbert_jax.console import Name, lenient_streams, make_console, plain_table, print_table, shown
-from fedbert_jax.data.dataset import ClientSummary, client_table
+from fedbert_jax.data.summary import ClientSummary, client_table
 
 
 def printed(*lines: str, terminal: bool = False) -> str:
@@ -56,11 +55,12 @@ def test_a_table_in_a_file_has_every_name_whole():
     long = "x" * 10_000
     clients = [("[/i]tiny", 5), ("transformers", 12_345), (long, 7), ("日本", 1)]
     summary = tuple(
-        ClientSummary(name=s, documents=n, words=n, train_blocks=n, heldout_blocks=0, tokens=n, share=0.1, js_divergence=0.5)
+        ClientSummary(name=s, documents=n, words=n, train_blocks=n, heldout_blocks=0, tokens=n, share=0.1, js_divergence=0.5,
+                      unknown=0.0, dropped_words=0)
         for s, n in clients
     )
     file = io.StringIO()
-    print_table(make_console(file=file), client_table(SimpleNamespace(summary=summary)))
+    print_table(make_console(file=file), client_table(summary))
     lines = file.getvalue().splitlines()
     rows = {line.split("  ")[0]: line for line in lines}
     assert {name for name, _ in clients} <= rows.keys()

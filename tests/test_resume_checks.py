@@ -94,12 +94,13 @@ def test_without_a_stamp_the_config_file_is_asked():
 
 
 @pytest.mark.parametrize(
-    "start, rounds, words", [(11, 20, "at most 10, the finished"), (10, 10, r"less than federated\.rounds=10")]
+    "start, rounds, words",
+    [(11, 20, "10, the finished"), (1, 20, "10, the finished"), (10, 10, r"less than federated\.rounds=10")],
 )
 def test_schedules_begin_in_rounds_that_are_done(start, rounds, words):
     with pytest.raises(ConfigError, match=rf"schedule_from={start}: accepted: {words}"):
         check(config(rounds, federated=dict(schedule_from=start)), made(10), STEPS, None)
-    with pytest.raises(ConfigError, match="schedule_from=3: accepted: at most 0"):
+    with pytest.raises(ConfigError, match="schedule_from=3: accepted: 0, the finished rounds"):
         check(config(20, federated=dict(schedule_from=3)), Made(0, None), STEPS, None)
 
 

@@ -118,8 +118,8 @@ def validate(config: Config) -> None:
     if d.tokenizer.startswith("train:"):
         size = d.tokenizer.removeprefix("train:")
         need(
-            size.isdigit() and int(size) >= 64, "data.tokenizer", d.tokenizer,
-            "a Hugging Face directory or hub name, or train:SIZE with a SIZE of at least 64",
+            size.isascii() and size.isdecimal() and 64 <= int(size) <= 2**24, "data.tokenizer", d.tokenizer,
+            f"a Hugging Face directory or hub name, or train:SIZE with a SIZE from 64 to {2**24}",
         )  # fmt: skip
     need(
         d.tokenizer != "" or m.init_from != "", "data.tokenizer", d.tokenizer,
@@ -203,13 +203,17 @@ def validate(config: Config) -> None:
             opt.decay_steps is None or share is not None or opt.decay_steps > opt.warmup_steps, f"{section}.decay_steps",
             opt.decay_steps, f"more than {section}.warmup_steps={opt.warmup_steps}",
         )  # fmt: skip
+        need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
+    for section in ("client_optimizer", "server_optimizer", "aggregator"):
         for name in ("b1", "b2", "momentum"):
-            value = getattr(opt, name)
+            value = flat[f"{section}.{name}"]
             need(value is None or 0 <= value < 1, f"{section}.{name}", value, "None, or a number from 0 to below 1")
         for name in ("eps", "weight_decay", "power", "end_learning_rate"):
-            value = getattr(opt, name)
+            value = flat.get(f"{section}.{name}")
             need(value is None or value >= 0, f"{section}.{name}", value, "a number of at least 0")
-        need(opt.clip_norm is None or opt.clip_norm > 0, f"{section}.clip_norm", opt.clip_norm, "None or above 0")
+    turns = (f.clients_per_round or f.num_clients or 1) if f.arrangement == "turns" else 1
+    most = (2**31 - 1) // (f.local_steps * turns)
+    need(f.rounds <= most, "federated.rounds", f.rounds, f"at most {most}: a step's number is a 32-bit integer")
 
 
 def _groups(pattern: str) -> int | None:

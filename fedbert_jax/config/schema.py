@@ -71,7 +71,7 @@ class DataConfig:
     tokenizer: str = "train:4096"  # a Hugging Face directory or hub name, or train:SIZE
     lowercase: bool = True  # of a tokenizer trained here: fold case, and drop accents that a reader may leave out
     seq_len: int = 128  # tokens of a block, [CLS] and [SEP] included
-    eval_fraction: float = 0.05  # of each client's documents, held out
+    eval_fraction: float = 0.05  # of each client's words, held out in whole documents
     documents: Literal["blank_lines", "file"] = "blank_lines"  # text: a document ends at a blank line, or with its file
     document_start: str = ""  # a regular expression; a line or row that matches begins a new document
     text_field: str = "text"  # JSON, CSV, parquet and hf: the field or column of text

@@ -19,6 +19,7 @@ from fedbert_jax.data.blocks import BlockWriter, TokenBlocks, pack
 from fedbert_jax.data.encoded import Encoded, encode_documents, usual_tokens
 from fedbert_jax.data.partition import js_divergence
 from fedbert_jax.data.progress import Logged, Progress
+from fedbert_jax.data.rows import listed
 from fedbert_jax.data.summary import ClientSummary, describe_left_out, describe_unknown
 from fedbert_jax.data.text import Share, Text, read_text
 from fedbert_jax.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, token_dtype, vocab_size
@@ -106,6 +107,10 @@ def _load(config: Config, directory: Path) -> tuple[Dataset, PreTrainedTokenizer
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{directory}/meta.json is damaged; remove {directory} to prepare the data again.") from error
+    if meta["origin"].get("format") != FORMAT:
+        raise UserError(
+            f"{directory} was prepared by another version of fedbert_jax, which alone can go on with it or export its model."
+        )
     ours = _origin(config)
     for key, was in meta["origin"].items():
         value = ours.get(key, was)
@@ -154,6 +159,8 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
     _check_cohort(config, len(kept))
     if not any(sizes.heldout for _, sizes in kept):
         warn("no client holds out as much as one block, so nothing will be evaluated; raise data.eval_fraction.")
+    elif unjudged := [share.name for share, sizes in kept if not sizes.heldout]:
+        warn(f"clients who hold out no block, so that they are not evaluated: {len(unjudged):,}: {listed(unjudged)}.")
 
     blocks = _open(directory / "train.npy", [sizes.train for _, sizes in kept])
     unigram = _count(blocks.tokens, vocab_size(tokenizer))

@@ -54,17 +54,22 @@ def read_text(config: Config, warn: Callable[[str], None], progress: Progress) -
     data, seeds = config.data, seeds_of(config)
     progress.stage(f"reading data.source={data.source!r}", "documents")
     documents = read_documents(data, warn=warn, count=progress.count)
+    natural, wanted = data.partition.kind == "natural", config.federated.num_clients
+    if natural and wanted is not None:
+        # Before repeats are looked for, so that no text is missing here whose first occurrence is of nobody who takes part.
+        words = np.array([count_words(document.text) for document in documents], np.int64)
+        chosen = set(assign([document.group for document in documents], words, data.partition, wanted, seeds)[0])
+        documents = [document for document in documents if document.group in chosen]
     kept, words, dropped, emptied = _without_repeats(documents, config)
     groups = [document.group for document in kept]
-    names, owned = assign(groups, words, data.partition, config.federated.num_clients, seeds)
+    names, owned = assign(groups, words, data.partition, None if natural else wanted, seeds)
     taken = np.sort(np.concatenate(owned))  # the others are of clients that don't take part
     shares = []
-    natural = data.partition.kind == "natural"
     for client, (name, mine) in enumerate(zip(names, owned, strict=True)):
         held = hold_out(words[mine], data.eval_fraction, seeds, client)
         places = np.searchsorted(taken, mine)
         shares.append(Share(name, places[~held], places[held], emptied[name] if natural else 0))
-    lost = sorted(emptied.keys() - set(groups)) if natural and config.federated.num_clients is None else []
+    lost = sorted(emptied.keys() - set(groups)) if natural else []
     return Text([kept[i].text for i in taken], words[taken], dropped[taken], shares, lost)
 
 

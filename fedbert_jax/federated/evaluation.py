@@ -69,7 +69,7 @@ def make_eval_set(
       offsets: int [N+1]; client c's held-out blocks are offsets[c]:offsets[c+1].
       clients: int [E], the clients to evaluate; those without held-out blocks are passed over.
       max_blocks: a client's share in the cost.
-      batch: rows a batch.
+      batch: rows a batch, at most `max_blocks`.
       seeds: the run's.
       multiple: B is filled up to a multiple of this, so that devices divide it.
 
@@ -77,6 +77,7 @@ def make_eval_set(
       NumPy arrays, with the blocks' numbers int64 [S, B] for `tokens`. No score depends on how rows fall into batches.
     """
     rows, real, numbers, owners = [], [], [], []
+    batch = min(batch, max_blocks)
     size = batch + -batch % multiple
     for c in clients:
         held = int(offsets[c + 1] - offsets[c])

@@ -59,7 +59,8 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
         "text": _text(config),
         "tokenizer": f"WordPiece, trained on that text, up to {int(d.tokenizer[6:]):,} tokens"
         if d.tokenizer.startswith("train:") else None,
-        "held-out text": f"{d.eval_fraction:.1%} or more of each client's words: whole documents, never its only one",
+        "held-out text": f"{d.eval_fraction:.1%} of each client's words or more, as whole documents, never its only one; "
+        "then without what is repeated elsewhere",
         "seed": config.seed,
     }  # fmt: skip
     further = "further " if m.init_from else ""

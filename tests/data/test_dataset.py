@@ -446,3 +446,26 @@ def test_progress_is_told_with_counts(corpus: Path, tmp_path: Path) -> None:
     assert told.counts[2][-1] == totals[2] == characters
     assert told.counts[3][-1] == len(data.train.tokens) + len(data.heldout.tokens) <= totals[3]
     assert all(counts == sorted(counts) for counts in told.counts)
+
+
+def test_text_stays_whose_first_occurrence_is_of_a_client_who_takes_no_part(tmp_path: Path) -> None:
+    """Of three clients the two largest are wanted; the smallest comes first, and the second begins with all of its text."""
+    corpus = make_corpus(tmp_path / "corpus", {"b": 60, "c": 60})
+    theirs = (corpus / "b" / "notes.txt").read_text().split("\n\n")[:40]
+    (corpus / "a").mkdir()
+    (corpus / "a" / "notes.txt").write_text("\n\n".join(theirs))
+    data, _ = prepare(make_config(corpus, federated={"num_clients": 2}), tmp_path / "data")
+    assert data.client_names == ("b", "c")
+    assert [client.documents for client in data.summary] == [60, 60]
+    assert [client.dropped_words for client in data.summary] == [0, 0]
+
+
+def test_a_client_who_holds_out_no_block_is_named(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", {"many": 60})
+    (corpus / "one").mkdir()
+    words = random.Random(1).choices("abcdefgh", k=200)
+    (corpus / "one" / "notes.txt").write_text(" ".join(words))
+    warnings: list[str] = []
+    data, _ = prepare(make_config(corpus), tmp_path / "data", warn=warnings.append)
+    assert data.heldout.sizes.tolist()[1] == 0 and data.train.sizes.min() > 0
+    assert warnings == ["clients who hold out no block, so that they are not evaluated: 1: one."]

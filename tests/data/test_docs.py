@@ -53,13 +53,6 @@ def test_docstrings_of_a_package(package: Path, tmp_path: Path) -> None:
     assert "dangerous_package" not in sys.modules
 
 
-def test_docstrings_too_short_after_deduplication_are_dropped(package: Path, tmp_path: Path) -> None:
-    write(package / "again.py", f'"""Module {LONG}.\n\nSomething new."""')
-    found = read("docs:dangerous_package", cache_dir=str(tmp_path / "cache"))
-    assert not any("Something new" in t for t, _ in found)
-    assert len(found) == 4
-
-
 def test_the_cache_is_used_and_a_damaged_one_is_made_again(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
