@@ -35,6 +35,7 @@ def main() -> None:
     from fedbert_jax import huggingface
     from fedbert_jax.checkpoint import Checkpoints
     from fedbert_jax.config import MeshConfig, from_dict, to_dict
+    from fedbert_jax.resume import Made, check_unedited
     from fedbert_jax.run import build, export, restore
     from fedbert_jax.workdir import Workdir
 
@@ -66,8 +67,9 @@ def main() -> None:
         raise UserError(f"--round {args.round}: there is no such checkpoint; accepted: {', '.join(map(str, rounds))}.")
     if not (workdir.data / "meta.json").is_file():
         raise UserError(f"--workdir {args.workdir} has no prepared text in {workdir.data}, where the tokenizer is.")
-    run = build(config, workdir, begun=True)
     round = rounds[-1] if args.round is None else args.round
+    check_unedited(workdir.config, workdir.read_config(), Made(round, checkpoints.meta(round).get("config")))
+    run = build(config, workdir, begun=True)
     state, meta = restore(run, checkpoints, round)
     name = export(run, state, out, meta, args.client)
     print(f"round {round}{f' of client {shown(name)}' if name else ''} is in {shown(out)}")

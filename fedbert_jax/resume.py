@@ -120,7 +120,7 @@ def check_unedited(path: Path, written: Config, made: Made) -> None:
     if changed := _differences(made.config, written, harmless(written, made)):
         raise ConfigError(
             f"{path} is not what the checkpoint of round {made.round} was made with: {changed}; put it back, or delete it, "
-            "and it is put back by the checkpoint."
+            "and the training command puts it back."
         )
 
 

@@ -26,7 +26,7 @@ from fedbert_jax.config import MeshConfig
 from fedbert_jax.errors import DiskError, UserError
 from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
 from fedbert_jax.sharding import make_mesh
-from fedbert_jax.train import train
+from fedbert_jax.train import Loop, train
 from fedbert_jax.workdir import open_workdir, write_atomically
 
 RUST = "No space left on device (os error 28)"  # as tokenizers and safetensors have it
@@ -182,11 +182,12 @@ def no_compilation_cache():
 
 
 @pytest.mark.slow
-def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path, no_compilation_cache):
+def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path, monkeypatch, no_compilation_cache):
     """In preparing data, and in a checkpoint; each time the workdir is free for the next try."""
     config = write_corpus(tmp_path, clients=2, documents=12)
     config = load(config, federated__rounds=2, checkpoint__every_rounds=1, model__num_layers=1, fill_mask=())
     root, console = tmp_path / "w", Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(Loop, "finish", lambda *_: None)  # a report takes seconds
     for size, place, left in ((300, "w/data", set()), (8_000, "checkpoints/1", {"data", "config.json", "metrics.jsonl"})):
         with files_of_at_most(size), pytest.raises(DiskError, match=f"{place} can't be written"):
             train(config, root, console)

@@ -20,6 +20,7 @@ from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.federated import evaluation
+from fedbert_jax.resume import stamp
 from fedbert_jax.streams import secrets
 from fedbert_jax.train import train
 from fedbert_jax.workdir import Workdir
@@ -144,6 +145,8 @@ def test_an_export_needs_neither_the_runs_devices_nor_what_it_began_with(trained
     config["export"] |= {"base_model": "", "license": "mit"}
     config["data"]["tokenizer"] = str(tmp_path / "gone")
     workdir.config.write_text(json.dumps(config))
+    for saved in workdir.checkpoints.glob("*/meta/metadata"):  # which would say the same, had the run been begun so
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | {"config": stamp(workdir.read_config())}))
     meta = workdir.data / "meta.json"
     prepared = json.loads(meta.read_text())
     prepared["origin"]["tokenizer"] = config["data"]["tokenizer"]
@@ -207,3 +210,15 @@ def tmp_path_config(folder, source):
     path = folder / "config.py"
     path.write_text(CONFIG.replace("f\"text:{Path(__file__).parent / 'text'}\"", repr(source)))
     return path
+
+
+def test_the_model_of_an_edited_config_is_not_exported(trained, tmp_path, monkeypatch):
+    """It would compute something else than what was trained."""
+    shutil.copytree(trained.root, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 0.001'))
+    monkeypatch.setattr(sys, "argv", ["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"round 4 was made with: model\.layer_norm_eps \(was 1e-12, now 0\.001\)"):
+        export_command.main()
+    assert not (tmp_path / "out").exists()
