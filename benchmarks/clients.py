@@ -91,7 +91,7 @@ def measure(
         "peak_bytes": peak_bytes(),
         "compiled_rounds": simulation.compiled(),
         "train_loss": float(metrics.loss),
-        "eval_loss": scores.loss,
+        "eval_loss": scores.by_text.loss,
     }
 
 

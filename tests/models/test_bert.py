@@ -169,7 +169,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_logits():
 def test_preset_sizes_are_the_published_ones(preset):
     """Parameter counts with the 30,522-token vocabulary, as `transformers` counts them for the same sizes."""
     config = resolve_model(ModelConfig(preset=preset), 30522)
-    shapes = jax.eval_shape(make_segments(config).init, jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = jax.eval_shape(make_segments(config).init, *[jax.eval_shape(lambda: jax.random.key(0))] * 2)
     with torch.device("meta"):
         settings = dict(
             hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, intermediate_size=config.intermediate_size,
