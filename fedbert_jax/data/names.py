@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
+from fedbert_jax.console import shown as printable
+
+__all__ = ["ClientNames", "printable", "shortened"]
 LONGEST = 255  # characters of a client's name; a longer one is cut
-
-# Control characters and lone surrogates; line separators; marks that are invisible or turn the direction of what follows.
-_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
-def printable(name: str) -> str:
-    r"""Returns the name with its unprintable characters escaped, as in `caf\xe9` for a byte that is not UTF-8."""
-    return _UNSHOWN.sub(_escaped, name)
-
-
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if 0xDC80 <= code <= 0xDCFF:  # where Python keeps a byte of a file's name that it could not decode
-        return f"\\x{code - 0xDC00:02x}"
-    return match[0].encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 def shortened(name: str, length: int = 60) -> str:
