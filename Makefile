@@ -3,7 +3,7 @@
 PYTHON      ?= python3
 WORKDIR     ?= runs/demo
 ARGS        ?=
-PYTEST_ARGS ?= -n auto --dist loadfile
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 override VENV := .venv
 BIN := $(VENV)/bin

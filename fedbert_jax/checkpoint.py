@@ -79,7 +79,7 @@ class Checkpoints:
     def meta(self, round: int) -> dict[str, Any]:
         """Returns what was saved beside the state at `round`; raises UserError if it can't be read."""
         try:
-            with _hushed():
+            with _hushed(for_good_if_it_fails=True):
                 meta = self._manager.restore(round, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         except Exception as e:  # orbax raises many kinds
             raise self._damaged(round, _first_line(e)) from e
@@ -100,7 +100,7 @@ class Checkpoints:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         try:
-            with _hushed():  # the first array that is damaged raises; the reads that this ends would speak, too
+            with _hushed(for_good_if_it_fails=True):
                 restored = self._manager.restore(round, args=args)
         except Exception as e:  # orbax and tensorstore raise many kinds
             raise self._damaged(round, _first_line(e)) from e
@@ -216,11 +216,14 @@ def _join_threads(seconds: float = 30.0) -> None:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def _hushed(for_good_if_it_fails: bool = False) -> Iterator[None]:
     """Keeps orbax, which writes and reads arrays side by side, to the error that it raises.
 
     Each of the others would print a traceback, from a thread of its own or of tensorstore's, or when a coroutine is
     collected. What the main thread raises is told as ever.
+
+    The first array that can't be read raises; the reads beside it end whenever they do, in threads that nobody can wait
+    for, and would speak then: hence `for_good_if_it_fails`.
     """
     hooks = (sys.excepthook, sys.unraisablehook, threading.excepthook)
 
@@ -235,12 +238,15 @@ def _hushed() -> Iterator[None]:
     threading.excepthook = lambda _: None
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        if not (failed and for_good_if_it_fails):
+            sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

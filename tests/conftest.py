@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="fedbert-jax-cache-"))  # for subprocesses, too
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import jax
@@ -40,3 +40,18 @@ def batch(config: Config) -> MaskedBatch:
     """Three clients' masked blocks [3, 2, ...]."""
     keys = jax.random.split(jax.random.key(7), 3)
     return jax.vmap(lambda k, t: mask_blocks(k, t, mask_spec(config)))(keys, random_blocks(0, 3, 2))
+
+
+# The files that take longest, longest first: two workers then end together (`--dist loadfile --no-loadscope-reorder`).
+LONGEST = (
+    "runtime/test_sharding", "federated/test_rounds", "federated/test_strategies", "test_finetune", "test_distributed",
+    "test_resume", "test_benchmarks", "runtime/test_simulation",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.with_suffix("").as_posix()
+        return next((n for n, end in enumerate(LONGEST) if name.endswith(f"tests/{end}")), len(LONGEST))
+
+    items.sort(key=place)  # stable: within a file, and for all others, the order stays

@@ -65,15 +65,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     Raises:
       UserError: if there is none, it has no fast (`tokenizers`) form, no vocabulary, or lacks [CLS], [SEP] or [MASK].
     """
-    from transformers import AutoTokenizer
-
     path = os.path.expanduser(name_or_path)
     if path.startswith(("/", ".")) and not os.path.isdir(path):  # what a hub's name can't be
         raise UserError(f"data.tokenizer={name_or_path!r}: there is no such directory.")
     if _has_vocabulary_only(path):
         return _from_vocabulary(os.path.join(path, "vocab.txt"))
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = _loader(path).from_pretrained(path)
     except Exception as error:  # loaders raise what their formats raise
         kind = "in this directory" if os.path.isdir(path) else "as a directory or on the hub"
         reason = " ".join(str(error).split())[:200].rstrip(".")
@@ -87,6 +85,18 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         )
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
+
+
+def _loader(path: str) -> Any:
+    """Returns the class that loads a tokenizer; without a second of imports where it is the plain one."""
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file() and '"tokenizer_class": "PreTrainedTokenizerFast"' in settings.read_text(errors="replace"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _has_vocabulary_only(path: str) -> bool:

@@ -39,7 +39,7 @@ def build(strategy: str, body: str, local_steps: int, data: int, model: int):
         ),
         mesh=dict(data=data, model=model),
         model=dict(
-            hidden_dropout=0.1, num_heads=4, vocab_size=64,
+            hidden_dropout=0.1, num_heads=4, vocab_size=64, num_layers=1,
             logits_at_once=8 if strategy == "sequential" else None,  # whose rows lie on all devices
         ),
         eval=dict(batch_size=4),  # data=8 doesn't divide it
@@ -94,7 +94,8 @@ def check_collectives(simulation) -> None:
 
 def end_of_finetuning(strategy: str, seeds: tuple[int, ...], data: int, model: int) -> list[np.ndarray]:
     config = tiny_config(
-        task="finetune", mesh=dict(data=data, model=model), model=dict(num_heads=4, vocab_size=64, hidden_dropout=0.1),
+        task="finetune", mesh=dict(data=data, model=model),
+        model=dict(num_heads=4, vocab_size=64, hidden_dropout=0.1, num_layers=1),
         data=dict(source="glue:SST-2@unread", tokenizer="unread", partition=dict(kind="iid")),
         federated=dict(strategy=strategy, num_clients=4, batch_size=4), eval=dict(batch_size=6),  # data=4 doesn't divide 6
     )  # fmt: skip
