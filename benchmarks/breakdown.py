@@ -41,14 +41,14 @@ def measure(size: Size, strategy: str, local_steps: int, rounds: int) -> dict[st
 
     from benchmarks.jax_sides import start_round
 
-    compiled, state, inputs, _ = start_round(size, strategy, local_steps)
+    compiled, state, cohort, _ = start_round(size, strategy, local_steps)
     parts = parts_of_program(compiled.as_text())
-    state, metrics = compiled(state, inputs)
+    state, metrics = compiled(state, cohort)
     jax.block_until_ready(metrics)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(rounds):
-                state, metrics = compiled(state, inputs)
+                state, metrics = compiled(state, cohort)
             jax.block_until_ready((state, metrics))
         (trace,) = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes

@@ -15,61 +15,69 @@ from benchmarks import flops
 from benchmarks.pairs import Side, guess_loss
 from benchmarks.sizes import CLS, MASK, MASK_PROB, PAD, SEP, UNK, WEIGHT_DECAY, Size, random_blocks
 from fedbert_jax import config as config_lib
-from fedbert_jax.data.masking import MaskSpec, num_masked
-from fedbert_jax.federated.setting import Pair, RoundInputs, Setting, State
-from fedbert_jax.federated.split import joined_loss
-from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
+from fedbert_jax.federated.joined import joined_loss
+from fedbert_jax.federated.rounds import make_strategy
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.state import Cohort, Pair, State, pick
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
+
+# Names of the sides that are no strategy's: what the config says of them.
+NAMED = {
+    "merged": dict(strategy="parallel", body="merged"),
+    "parallel-gradients": dict(strategy="parallel", average="gradients"),
+}
 
 
 class Started(NamedTuple):
     """A compiled round and what it begins with."""
 
-    compiled: Any  # (state, inputs) -> (state, metrics); uses its state up
+    compiled: Any  # (state, cohort) -> (state, metrics); uses its state up
     state: State
-    inputs: RoundInputs
+    cohort: Cohort
     compile_seconds: float  # tracing, lowering and compiling
 
 
 def start_round(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Started:
     """Compiles a strategy's round of `local_steps` steps: masking, both optimizers and averaging, with donated state.
 
-    `centralized` trains the same C * B sequences a step as one batch. `merged` is `parallel` with a body a client. With
-    `chunks`, a client's logits exist in so many parts, one at a time.
+    `centralized` trains the same C * B sequences a step as one batch. `merged` is `parallel` with a body a client, and
+    `parallel-gradients` averages the clients' gradients in each step. With `chunks`, a client's logits exist in so many
+    parts, one at a time.
     """
-    setting = make_setting(size, strategy, local_steps, chunks)
-    chosen = STRATEGIES[setting.config.federated.strategy](setting)
+    chosen = make_strategy(make_setting(size, strategy, local_steps, chunks))
     tokens = random_blocks(size, local_steps)
     if strategy == "centralized":
         tokens = tokens.reshape(local_steps, 1, size.rows, size.length)
     clients = tokens.shape[1]
-    inputs = RoundInputs(
+    cohort = Cohort(
         jnp.asarray(tokens), jnp.arange(clients, dtype=jnp.int32), jnp.full(clients, 1 / clients, jnp.float32), jnp.int32(0)
     )
     state = jax.jit(chosen.init)(fresh_model(size))
     start = time.perf_counter()
-    compiled = jax.jit(chosen.round, donate_argnums=0).lower(state, inputs).compile()
-    return Started(compiled, state, inputs, time.perf_counter() - start)
+    compiled = jax.jit(chosen.round, donate_argnums=0).lower(state, cohort).compile()
+    return Started(compiled, state, cohort, time.perf_counter() - start)
 
 
 def round_side(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Side:
     """Makes a side of `start_round`."""
-    compiled, state, inputs, compile_seconds = start_round(size, strategy, local_steps, chunks)
-    initial = float(_loss_of(size)(fresh_model(size), inputs.tokens[0].reshape(size.rows, size.length)))
+    compiled, state, cohort, compile_seconds = start_round(size, strategy, local_steps, chunks)
+    initial = float(_loss_of(size)(fresh_model(size), cohort.rows[0].reshape(size.rows, size.length)))
     rounds = 0
 
     def run() -> float:
         nonlocal state, rounds
-        now = inputs._replace(round=jax.device_put(np.int32(rounds)))
+        now = cohort._replace(round=jax.device_put(np.int32(rounds)))
         with jax.transfer_guard("disallow"):  # a round leaves the device for nothing
             state, metrics = compiled(state, now)
             jax.block_until_ready((state, metrics))
         rounds += 1
         return float(jax.device_get(metrics.loss))
 
+    title = strategy.replace("-gradients", ", gradients averaged")
     return Side(
-        f"fedbert_jax {strategy}, {local_steps} local step{'s' * (local_steps > 1)}" + ", logits in chunks" * (chunks > 1),
+        f"fedbert_jax {title}, {local_steps} local step{'s' * (local_steps > 1)}" + ", logits in chunks" * (chunks > 1),
         size.tokens * local_steps, run,
         guess_loss(size.vocab, size.hidden), initial, compile_seconds, flops=flops.per_token(size, last_layer_pruned=True),
     )  # fmt: skip
@@ -81,8 +89,9 @@ def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -
         name="adamw", learning_rate=size.learning_rate, schedule="constant", warmup_steps=0, clip_norm=None,
         weight_decay=WEIGHT_DECAY,
     )  # fmt: skip
-    named = dict(strategy="parallel", body="merged") if strategy == "merged" else dict(strategy=strategy)
-    positions = (size.rows if strategy == "centralized" else size.batch) * size.masked  # of a client
+    named = NAMED.get(strategy, dict(strategy=strategy))
+    pooled = strategy in ("centralized", "parallel-gradients")  # whose rows go through the head as one client's
+    positions = (size.rows if pooled else size.batch) * size.masked
     config = config_lib.from_dict(dict(
         model=dict(
             hidden_size=size.hidden, num_layers=size.layers, num_heads=size.heads,
@@ -99,7 +108,7 @@ def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -
     return Setting(
         config=config,
         segments=make_segments(config.model, jnp.dtype(size.dtype)),
-        mask=mask_spec(size),
+        prepare=functools.partial(mask_blocks, spec=mask_spec(size)),
         client_tx=make_optimizer(config.client_optimizer, "client_optimizer", 1),
         server_tx=make_optimizer(config.server_optimizer, "server_optimizer", 1),
         outer=make_aggregator(config.aggregator),
@@ -131,7 +140,7 @@ def _loss_of(size: Size) -> Any:
     setting = make_setting(size, "centralized", 1)
 
     def loss(model: Pair, blocks: jax.Array) -> jax.Array:
-        batch, _ = setting.draw(blocks, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        return joined_loss(setting.segments, model.client, model.server, batch)
+        batch, _ = setting.draw(blocks[None], jnp.int32(0), jnp.int32(0), jnp.zeros(1, jnp.int32))
+        return joined_loss(setting.segments, model.client, model.server, pick(batch, 0))
 
     return jax.jit(loss)

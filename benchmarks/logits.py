@@ -34,7 +34,7 @@ def measure(size: Size, samples: int) -> list[dict[str, Any]]:
     for sample in range(samples + 1):  # the first is not counted
         for n, (*_, started) in enumerate(runs):
             start = time.perf_counter()
-            states[n], metrics = started.compiled(states[n], started.inputs)
+            states[n], metrics = started.compiled(states[n], started.cohort)
             jax.block_until_ready((states[n], metrics))
             if sample:
                 seconds[n].append(time.perf_counter() - start)

@@ -9,7 +9,7 @@ from benchmarks.sizes import Size
 
 STRATEGIES = ("centralized", "parallel", "sequential", "merged")
 WAYS = ("", "-1", "-chunks")  # behind a strategy: rounds of one local step; logits at a quarter of the positions at a time
-JAX = (*(name + way for name in STRATEGIES for way in WAYS), "plain")
+JAX = (*(name + way for name in STRATEGIES for way in WAYS), "parallel-gradients", "plain")
 TORCH = (
     "hf", "hf-loop", "hf-compiled", "gather", "gather-compiled", "split", "v1", "v1-gather", "v2", "v2-gather",
     "relay-gather",
@@ -25,7 +25,7 @@ def make_side(name: str, size: Size) -> Side:
     if name in JAX:
         from benchmarks.jax_sides import round_side
 
-        strategy, _, way = name.partition("-")
+        strategy, _, way = (name, "", "") if name == "parallel-gradients" else name.partition("-")
         return round_side(size, strategy, 1 if way == "1" else size.steps, chunks=4 if way == "chunks" else 1)
     if name not in TORCH:
         raise ValueError(f"side {name!r}: accepted: {', '.join((*JAX, *TORCH))}.")

@@ -46,12 +46,16 @@ CPU = Suite("cpu", dtype="float32", processes="one", rows=(
     Row("centralized/HF, loop over clients", "centralized", "hf-loop", None, "small"),
     Row("parallel/centralized", "parallel", "centralized", 0.93, "small"),
     Row("parallel/centralized, averaging every step", "parallel-1", "centralized-1", 0.85, "small"),
+    Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", None, "small"),
+    Row("parallel, gradients averaged/parallel", "parallel-gradients", "parallel", None, "small"),
     Row("parallel, logits in chunks/parallel", "parallel-chunks", "parallel", None, "small"),
     Row("parallel/HF", "parallel", "hf", 1.8, "small"),
     Row("parallel/HF, loop over clients", "parallel", "hf-loop", 1.8, "small"),
     Row("parallel/torch split", "parallel", "split", 1.0, "small"),
     Row("parallel/torch V2, gather", "parallel", "v2-gather", 1.5, "small"),
     Row("parallel/torch V2", "parallel", "v2", 2.5, "small"),
+    Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", None, "small"),
+    Row("parallel, gradients averaged/torch V2", "parallel-gradients", "v2", None, "small"),
     Row("parallel/torch V1, gather", "parallel", "v1-gather", None, "small"),
     Row("parallel/torch V1", "parallel", "v1", None, "small"),
     Row("merged/torch V1, gather", "merged", "v1-gather", None, "small"),
@@ -59,6 +63,8 @@ CPU = Suite("cpu", dtype="float32", processes="one", rows=(
     Row("centralized/torch gather", "centralized", "gather", None, "base"),
     Row("centralized/HF", "centralized", "hf", None, "base"),
     Row("parallel/centralized", "parallel", "centralized", None, "base"),
+    Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", None, "base"),
+    Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", None, "base"),
     Row("parallel/torch V2, gather", "parallel", "v2-gather", None, "base"),
 ))  # fmt: skip
 
@@ -71,8 +77,11 @@ def _gpu_rows(size: str) -> tuple[Row, ...]:
         Row("centralized/torch gather, compiled", "centralized", "gather-compiled", None, size),
         Row("centralized/plain JAX", "centralized", "plain", None, size),
         Row("parallel/centralized", "parallel", "centralized", 0.97, size),
+        Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", None, size),
         Row("parallel/torch V2, gather", "parallel", "v2-gather", 10.0, size),
+        Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", None, size),
         Row("parallel/torch V2", "parallel", "v2", 10.0, size),
+        Row("parallel, gradients averaged/torch V2", "parallel-gradients", "v2", None, size),
     )
 
 

@@ -1,11 +1,25 @@
 """FedBERT in JAX: organisations that may not share text pre-train one BERT together."""
 
+import importlib
 import os
 import signal
 import sys
 from types import FrameType
 
 __version__ = "0.1.0"
+
+
+def register(name: str, *, clients: str, client: str, body: str, cut: bool = True) -> None:
+    """Makes `federated.strategy=name` a strategy, in this process: a row of who steps with whom, and who holds what.
+
+    Call it before the config is read, in a config file for example. `fedbert_jax.config.Arrangement` says what each argument
+    means and takes.
+
+    Raises:
+      ValueError: if no round goes by such a row, or there is another strategy of that name.
+    """
+    config = importlib.import_module("fedbert_jax.config")  # which, like all modules, may import this one
+    config.register(name, config.Arrangement(clients, client, body, cut))
 
 
 def exit_on_interrupt() -> None:

@@ -84,9 +84,11 @@ def _traffic(run: Run) -> str:
     up, down = run.final("uplink_bytes") or 0, run.final("downlink_bytes") or 0
     if not up + down:
         return "Nothing was sent."
-    messages = {name: size for name, size in (run.facts.get("bytes_per_round") or {}).items() if size}
     parts = [f"sent to the server {quantity(up, BYTE_UNITS)}, to the clients {quantity(down, BYTE_UNITS)}"]
-    if messages:
-        each = ", ".join(f"{name.replace('_', ' ')} {quantity(size, BYTE_UNITS)}" for name, size in messages.items())
-        parts.append(f"in one round {each}")
+    each = [
+        f"{name.replace('_', ' ')} {way} {quantity(size, BYTE_UNITS)}"
+        for way, sizes in run.messages.items() for name, size in sizes.items()
+    ]  # fmt: skip
+    if each:
+        parts.append(f"in one round {', '.join(each)}")
     return _sentence(parts)

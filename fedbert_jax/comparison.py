@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fedbert_jax.config import FREE
+from fedbert_jax.config import FREE, strategy_title
 from fedbert_jax.console import shown
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity, to_json
 
@@ -121,7 +121,7 @@ def _remarks(runs: Sequence[Run], settings: dict[str, Any], configs: Sequence[di
     for key, value in settings.items():
         others = [config[key] for config in configs]
         usual = all(others.count(value) > others.count(other) for other in others if other != value)
-        if not usual and key not in ("federated.strategy", "federated.body"):  # those have columns of their own
+        if not usual and key not in ("federated.strategy", "federated.body", "federated.average"):  # they have a column
             section, _, name = key.rpartition(".")
             twins = [settings[f"{s}.{name}"] for s in OPTIMIZERS if f"{s}.{name}" in settings]
             both = section in OPTIMIZERS and twins == [value, value]  # one remark serves both segments' optimizers
@@ -210,8 +210,7 @@ def _cells(groups: Sequence[Group], plus_minus: str) -> tuple[list[str], list[li
     rows = []
     for group in groups:
         config = group.runs[0].config
-        body = config["federated.body"] if config["federated.strategy"] == "parallel" else "–"
-        row = [config["federated.strategy"], body]
+        row = [strategy_title(*(config[f"federated.{key}"] for key in ("strategy", "body", "average")))]
         for name, (title, _, show) in QUANTITIES.items():
             if not title:
                 continue
@@ -219,7 +218,7 @@ def _cells(groups: Sequence[Group], plus_minus: str) -> tuple[list[str], list[li
             spread = plus_minus + show(summary.sd) if summary.sd and math.isfinite(summary.sd) else ""
             row.append(show(summary.mean) + spread)
         rows.append(row)
-    return ["run", "strategy", "body", *(title for title, _, _ in QUANTITIES.values() if title)], rows
+    return ["run", "strategy", *(title for title, _, _ in QUANTITIES.values() if title)], rows
 
 
 def scope(groups: Sequence[Group]) -> str:
@@ -241,7 +240,7 @@ def to_table(groups: Sequence[Group]) -> Table:
     header, rows = _cells(groups, plus_minus="\n± ")
     table = Table(box=None, pad_edge=False, header_style="bold underline")
     for i, title in enumerate(header):
-        table.add_column(title.replace(" ", "\n"), justify="left" if i < 3 else "right", no_wrap=i > 0, vertical="top")
+        table.add_column(title.replace(" ", "\n"), justify="left" if i < 2 else "right", no_wrap=i > 0, vertical="top")
     for group, row in zip(groups, rows, strict=True):
         table.add_row(*map(Text, ["\n".join([group.label, *group.remarks]), *row]))  # Text: [brackets] are no markup
     return table
@@ -251,7 +250,7 @@ def to_markdown(groups: Sequence[Group]) -> str:
     """Returns the comparison as a Markdown table."""
     header, rows = _cells(groups, plus_minus=" ± ")
     rows = [[_as_markdown(group.name), *row] for group, row in zip(groups, rows, strict=True)]
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
+    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -269,6 +268,7 @@ def to_dict(groups: Sequence[Group]) -> dict[str, Any]:
                 "label": group.label,
                 "strategy": group.runs[0].config["federated.strategy"],
                 "body": group.runs[0].config["federated.body"],
+                "average": group.runs[0].config["federated.average"],
                 "settings": group.settings,
                 "seeds": [run.config["seed"] for run in group.runs],
                 "workdirs": [shown(run.workdir) for run in group.runs],

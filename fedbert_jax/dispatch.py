@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from fedbert_jax.federated.setting import RoundMetrics, State
+from fedbert_jax.federated.metrics import RoundMetrics
+from fedbert_jax.federated.state import State
 from fedbert_jax.progress import Compiling
 
 

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.errors import ConfigError
+from fedbert_jax.federated.joined import joined_logits
 from fedbert_jax.models.bert import Params, Segments
 
 Prediction = tuple[str, float]
@@ -57,15 +60,17 @@ def fill_mask(
     texts = [t.replace("[MASK]", tokenizer.mask_token) for t in texts]
     ids = [tokenizer(t, truncation=True, max_length=longest)["input_ids"] for t in texts]
     length = max(map(len, ids))
-    tokens, mask = np.zeros((2, len(ids), length), np.int32)
+    tokens = np.zeros((len(ids), length), np.int32)
     for row, tokens_of in enumerate(ids):
-        tokens[row, : len(tokens_of)], mask[row, : len(tokens_of)] = tokens_of, 1
-    where = np.argmax(tokens == tokenizer.mask_token_id, axis=1)
+        tokens[row, : len(tokens_of)] = tokens_of
+    where = np.argmax(tokens == tokenizer.mask_token_id, axis=1)[:, None]  # the one position asked for
+    lengths = jnp.array([len(tokens_of) for tokens_of in ids], jnp.int32)
+    unknown = (jnp.zeros_like(where), jnp.ones(where.shape))  # labels and weights
+    batch = MaskedBatch(jnp.asarray(tokens), jnp.asarray(where), *unknown, lengths=lengths)
 
     @jax.jit
     def predict(client: Params, server: Params) -> jax.Array:
-        z = segments.transform(server, segments.embed(client, tokens), attention_mask=mask)
-        return jax.nn.softmax(segments.predict(client, z[np.arange(len(ids)), where][:, None])[:, 0])
+        return jax.nn.softmax(joined_logits(segments, client, server, batch)[:, 0])
 
     probs = np.asarray(predict(client_params, server_params))[:, : len(tokenizer)]
     found = (tokens == tokenizer.mask_token_id).any(axis=1)

@@ -24,7 +24,8 @@ from fedbert_jax.data.submissions import submission_name, write_submission
 from fedbert_jax.data.tasks import read_task, task_of
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
 from fedbert_jax.errors import DivergedError, UserError, about
-from fedbert_jax.federated.setting import Pair, RoundMetrics, State
+from fedbert_jax.federated.metrics import RoundMetrics
+from fedbert_jax.federated.state import Pair, State
 from fedbert_jax.glue_metrics import summary
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, to_json, truncate
@@ -114,10 +115,11 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
     all_seeds = tuple(range(config.seed, config.seed + config.finetune.seeds))
     at_once = config.finetune.seeds_at_once or (1 if jax.default_backend() == "cpu" else len(all_seeds))
     results = _read_results(workdir.root)
+    f = config.federated
     judges = ", ".join(f"{len(examples):,} of the split {split}" for split, examples in data.dev.items())
     console.print(
         f"{data.task.name}: {len(data.train):,} training examples, judged by {judges}; "
-        f"{config.federated.strategy}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
+        f"{config_lib.strategy_title(f.strategy, f.body, f.average)}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
     )
     if str(config.seed) not in results["seeds"]:
         huggingface.check_target(workdir.hf)  # now, not after hours of training

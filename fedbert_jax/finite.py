@@ -77,7 +77,7 @@ def in_scores(scores: Mapping[str, Any]) -> str:
     return "the held-out loss is not finite" + (f", of {listed(bad)}" if bad else "")
 
 
-def first_to_fail(failed: np.ndarray, arrangement: Arrangement, share: bool = True) -> list[int]:
+def first_to_fail(failed: np.ndarray, how: Arrangement) -> list[int]:
     """Returns with whom of a cohort a round's numbers stopped being finite, by place in it; none where that can't be told.
 
     What isn't finite stays so and spreads: to who has the next turn, or, side by side, to everybody in the next step,
@@ -85,13 +85,13 @@ def first_to_fail(failed: np.ndarray, arrangement: Arrangement, share: bool = Tr
 
     Args:
       failed: `RoundMetrics.failed`, int [C].
-      arrangement: how the clients train.
-      share: whether clients who train side by side share anything within a round or between rounds.
+      how: how the clients train.
     """
-    if arrangement == "pooled" or not failed.any():
+    if how.clients == "pooled" or not failed.any():
         return []
-    if arrangement == "turns":
+    if how.clients == "in turn":
         return [int(np.flatnonzero(failed)[0])]
+    share = how.clients == "together" or how.averages
     return np.flatnonzero(failed == failed.max() if share else failed > 0).tolist()
 
 

@@ -157,7 +157,7 @@ def bytes_figure(run: Run) -> Figure:
     (x, up), (_, down) = run.series("uplink_bytes"), run.series("downlink_bytes")
     if not x.size or not up[-1] + down[-1]:
         return _no_plot("Nothing crossed a wire.")
-    messages = {name: size for name, size in (run.facts.get("bytes_per_round") or {}).items() if size}
+    messages = [(name, size, way) for way, sizes in run.messages.items() for name, size in sizes.items()]
     figure = new_figure(3.4 + 0.33 * len(messages))
     grid = figure.add_gridspec(1 + bool(messages), 1, height_ratios=[3.0, 0.33 * len(messages)][: 1 + bool(messages)])
     (tokens_per, label), (per, unit) = token_axis([run]), scale(max(up[-1], down[-1]), BYTE_UNITS)
@@ -168,12 +168,13 @@ def bytes_figure(run: Run) -> Figure:
         curve(axes, np.r_[0, x] / tokens_per, np.r_[0, y] / per, label=label, **style)
     legend_above(axes)
     if messages:
-        per, unit = scale(max(messages.values()), BYTE_UNITS)
+        sizes = [size for _, size, _ in messages]
+        per, unit = scale(max(sizes), BYTE_UNITS)
         axes = panel(figure, f"in one round ({unit})", "", grid[1])
-        names = [plot_name(name.replace("_", " ")) for name in messages]
-        colors = [PALETTE[1 if name.endswith("_down") else 0] for name in messages]
-        bars = axes.barh(names, [size / per for size in messages.values()], color=colors, height=0.62)
-        axes.bar_label(bars, [quantity(size, BYTE_UNITS) for size in messages.values()], padding=4, color=INK)
+        names = [plot_name(f"{name.replace('_', ' ')} {way}") for name, _, way in messages]
+        colors = [PALETTE[1 if way == "down" else 0] for _, _, way in messages]
+        bars = axes.barh(names, [size / per for size in sizes], color=colors, height=0.62)
+        axes.bar_label(bars, [quantity(size, BYTE_UNITS) for size in sizes], padding=4, color=INK)
         axes.margins(x=0.16)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

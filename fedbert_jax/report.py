@@ -18,6 +18,7 @@ from typing import Any
 
 from fedbert_jax import cli, disk, plots
 from fedbert_jax.alt_texts import alt_texts
+from fedbert_jax.config import strategy_title
 from fedbert_jax.console import shown
 from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import BYTE_UNITS, Run, duration, load_run, number, percent, quantity
@@ -104,10 +105,9 @@ def facts(run: Run) -> dict[str, str]:
     cohort = f.get("clients_per_round") or c["federated.clients_per_round"] or clients
     parameters = f.get("parameters") or {}
     versions = [f"{name} {version}" for name, version in (f.get("versions") or {}).items()]
-    body = f", {c['federated.body']} body" if c["federated.strategy"] == "parallel" else ""
     sequences = f"{c['federated.batch_size']} sequences of {c['data.seq_len']} tokens"
     return {
-        "strategy": c["federated.strategy"] + body,
+        "strategy": strategy_title(*(c[f"federated.{key}"] for key in ("strategy", "body", "average"))),
         "clients": f"{_count(clients)}, of them {_count(cohort)} a round",
         "local steps": f"{c['federated.local_steps']} a round, each of {sequences} a client",
         "rounds": f"{run.rounds:,} of {c['federated.rounds']:,}",

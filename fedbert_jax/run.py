@@ -20,7 +20,7 @@ from fedbert_jax.data.masking import MaskSpec, num_masked
 from fedbert_jax.data.progress import Progress
 from fedbert_jax.data.tokenizer import continuation_mask, load_tokenizer, special_ids, vocab_size
 from fedbert_jax.errors import ConfigError, UserError, about
-from fedbert_jax.federated.setting import State
+from fedbert_jax.federated.state import State
 from fedbert_jax.fill_mask import check_sentences
 from fedbert_jax.metrics import read_metrics
 from fedbert_jax.runtime.simulation import Simulation, resolve_attention
@@ -70,7 +70,7 @@ def build(
         config = config_lib.work_out(resolve(config, dataset.vocab_size), blocks, dataset.train.num_clients, old)
         config_lib.validate(config)
         check_sentences(config.fill_mask, tokenizer, config.model.max_position_embeddings)
-    if dataset.train.num_clients == 1 and config.federated.arrangement != "pooled":
+    if dataset.train.num_clients == 1 and not config.federated.arrangement.pools_text:
         keys = "data.client_field, data.client_pattern and data.partition"
         warn(f"there is one client only, so nothing is federated; {keys} say who holds which text.")
     mask = MaskSpec(
@@ -209,8 +209,7 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
     if client and client not in names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise UserError(f"--client {client!r}: there is no client of that name in {run.workdir.root}; accepted: {shown}.")
-    own = f.strategy == "local" or f.body == "private"
-    name = (client or names[0]) if own else ""
+    name = (client or names[0]) if f.arrangement.keeps_own else ""
     model = run.simulation.model_of(state, names.index(name) if name else 0)
     if distributed.first():
         card = huggingface.model_card(run.config, facts | _evaluated(run.workdir, facts.get("round"), name))

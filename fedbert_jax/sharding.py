@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"head/bias$", P("model")),  # [V]
     (r"(pooler|classifier)/kernel$", P(None, None)),
     (r"(pooler|classifier)/bias$", P(None)),
-    # server body, stacked over layers
+    # layers, stacked: the server's body, and those that are the client's
     (r"layers/attention/qkv/kernel$", P(None, None, None, "model")),  # [L, D, 3, D]
     (r"layers/attention/qkv/bias$", P(None, None, "model")),  # [L, 3, D]
     (r"layers/attention/out/kernel$", P(None, "model", None)),  # [L, D, D]

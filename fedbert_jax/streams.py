@@ -43,6 +43,7 @@ class Stream(Enum):
     EVAL_MASK = 22, "client", ("client", "block")
     EXAMPLES = 23, "client", ("client", "epoch")  # fine-tuning: the order of a client's examples
     TASK_HOLD_OUT = 24, "client", ()  # fine-tuning: the training examples kept back to judge by
+    NOISE = 25, "client", ("round", "step", "client")  # added to what leaves the client
 
     @property
     def tag(self) -> int:
@@ -76,8 +77,9 @@ class Secrets(NamedTuple):
 
 
 def seeds_of(config: Config) -> Seeds:
-    """Returns a run's secrets. In the simulation one number makes both."""
-    return Seeds(config.seed, config.seed)
+    """Returns a run's secrets. Unless `privacy.client_seed` is set, one number makes both."""
+    client = config.privacy.client_seed
+    return Seeds(config.seed, config.seed if client is None else client)
 
 
 def generator(seeds: Seeds, stream: Stream, *numbers: int) -> np.random.Generator:

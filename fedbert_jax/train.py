@@ -20,7 +20,8 @@ from fedbert_jax.console import make_console, print_table, shown
 from fedbert_jax.data.summary import client_table
 from fedbert_jax.dispatch import Dispatched, Dispatcher
 from fedbert_jax.errors import DivergedError
-from fedbert_jax.federated.setting import Pair, State
+from fedbert_jax.federated.state import Pair, State
+from fedbert_jax.federated.wire import by_way
 from fedbert_jax.fill_mask import fill_mask
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
@@ -82,7 +83,7 @@ class Loop:
         self.scores: dict[str, Any] = {}  # the last evaluation's numbers, and the best loss so far
         self.checkpoints = Checkpoints(run.workdir.checkpoints, run.config.checkpoint.keep)
         self.log: MetricsLog | None = None
-        self.per_round = self.sim.traffic()
+        self.messages = self.sim.traffic()  # bytes a round
         self.dispatcher = Dispatcher()
 
     # --- before the first round ---
@@ -97,10 +98,10 @@ class Loop:
             return
         client, server = (count_parameters(part) for part in jax.eval_shape(sim.setting.fresh))
         print_table(self.console, client_table(run.dataset.summary))
-        body = f" ({f.body} body)" if f.strategy == "parallel" else ""
         m = run.config.model
         self.console.print(
-            f"{f.strategy}{body}: {sim.cohort} of {sim.num_clients} clients a round, {f.local_steps} steps of "
+            f"{config_lib.strategy_title(f.strategy, f.body, f.average)}: {sim.cohort} of {sim.num_clients} clients a "
+            f"round, {f.local_steps} steps of "
             f"{f.batch_size} x {run.config.data.seq_len} tokens each; BERT {m.num_layers} x {m.hidden_size}, "
             f"{client:,} parameters at each client, {server:,} at the server"
         )
@@ -117,7 +118,8 @@ class Loop:
             "parameters": {"client": client, "server": server},
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""), "versions": versions,
-            "bytes_per_round": sim.strategy.traffic, "num_clients": sim.num_clients, "clients_per_round": sim.cohort,
+            "bytes_per_round": {"up": by_way(self.messages, "up"), "down": by_way(self.messages, "down")},
+            "num_clients": sim.num_clients, "clients_per_round": sim.cohort,
             "finished": False,
         }  # fmt: skip
         run.workdir.write_facts(self.facts)
@@ -209,8 +211,8 @@ class Loop:
             "grad_norm_server": server_norm,
             "seconds": seconds,
             "tokens_per_second": tokens / running,  # compiling is no part of a round's speed
-            "uplink_bytes": round * self.per_round.uplink,
-            "downlink_bytes": round * self.per_round.downlink,
+            "uplink_bytes": round * sum(by_way(self.messages, "up").values()),
+            "downlink_bytes": round * sum(by_way(self.messages, "down").values()),
         }  # fmt: skip
         if state is not None:
             with progress.Compiling() as compiling:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 COHORT, ORDER, DEAL, EVALUATED, BODY_DROPOUT = 3, 4, 5, 6, 2  # the server's
-SEGMENT_DROPOUT, MASK, BLOCKS, SCORED_BLOCKS, EVAL_MASK = 17, 18, 19, 21, 22  # the clients'
+SEGMENT_DROPOUT, MASK, BLOCKS, SCORED_BLOCKS, EVAL_MASK, NOISE = 17, 18, 19, 21, 22, 25  # the clients'
 
 
 def generator(party: str, seed: int, tag: int, *numbers: int) -> np.random.Generator:

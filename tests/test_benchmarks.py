@@ -22,8 +22,9 @@ from benchmarks import bf16, clients, finetune, flops, jax_sides, measure, pairs
 from benchmarks.suites import SUITES
 from fedbert_jax import huggingface
 from fedbert_jax.data.masking import mask_blocks
-from fedbert_jax.federated.setting import Pair, RoundInputs
-from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.federated.joined import joined_loss
+from fedbert_jax.federated.rounds import make_strategy
+from fedbert_jax.federated.state import Cohort, Pair
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = sizes.Size(
@@ -133,8 +134,8 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     from benchmarks.torch_splitfed import SplitFed
 
     size = SMALLEST
-    setting = dataclasses.replace(jax_sides.make_setting(size, strategy, size.steps), mask=None)
-    chosen = STRATEGIES[setting.config.federated.strategy](setting)
+    setting = jax_sides.make_setting(size, strategy, size.steps)
+    chosen = make_strategy(dataclasses.replace(setting, prepare=lambda _, batch: batch))  # they are masked already
     blocks = jnp.asarray(sizes.random_blocks(size, size.steps), jnp.int32).reshape(-1, size.batch, size.length)
     keys = jax.random.split(jax.random.key(3), len(blocks))
     batches = jax.vmap(lambda k, b: mask_blocks(k, b, jax_sides.mask_spec(size)))(keys, blocks)
@@ -142,7 +143,7 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     client, server = jax_sides.fresh_model(size)
 
     model = torch_sides.make_model(size)
-    tensors = huggingface.to_tensors(client, server, size.layers)
+    tensors = huggingface.to_tensors(client, server)
     lost, unexpected = model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in tensors.items()}, strict=False)
     assert not unexpected and all("decoder" in name for name in lost)  # which is tied
     everywhere = version == "v1"  # the loss is the same: here one of each
@@ -157,8 +158,8 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     round_ = jax.jit(chosen.round)
     losses = []
     for n in range(3):
-        inputs = RoundInputs(batches, jnp.arange(size.clients, dtype=jnp.int32), weights, jnp.int32(n))
-        state, metrics = round_(state, inputs)
+        cohort = Cohort(batches, jnp.arange(size.clients, dtype=jnp.int32), weights, jnp.int32(n))
+        state, metrics = round_(state, cohort)
         losses.append(float(metrics.loss))
     assert losses[-1] < losses[0] - 0.02
     assert [theirs.round(torch_batches).item() for _ in range(3)] == pytest.approx(losses, rel=2e-4)
@@ -179,7 +180,6 @@ def test_torch_split_trains_as_parallel_does():
 def test_plain_jax_computes_what_fedbert_jax_computes():
     """The plain model with the segments' weights has their loss."""
     from benchmarks import plain_jax
-    from fedbert_jax.federated.split import joined_loss
 
     setting = jax_sides.make_setting(SMALLEST, "centralized", 1)
     client, server = jax_sides.fresh_model(SMALLEST)

@@ -66,6 +66,17 @@ def test_what_was_not_federated_or_cut_is_not_called_so(strategy: str, tags: lis
     assert metadata(card)["tags"] == ["bert", *tags] and title in card.split("\n# ")[1].split("\n")[0]
 
 
+@pytest.mark.parametrize(
+    ("federated", "row"),
+    [({}, "parallel (pooled body)"), (dict(body="merged"), "parallel (merged body)"),
+     (dict(average="gradients"), "parallel (gradients averaged)"), (dict(strategy="sequential"), "sequential")],
+)  # fmt: skip
+def test_the_strategy_is_told_by_its_row_and_a_cut_is_called_one(federated: dict[str, str], row: str) -> None:
+    card = huggingface.model_card(resolved(federated=federated), FACTS)
+    assert f"| strategy | {row} |" in card and metadata(card)["tags"] == ["bert", "federated-learning", "split-learning"]
+    assert card.split("\n# ")[1].split("\n")[0].endswith("by federated split learning")
+
+
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_every_figure_says_which_mean_over_how_many_clients_it_is(weighting: str) -> None:
     card = huggingface.model_card(resolved(federated=dict(weighting=weighting)), FACTS)

@@ -66,6 +66,17 @@ def test_runs_that_differ_only_in_seed_share_a_row(tmp_path: Path) -> None:
     assert comparison.warn([private, pooled]) == []
 
 
+def test_what_is_averaged_sets_runs_apart_and_is_told_with_the_strategy(tmp_path: Path) -> None:
+    paths = [make_workdir(tmp_path / "a", 5.0, federated={"average": "gradients"}), make_workdir(tmp_path / "b", 5.1)]
+    gradients, parameters = load(*paths)
+    assert gradients.settings == {"federated.average": "gradients"} and gradients.remarks == parameters.remarks == ()
+    rows = comparison.to_markdown([gradients, parameters]).splitlines()[2:]
+    assert rows[0].startswith("| a | parallel (gradients averaged) | 5.000 |")
+    assert rows[1].startswith("| b | parallel (pooled body) | 5.100 |")
+    written = comparison.to_dict([gradients, parameters])["groups"]
+    assert [group["average"] for group in written] == ["gradients", "parameters"]
+
+
 def test_where_and_how_often_a_run_saves_sets_nobody_apart(tmp_path: Path) -> None:
     a = make_workdir(tmp_path / "a0", seed=0, checkpoint={"every_rounds": 7})
     b = make_workdir(tmp_path / "a1", seed=1, resume="force", data={"cache_dir": "/elsewhere"})
@@ -156,8 +167,10 @@ def test_the_command_prints_the_table_and_writes_its_files(tmp_path: Path, capsy
 
     assert compare.main([*map(str, paths), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[2].startswith(r"| a\|b | centralized | – | 4.000 |")
-    assert "5.500 ± 0.707" in lines[3] and "pooled[b] (2 seeds)" in lines[3]
+    assert len(lines) == 6 and lines[2].startswith(r"| a\|b | centralized | 4.000 |")
+    assert lines[3].startswith("| pooled[b] (2 seeds) | parallel (pooled body) | 5.500 ± 0.707 |")
+    assert lines[0].startswith("| run | strategy | loss by text |")
+    assert {line.count(" | ") for line in lines[:4]} == {lines[0].count(" | ")}
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:

@@ -45,17 +45,17 @@ def test_torch_gives_the_runs_own_loss_on_the_same_masked_text(trained, tmp_path
     simulation, names = built.simulation, built.dataset.client_names
     state, _ = run_lib.restore(built, Checkpoints(trained.checkpoints), 4)
     last = json.loads(trained.metrics.read_text().splitlines()[-1])
-    data = jax.device_get(simulation._eval_set)
+    data, spec = jax.device_get(simulation._eval_set), simulation.setting.prepare.keywords["spec"]
     for c, name in enumerate(names):
         run_lib.export(built, state, tmp_path / name, {}, name)
         model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / name).eval()
         total = right = count = 0.0
         for n in np.flatnonzero(data.clients == c):
             one = jax.tree.map(lambda x, n=n: x[n], data)
-            batch = evaluation.masked(secrets(simulation.seeds), one, simulation.setting.mask)
+            batch = evaluation.masked(secrets(simulation.seeds), one, spec)
             tokens, positions, labels, weights = (np.array(x) for x in batch[:4])
             at_masked = np.take_along_axis(tokens, positions, axis=1)
-            assert (at_masked[weights > 0] == simulation.setting.mask.mask_id).all()
+            assert (at_masked[weights > 0] == spec.mask_id).all()
             weights = torch.tensor(weights * data.real[n][:, None])
             with torch.no_grad():
                 logits = model(torch.tensor(tokens).long()).logits

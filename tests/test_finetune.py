@@ -25,7 +25,8 @@ from fedbert_jax import glue as command
 from fedbert_jax.data import sequences
 from fedbert_jax.data.sequences import ExampleStream, encode, take
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
-from fedbert_jax.federated.setting import RoundMetrics, State
+from fedbert_jax.federated.metrics import RoundMetrics
+from fedbert_jax.federated.state import State
 from fedbert_jax.interrupts import Interrupts
 from fedbert_jax.metrics import load_run
 from fedbert_jax.streams import Seeds

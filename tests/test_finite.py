@@ -9,7 +9,8 @@ import pytest
 from tiny import make_strategy, random_blocks, tiny_config
 
 from fedbert_jax import finite
-from fedbert_jax.federated.setting import Pair, RoundInputs, State
+from fedbert_jax.config import ARRANGEMENTS, Arrangement
+from fedbert_jax.federated.state import Cohort, Pair, State
 from fedbert_jax.finite import first_to_fail, in_round, in_scores, in_state, not_finite
 from fedbert_jax.sharding import has_client_axis
 
@@ -67,19 +68,33 @@ def test_a_round_that_is_not_finite_is_told_with_its_numbers():
     assert finite.listed(list("abcdefg")) == "clients a, b, c, d, e and 2 more"
 
 
+TOGETHER = ARRANGEMENTS["parallel", "pooled", "parameters"]
+PRIVATE = ARRANGEMENTS["parallel", "private", "parameters"]
+
+
 @pytest.mark.parametrize(
-    "failed, arrangement, share, first",
+    "failed, how, first",
     [
-        ([0, 3, 5, 5], "turns", True, [1]),  # handed on
-        ([2, 3, 2, 2], "abreast", True, [1]),  # a step later it was everybody's
-        ([3, 3, 3, 3], "abreast", True, [0, 1, 2, 3]),
-        ([2, 3, 0, 0], "abreast", False, [0, 1]),  # each for itself
-        ([4], "pooled", True, []),
-        ([0, 0, 0], "abreast", True, []),
+        ([0, 3, 5, 5], ARRANGEMENTS["sequential", "pooled", "parameters"], [1]),  # handed on
+        ([2, 3, 2, 2], TOGETHER, [1]),  # a step later it was everybody's
+        ([3, 3, 3, 3], TOGETHER, [0, 1, 2, 3]),
+        ([2, 3, 0, 0], ARRANGEMENTS["local", "pooled", "parameters"], [0, 1]),  # each for itself
+        ([2, 3, 0, 0], ARRANGEMENTS["fedavg", "pooled", "parameters"], [1]),  # shared at the end of a round
+        ([2, 3, 0, 0], PRIVATE, [1]),  # the segments are averaged
+        ([4], ARRANGEMENTS["centralized", "pooled", "parameters"], []),
+        ([4, 4, 4], ARRANGEMENTS["parallel", "pooled", "gradients"], []),  # one model, whose step is everybody's
+        ([0, 0, 0], TOGETHER, []),
     ],
 )
-def test_with_whom_it_began(failed, arrangement, share, first):
-    assert first_to_fail(np.array(failed, np.int32), arrangement, share) == first
+def test_with_whom_it_began(failed, how, first):
+    assert first_to_fail(np.array(failed, np.int32), how) == first
+
+
+def test_with_whom_it_began_is_asked_of_any_arrangement():
+    """Not of a strategy's name: nobody else's step is lost where bodies and segments are clients' own, cut or not."""
+    for cut in (True, False):
+        assert first_to_fail(np.array([1, 0, 2], np.int32), Arrangement("apart", "own", "own", cut)) == [0, 2]
+        assert first_to_fail(np.array([1, 0, 2], np.int32), Arrangement("apart", "own", "copies", cut)) == [2]
 
 
 def nan_for(client: int, tree):
@@ -101,6 +116,6 @@ def test_a_round_counts_the_steps_that_failed_by_client(strategy, mode, failed):
     _, rule, state = make_strategy(config)
     opt = Pair(nan_for(1, state.opt.client), state.opt.server)
     state = State(nan_for(1, state.model) if strategy == "local" else state.model, opt, state.outer)
-    inputs = RoundInputs(random_blocks(0, 3, 3, 1), jnp.arange(3), jnp.full(3, 1 / 3), jnp.int32(0))
-    _, metrics = jax.jit(rule.round)(state, inputs)
+    cohort = Cohort(random_blocks(0, 3, 3, 1), jnp.arange(3), jnp.full(3, 1 / 3), jnp.int32(0))
+    _, metrics = jax.jit(rule.round)(state, cohort)
     assert metrics.failed.tolist() == failed

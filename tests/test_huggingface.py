@@ -21,13 +21,13 @@ def params(segments, seed=0):
 
 def test_export_then_import_is_bit_for_bit(segments, config):
     client, server = params(segments)
-    tensors = huggingface.to_tensors(client, server, config.model.num_layers)
+    tensors = huggingface.to_tensors(client, server)
     fresh = jax.jit(segments.init)(*jax.random.split(jax.random.key(9)))
     back = huggingface.from_tensors(tensors, *fresh)
     assert back[2] == []
     for a, b in zip(jax.tree.leaves((client, server)), jax.tree.leaves(back[:2]), strict=True):
         assert np.array_equal(a, b)
-    again = huggingface.to_tensors(*back[:2], config.model.num_layers)
+    again = huggingface.to_tensors(*back[:2])
     assert again.keys() == tensors.keys()
     assert all(np.array_equal(again[k], tensors[k]) for k in tensors)
 
@@ -35,7 +35,7 @@ def test_export_then_import_is_bit_for_bit(segments, config):
 def test_old_names_and_missing_parts(segments, config):
     """gamma/beta, no `bert.` prefix, no MLM head: what is there is taken, what is not is named and kept fresh."""
     client, server = params(segments)
-    tensors = huggingface.to_tensors(client, server, config.model.num_layers)
+    tensors = huggingface.to_tensors(client, server)
     old = {
         k.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
         for k, v in tensors.items()
@@ -51,7 +51,7 @@ def test_old_names_and_missing_parts(segments, config):
 
 
 def test_another_size_is_refused_with_both(segments):
-    tensors = huggingface.to_tensors(*params(segments), 2)
+    tensors = huggingface.to_tensors(*params(segments))
     tensors["bert.embeddings.word_embeddings.weight"] = np.zeros((99, 16), np.float32)
     with pytest.raises(UserError, match=r"word_embeddings.*\(99, 16\).*\(61, 16\)"):
         huggingface.from_tensors(tensors, *params(segments))

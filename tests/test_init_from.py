@@ -19,6 +19,7 @@ from tiny import VOCAB, tiny_config
 
 from fedbert_jax import huggingface, run
 from fedbert_jax.config import PRESETS, ModelConfig, from_dict, resolve_model
+from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.tokenizer import load_tokenizer
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.models.bert import make_segments
@@ -64,8 +65,9 @@ def forward(model: ModelConfig, outputs: int | None = None):
 
     @jax.jit
     def apply(client, server, tokens, types, mask):
-        h = segments.embed(client, tokens, None, types)
-        z = segments.transform(server, h, None, mask)
+        batch = MaskedBatch(tokens, None, None, None, types, mask.sum(-1))
+        h = segments.embed(client, batch)
+        z = segments.transform(server, h, lengths=batch.lengths)
         return h, z, segments.predict(client, z)
 
     return empty, apply

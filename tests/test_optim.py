@@ -53,7 +53,7 @@ def test_lamb_trusts_every_matrix_of_every_layer_by_itself(segments):
     qkv = stack["layers"]["attention"]["qkv"]
     qkv["kernel"] = qkv["kernel"] * jnp.array([1.0, 9.0, 0.2])[None, None, :, None]
     params = (start[0], stack)
-    as_tensors = lambda tree: {k: jnp.asarray(v) for k, v in to_tensors(*tree, num_layers=2).items()}  # noqa: E731
+    as_tensors = lambda tree: {k: jnp.asarray(v) for k, v in to_tensors(*tree).items()}  # noqa: E731
     config = OptimizerConfig(
         name="lamb", learning_rate=0.1, warmup_steps=0, schedule="constant", clip_norm=None, weight_decay=0.1
     )

@@ -56,6 +56,8 @@ def test_a_gpu_that_jax_cannot_use_is_told_of_in_one_line(capsys):
     logger, parent = logging.getLogger("jax._src.xla_bridge"), logging.getLogger("jax")
     before = parent.level, logger.level, logger.propagate, list(logger.handlers)
     parent.setLevel(logging.ERROR)
+    logger.handlers = []  # an earlier command's, in this process; one that failed has silenced everything, too
+    logging.disable(logging.NOTSET)
     try:
         platforms.tell_what_is_unused()
         logger.warning("An NVIDIA GPU may be present on this machine, but a CUDA-enabled\n  jaxlib is not installed.")

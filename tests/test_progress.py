@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fedbert_jax import progress
 from fedbert_jax.dispatch import Dispatched, Dispatcher
-from fedbert_jax.federated.setting import RoundMetrics
+from fedbert_jax.federated.metrics import RoundMetrics
 from fedbert_jax.progress import Compiling
 
 

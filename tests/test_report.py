@@ -21,6 +21,7 @@ from fedbert_jax.errors import UserError
 from fedbert_jax.metrics import MetricsLog, to_json
 
 PNGS = ("loss", "accuracy", "clients", "partition", "bytes")
+SENT = {"up": {"activations": 3000}, "down": {"hidden_states": 2000}}
 HOSTILE = ["numpy", "<script>alert('x')</script>", "_under$\\frac{$", "日本 & co", "a\nb"]
 
 
@@ -60,7 +61,7 @@ def make_workdir(
         "clients": clients,
         "baselines": {"commonest_accuracy": 0.062, "unigram_loss": 5.89},
         "parameters": {"client": 554_000, "server": 396_544},
-        "bytes_per_round": {"activations_up": 3000, "states_down": 2000} if sends else {},
+        "bytes_per_round": SENT if sends else {"up": {}, "down": {}},
         "num_clients": len(names),
         "fill_mask": [{"text": "the [MASK] <b>", "predictions": [["sum", 0.31]]}],
     }
@@ -229,6 +230,15 @@ def test_the_page_says_in_words_what_its_plots_show(tmp_path: Path) -> None:
     assert "south 5.501, north 5.401" in clients  # 5 + 3.3 * 0.9 ** 20, and 0.1 more
     assert "south 2 k" in partition and "north 1 k" in partition
     assert traffic.startswith("Sent to the server 60 kB, to the clients 40 kB; in one round activations up 3 kB")
+    assert traffic.endswith(", hidden states down 2 kB.")
+
+
+@pytest.mark.parametrize("known", [SENT, {"activations_up": 3000, "hidden_states_down": 2000, "lengths_up": 0}])
+def test_messages_are_told_as_older_runs_wrote_them_too(tmp_path: Path, known: dict[str, Any]) -> None:
+    run = report.load_run(make_workdir(tmp_path, ["a"], facts={"bytes_per_round": known}))
+    assert run.messages == SENT
+    names = [label.get_text() for label in plots.bytes_figure(run).axes[1].get_yticklabels()]
+    assert names == ["activations up", "hidden states down"]
 
 
 def test_the_page_is_built_for_those_who_hear_it(tmp_path: Path) -> None:

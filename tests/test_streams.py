@@ -29,6 +29,7 @@ STREAMS = {
     "EVAL_MASK": (22, "client", ("client", "block")),
     "EXAMPLES": (23, "client", ("client", "epoch")),
     "TASK_HOLD_OUT": (24, "client", ()),
+    "NOISE": (25, "client", ("round", "step", "client")),
 }
 SOME = (0, 1, 2, 10, 11)  # as numbers of a stream
 ODD = (0, 1, -1, 3, 31, 2**32, 2**64 + 1, -(2**70), 10**30)  # as seeds
@@ -112,8 +113,10 @@ def test_a_partys_draws_follow_from_its_own_secret_alone(stream):
     assert both.of(stream.party) == 9 and own.of(stream.party) == 9 and other.of(stream.party) == 4
 
 
-def test_a_run_has_one_number_for_both_parties():
+def test_a_run_has_one_number_for_both_parties_unless_the_clients_have_theirs():
     assert streams.seeds_of(tiny_config(seed=17)) == Seeds(server=17, client=17)
+    for given in (4, 0, 10**30):
+        assert streams.seeds_of(tiny_config(seed=17, privacy=dict(client_seed=given))) == Seeds(server=17, client=given)
     assert Seeds._fields == Secrets._fields == ("server", "client")
 
 

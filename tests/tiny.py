@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedbert_jax import config as config_lib
-from fedbert_jax.data.masking import MaskSpec, num_masked
-from fedbert_jax.federated.setting import Setting, State, Strategy
-from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
+from fedbert_jax.federated.rounds import make_strategy as _make
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.state import Cohort, State, Strategy
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
 
@@ -52,7 +54,7 @@ def make_setting(config: config_lib.Config, total_steps: int = 100) -> Setting:
     return Setting(
         config=config,
         segments=make_segments(config.model),
-        mask=mask_spec(config),
+        prepare=functools.partial(mask_blocks, spec=mask_spec(config)),
         client_tx=make_optimizer(config.client_optimizer, "client_optimizer", total_steps),
         server_tx=make_optimizer(config.server_optimizer, "server_optimizer", total_steps),
         outer=make_aggregator(config.aggregator),
@@ -64,7 +66,7 @@ def make_setting(config: config_lib.Config, total_steps: int = 100) -> Setting:
 def make_strategy(config: config_lib.Config) -> tuple[Setting, Strategy, State]:
     """The strategy of a config and its first state."""
     setting = make_setting(config)
-    strategy = STRATEGIES[config.federated.strategy](setting)
+    strategy = _make(setting)
     return setting, strategy, strategy.init(setting.fresh())
 
 
@@ -73,6 +75,22 @@ def random_blocks(seed: int, *shape: int) -> jax.Array:
     tokens = np.random.default_rng(seed).integers(5, VOCAB, (*shape, LENGTH))
     tokens[..., 0], tokens[..., 5] = 2, 3
     return jnp.asarray(tokens, jnp.int32)
+
+
+def cohort(
+    config: config_lib.Config, clients: int = 3, weights: Any = (0.5, 0.2, 0.3), round: int = 0, seed: int = 0
+) -> Cohort:
+    """A round's random data for a config."""
+    f = config.federated
+    rows = random_blocks(seed, f.local_steps, clients, f.batch_size)
+    return Cohort(rows, jnp.arange(clients), jnp.asarray(weights, jnp.float32), jnp.int32(round))
+
+
+@functools.cache
+def program(config: config_lib.Config) -> tuple[Setting, Strategy, State, Any]:
+    """A config's setting, strategy, first state and compiled round: made once for all tests that ask for it."""
+    setting, strategy, state = make_strategy(config)
+    return setting, strategy, state, jax.jit(strategy.round)
 
 
 def assert_trees_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:

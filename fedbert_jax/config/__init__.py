@@ -1,11 +1,11 @@
 """Configuration: frozen dataclasses, read from a ConfigDict and validated once, at the edge."""
 
+from fedbert_jax.config.arrangement import ARRANGEMENTS, Arrangement, register, strategy_title
 from fedbert_jax.config.check import resolve_model, validate
 from fedbert_jax.config.extent import as_begun, choose, work_out
 from fedbert_jax.config.keys import all_keys, flatten, kind_of, listed, replace, to_dict, type_of, unknown_key
 from fedbert_jax.config.load import default_config, from_dict, from_text
 from fedbert_jax.config.schema import (
-    ARRANGEMENTS,
     EXTENDABLE,
     FREE,
     HARMLESS,
@@ -14,7 +14,6 @@ from fedbert_jax.config.schema import (
     RESCHEDULED,
     WORKED_OUT,
     AggregatorConfig,
-    Arrangement,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -28,7 +27,7 @@ from fedbert_jax.config.schema import (
     OptimizerConfig,
     PartitionConfig,
     PrecisionConfig,
-    StrategyName,
+    PrivacyConfig,
     WireConfig,
 )
 
@@ -36,6 +35,7 @@ __all__ = [
     "ARRANGEMENTS", "EXTENDABLE", "FREE", "HARMLESS", "HUB_NAME", "PRESETS", "RESCHEDULED", "WORKED_OUT", "AggregatorConfig",
     "Arrangement", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "FederatedConfig",
     "FinetuneConfig", "MeshConfig", "MlmConfig", "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig",
-    "StrategyName", "WireConfig", "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text",
-    "kind_of", "listed", "replace", "resolve_model", "to_dict", "type_of", "unknown_key", "validate", "work_out",
+    "PrivacyConfig", "WireConfig", "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text",
+    "kind_of", "listed", "register", "replace", "resolve_model", "strategy_title", "to_dict", "type_of", "unknown_key",
+    "validate", "work_out",
 ]  # fmt: skip

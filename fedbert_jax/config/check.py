@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fedbert_jax.config.arrangement import ARRANGEMENTS, rows
 from fedbert_jax.config.keys import flatten, listed, to_dict
 from fedbert_jax.config.schema import HUB_NAME, PRESETS, AggregatorConfig, Config, ModelConfig, WireConfig
 from fedbert_jax.errors import ConfigError
@@ -55,6 +56,12 @@ def validate(config: Config) -> None:
         if not ok:
             raise ConfigError(f"config key {key}={value!r}: accepted: {accepted}.")
 
+    if (f.strategy, f.body, f.average) not in ARRANGEMENTS:
+        raise ConfigError(
+            f"config keys federated.strategy={f.strategy!r}, federated.body={f.body!r}, federated.average={f.average!r}: "
+            f"accepted: {rows()}; body='pooled' and average='parameters' where nothing else is said."
+        )
+    how = f.arrangement
     flat = flatten(to_dict(config))
     for key, value in flat.items():
         need(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
@@ -138,8 +145,12 @@ def validate(config: Config) -> None:
     )  # fmt: skip
 
     need(
-        m.attention != "cudnn" or (f.shared_body and not m.attention_dropout and not tuning), "model.attention", m.attention,
-        "'auto' or 'xla' with task='finetune', model.attention_dropout, or bodies of clients' own",
+        0 <= m.client_layers < sizes.num_layers, "model.client_layers", m.client_layers,  # type: ignore[operator]
+        f"an integer from 0 to below model.num_layers={sizes.num_layers}",
+    )  # fmt: skip
+    need(
+        m.attention != "cudnn" or (how.body == "one" and not m.attention_dropout and not tuning), "model.attention",
+        m.attention, "'auto' or 'xla' with task='finetune', model.attention_dropout, or where each client has a body",
     )  # fmt: skip
     if tuning:
         _validate_finetune(config, need)
@@ -152,16 +163,10 @@ def validate(config: Config) -> None:
             f.clients_per_round <= f.num_clients, "federated.clients_per_round", f.clients_per_round,
             f"at most federated.num_clients={f.num_clients}",
         )  # fmt: skip
+    named = f"with federated.strategy={f.strategy!r}" + f", federated.average={f.average!r}" * how.averages_gradients
     need(
-        f.body == "pooled" or f.strategy == "parallel", "federated.body", f.body,
-        f"'pooled' with federated.strategy={f.strategy!r} (merged and private belong to 'parallel')",
-    )  # fmt: skip
-    need(
-        f.clients_at_once is None
-        or (f.strategy in ("parallel", "fedavg") and f.body != "private" and f.client_optimizer_state != "keep"),
-        "federated.clients_at_once", f.clients_at_once,
-        "None, unless clients train side by side and end the round in an average: federated.strategy 'parallel' (body "
-        "'pooled' or 'merged') or 'fedavg', and client_optimizer_state 'average' or 'reset'",
+        f.clients_at_once is None or (how.abreast and not f.own_state), "federated.clients_at_once", f.clients_at_once,
+        "None, unless clients train side by side and none keeps a model or an optimizer state of its own",
     )  # fmt: skip
     fixed = f.clients_per_round is None or f.clients_per_round == f.num_clients
     need(
@@ -169,27 +174,34 @@ def validate(config: Config) -> None:
         "all clients, since this strategy, body or client_optimizer_state='keep' has state of its own for each client",
     )  # fmt: skip
     need(
-        f.client_optimizer_state != "keep" or f.strategy in ("parallel", "sequential"),
-        "federated.client_optimizer_state", f.client_optimizer_state,
-        f"'average' or 'reset' with federated.strategy={f.strategy!r}",
+        f.client_optimizer_state == "average" or how.averages or how.clients == "in turn",
+        "federated.client_optimizer_state", f.client_optimizer_state, f"'average' {named}, which averages no copies",
     )  # fmt: skip
     need(
-        f.client_optimizer_state == "average" or f.strategy not in ("local", "centralized"),
-        "federated.client_optimizer_state", f.client_optimizer_state,
-        f"'average' with federated.strategy={f.strategy!r}, which averages nothing",
+        config.aggregator == AggregatorConfig() or how.averages, "aggregator", dataclasses.asdict(config.aggregator),
+        f"its defaults {named}, which averages no copies",
+    )  # fmt: skip
+    w = config.wire
+    need(w == WireConfig() or how.cut, "wire", dataclasses.asdict(w), f"its defaults {named}, which has no cut")
+    for key in ("wire.clip", "wire.gradient_clip"):
+        need(flat[key] is None or flat[key] > 0, key, flat[key], "None or above 0")
+    for key in ("wire.noise", "wire.gradient_noise"):
+        need(flat[key] >= 0, key, flat[key], "a number of at least 0")
+    need(
+        w.gradient_codec == "float32" or how.averages_gradients, "wire.gradient_codec", w.gradient_codec,
+        "'float32', unless federated.average='gradients'",
     )  # fmt: skip
     need(
-        config.aggregator == AggregatorConfig() or f.strategy in ("parallel", "fedavg"), "aggregator",
-        dataclasses.asdict(config.aggregator),
-        f"its defaults with federated.strategy={f.strategy!r}, which averages nothing",
+        config.privacy.averaging == "plain" or how.averages, "privacy.averaging", config.privacy.averaging,
+        f"'plain' {named}, which averages no copies",
     )  # fmt: skip
     need(
-        config.wire == WireConfig() or f.strategy in ("parallel", "sequential"), "wire", dataclasses.asdict(config.wire),
-        f"its defaults with federated.strategy={f.strategy!r}, which has no cut",
-    )  # fmt: skip
-    need(
-        f.weighting == "examples" or f.strategy in ("parallel", "fedavg"), "federated.weighting", f.weighting,
-        f"'examples' with federated.strategy={f.strategy!r}, which averages nothing",
+        f.batch_by == "client"
+        or (how.averages_gradients and f.clients_per_round in (None, f.num_clients) and f.max_clients_per_round is None
+            and f.clients_at_once is None and w.gradient_codec == "float32" and not tuning),
+        "federated.batch_by", f.batch_by,
+        "'client', unless federated.average='gradients', all clients take part in each round, at once, and "
+        "wire.gradient_codec='float32'",
     )  # fmt: skip
     need(f.epochs is None or f.epochs > 0, "federated.epochs", f.epochs, "a number above 0, or None where rounds decides")
     need(f.schedule_from >= 0, "federated.schedule_from", f.schedule_from, "an integer of at least 0")
@@ -211,7 +223,7 @@ def validate(config: Config) -> None:
         for name in ("eps", "weight_decay", "power", "end_learning_rate"):
             value = flat.get(f"{section}.{name}")
             need(value is None or value >= 0, f"{section}.{name}", value, "a number of at least 0")
-    turns = (f.clients_per_round or f.num_clients or 1) if f.arrangement == "turns" else 1
+    turns = (f.clients_per_round or f.num_clients or 1) if how.clients == "in turn" else 1
     most = (2**31 - 1) // (f.local_steps * turns)
     need(f.rounds <= most, "federated.rounds", f.rounds, f"at most {most}: a step's number is a 32-bit integer")
 
@@ -226,10 +238,10 @@ def _groups(pattern: str) -> int | None:
 
 def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], None]) -> None:
     f, t = config.federated, config.finetune
-    need(f.strategy != "local" and f.body != "private", "federated.strategy", f.strategy,
-         "'centralized', 'parallel' (pooled or merged), 'sequential' or 'fedavg' with task='finetune'")  # fmt: skip
+    need(not f.arrangement.keeps_own, "federated.strategy", f.strategy,
+         "with task='finetune' a strategy, and a federated.body, that end in one model for all")  # fmt: skip
     need(
-        f.strategy == "centralized" or (config.data.partition.kind != "natural" and f.num_clients is not None),
+        f.arrangement.pools_text or (config.data.partition.kind != "natural" and f.num_clients is not None),
         "federated.num_clients", f.num_clients,
         "an integer, with data.partition.kind 'iid' or 'dirichlet' (over the labels): GLUE has no clients of its own",
     )  # fmt: skip

@@ -9,12 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-StrategyName = Literal["parallel", "sequential", "centralized", "local", "fedavg"]
-# How the clients of a round train: side by side, one after another, or as one client who holds all text.
-Arrangement = Literal["abreast", "turns", "pooled"]
-ARRANGEMENTS: dict[StrategyName, Arrangement] = {
-    "parallel": "abreast", "sequential": "turns", "centralized": "pooled", "local": "abreast", "fedavg": "abreast",
-}  # fmt: skip
+from fedbert_jax.config.arrangement import ARRANGEMENTS, Arrangement
 
 PRESETS: dict[str, dict[str, int]] = {
     # Turc et al. 2019 (the miniatures) and Devlin et al. 2019 (base, large).
@@ -38,6 +33,7 @@ class ModelConfig:
     hidden_size: int | None = None  # the preset's, unless set; a multiple of num_heads
     num_layers: int | None = None  # the preset's, unless set
     num_heads: int | None = None  # the preset's, unless set
+    client_layers: int = 0  # how many of the layers, the first ones, are the client's: where the cut is
     intermediate_size: int | None = None  # of the feed-forward layers: 4 * hidden_size, unless set
     max_position_embeddings: int = 512  # the longest sequence that the model can ever be given
     type_vocab_size: int = 2  # kinds of segments, as in sentence A and sentence B; pre-training uses the first
@@ -92,10 +88,16 @@ class FederatedConfig:
 
     # parallel: all clients of a round against one server; sequential: they take turns; centralized: all text pooled;
     # local: each alone; fedavg: whole models, averaged.
-    strategy: StrategyName = "parallel"
+    strategy: str = "parallel"
     # parallel, the server's layers: pooled is one body for all clients, trained at every step; merged a copy a client,
     # averaged with the round; private a copy a client for good.
     body: Literal["pooled", "merged", "private"] = "pooled"
+    # parallel with a pooled body. parameters: the clients' segments, at the end of a round, as published; gradients: of one
+    # segment, at every step, which is training on all clients' batches as one.
+    average: Literal["parameters", "gradients"] = "parameters"
+    # gradients: client gives each client of a round batch_size rows a step; size draws as many rows in all, from each client
+    # in proportion to its text.
+    batch_by: Literal["client", "size"] = "client"
     num_clients: int | None = None  # None: as many as the natural partition has
     clients_per_round: int | None = None  # None: all of them
     # parallel, fedavg: how many of the cohort are computed side by side; None is all. The result is the same. What is
@@ -110,24 +112,19 @@ class FederatedConfig:
     schedule_rounds: int | None = None  # for how many rounds the learning rates' schedules are made; None: all there are
     schedule_from: int = 0  # after which round the schedules begin, with their warm-up: to anneal a finished run again
     batch_size: int = 4  # sequences per client per step
-    weighting: Literal["examples", "uniform"] = "examples"  # of clients in an average: by their training text, or alike
+    weighting: Literal["examples", "uniform"] = "examples"  # of clients in means: by their training text, or alike
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
     # At the start of a round (of bodies, too, where clients have their own). In `sequential`, average means handed on.
     client_optimizer_state: Literal["average", "reset", "keep"] = "average"
 
     @property
     def arrangement(self) -> Arrangement:
-        return ARRANGEMENTS[self.strategy]
-
-    @property
-    def shared_body(self) -> bool:
-        """Whether there is one body, which all clients of a step train; else each trains a copy."""
-        return self.strategy not in ("local", "fedavg") and self.body == "pooled"
+        return ARRANGEMENTS[self.strategy, self.body, self.average]
 
     @property
     def own_state(self) -> bool:
         """Whether each client keeps state of its own from round to round, so that all take part in each."""
-        return self.client_optimizer_state == "keep" or self.body == "private" or self.strategy == "local"
+        return self.client_optimizer_state == "keep" or self.arrangement.keeps_own
 
 
 @dataclass(frozen=True)
@@ -177,8 +174,29 @@ class MlmConfig:
 class WireConfig:
     """What crosses between client and server."""
 
-    codec: Literal["float32", "bfloat16"] = "float32"  # the type of activations and gradients on their way
+    # What activations and their gradients are on their way. float32: as they were computed, in bfloat16 at most where
+    # precision.compute_dtype is; bfloat16; int8: whole numbers, with a float32 scale for each row.
+    codec: Literal["float32", "bfloat16", "int8"] = "float32"
     downlink: Literal["masked", "all"] = "masked"  # which positions' hidden states come back to the client
+    clip: float | None = None  # to what norm each row of a client's activations is cut down before it leaves; None: not
+    noise: float = 0.0  # standard deviation of what the client adds to each number of its activations
+    gradient_clip: float | None = None  # the same for the gradient that it sends of the hidden states
+    gradient_noise: float = 0.0  # the same for the gradient that it sends of the hidden states
+    # average=gradients: the clients' segment gradients on their way up; float32 and bfloat16 come back as they went, and
+    # of int8 (a scale for each row, what a step loses being added to the next) the mean comes back in bfloat16.
+    gradient_codec: Literal["float32", "bfloat16", "int8"] = "float32"
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """What the server can't work out for itself. docs/architecture.md says what it sees nevertheless."""
+
+    # The clients' secret, from which their segment's first values, masks, dropout, noise and the order of their text follow;
+    # the server's seed doesn't give it away. None: it follows from `seed`.
+    client_seed: int | None = None
+    # How the copies of the client segment are averaged. fixed_point: as whole numbers modulo 2**32, which one-time pads
+    # would hide and leave the sum as it is; by itself it hides nothing.
+    averaging: Literal["plain", "fixed_point"] = "plain"
 
 
 @dataclass(frozen=True)
@@ -264,6 +282,7 @@ class Config:
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     mlm: MlmConfig = field(default_factory=MlmConfig)
     wire: WireConfig = field(default_factory=WireConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -15,19 +15,28 @@ import numpy as np
 
 from fedbert_jax import streams
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
-from fedbert_jax.federated.setting import Pair
-from fedbert_jax.federated.split import joined_logits
+from fedbert_jax.federated.joined import joined_logits
+from fedbert_jax.federated.state import Pair
 from fedbert_jax.models.bert import Segments
 from fedbert_jax.streams import Secrets, Seeds, Stream
 
 
-class EvalSet(NamedTuple):
-    """Held-out blocks in batches of one client each; the masks are the same at every evaluation."""
+class EvalPlan(NamedTuple):
+    """Which held-out blocks are scored, in batches of one client each. NumPy arrays."""
 
-    tokens: Any  # integers [S, B, T]; as `make_eval_set` returns it, the blocks' numbers among all clients' [S, B]
-    real: Any  # float32 [S, B], 0 for a row that fills a batch up
-    blocks: Any  # int32 [S, B], the blocks' numbers among their client's; with the client, they decide a block's mask
-    clients: Any  # int32 [S], whose text it is
+    rows: np.ndarray  # int64 [S, B], the blocks' numbers among all clients'
+    real: np.ndarray  # float32 [S, B], 0 for a row that fills a batch up
+    blocks: np.ndarray  # int32 [S, B], the blocks' numbers among their client's
+    clients: np.ndarray  # int32 [S], whose text it is
+
+
+class EvalSet(NamedTuple):
+    """The blocks of an `EvalPlan`; the masks are the same at every evaluation."""
+
+    tokens: jax.Array  # integers [S, B, T]
+    real: jax.Array  # float32 [S, B]
+    blocks: jax.Array  # int32 [S, B]; with the client, they decide a block's mask
+    clients: jax.Array  # int32 [S]
 
 
 class Score(NamedTuple):
@@ -60,9 +69,9 @@ class Evaluation(NamedTuple):
         return f"{mean} {len(self.clients):,} of {num_clients:,} clients"
 
 
-def make_eval_set(
+def plan_evaluation(
     offsets: np.ndarray, clients: np.ndarray, max_blocks: int, batch: int, seeds: Seeds, multiple: int = 1
-) -> EvalSet:
+) -> EvalPlan:
     """Draws `max_blocks` of each given client's held-out blocks.
 
     Args:
@@ -74,7 +83,7 @@ def make_eval_set(
       multiple: B is filled up to a multiple of this, so that devices divide it.
 
     Returns:
-      NumPy arrays, with the blocks' numbers int64 [S, B] for `tokens`. No score depends on how rows fall into batches.
+      The plan. No score depends on how rows fall into batches.
     """
     rows, real, numbers, owners = [], [], [], []
     batch = min(batch, max_blocks)
@@ -91,7 +100,7 @@ def make_eval_set(
             numbers.append(filled)
             owners.append(c)
     shape = (len(rows), size)
-    return EvalSet(
+    return EvalPlan(
         np.array(rows, np.int64).reshape(shape), np.array(real, np.float32).reshape(shape),
         np.array(numbers, np.int32).reshape(shape), np.array(owners, np.int32),
     )  # fmt: skip

@@ -1,168 +1,160 @@
-"""One step across the cut: the four messages between clients and server, and the gradients on both sides.
+"""One step across the cut: what a client and the server each do, and the four messages that pass between them.
 
-    client: tokens -> embed -- h -->  | wire |  --> server: transform -- z --> | wire | --> client: predict -> loss
-    client: embed' <-- dh --- | wire | <------ server: transform' <-- dz --- | wire | <-- client: predict'
+    client_begin     tokens --> h          message 1, up     (with the positions it wants back)
+    server_forward   h      --> z          message 2, down
+    client_head      z      --> loss, dz   message 3, up
+    server_backward  dz     --> dh         message 4, down   and the body's gradient
+    client_finish    dh     --> the client's gradient
 
-A prime is a segment's backward pass. Nothing else in the package joins the segments for training across the cut.
+Each half is a pure function of its own side's things and of the message it got. What it has to remember until the next
+message (`Kept`, a pytree) never leaves that side. A simulation composes the five in one program (`split_step`), a network
+calls them in two processes. Nothing else joins the segments for training.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedbert_jax.config import WireConfig
 from fedbert_jax.data.masking import MaskedBatch
-from fedbert_jax.models.bert import Params, Segments
+from fedbert_jax.federated.wire import NO_KEYS, Cut, Payload, StepKeys
+from fedbert_jax.models.bert import ClientParams, ServerParams
 from fedbert_jax.models.layers import fold_in, take_positions
-from fedbert_jax.wire import Messages, decode, encode
 
+Kept = Any  # the residuals of a forward pass: a pytree that this side's next half takes
 EMBED, HEAD = 0, 1  # tags that keep the dropout draws of a client's two segments apart
 
 
-class DropoutKeys(NamedTuple):
-    """Keys of one step's dropout: what a client draws by itself, and what the server draws for it."""
+class Up(NamedTuple):
+    """Message 1 of a client. Tokens and labels have no field here."""
 
-    client: jax.Array  # [C], or of one client []
-    server: jax.Array  # [C], or of one client []
+    h: Payload  # [B, T, D]
+    positions: jax.Array | None  # uint16 [B, M]; None: all hidden states are wanted back
+    lengths: jax.Array | None  # uint16 [B]; None: nothing is padded
 
 
 class StepResult(NamedTuple):
     """What one step yields before any optimizer sees it."""
 
     loss: jax.Array  # float32 [C]: each client's own mean over its masked positions
-    client_grads: Params  # [C, ...]: of each client's own loss, not scaled by its weight
-    server_grads: Params  # of the weighted mean of the clients' losses
-    messages: Messages  # as encoded for the wire
+    client_grads: ClientParams  # [C, ...]: of each client's own loss, not scaled by its weight
+    server_grads: ServerParams  # of the weighted mean of the clients' losses
+    messages: dict[str, Payload]  # what crossed, [C, ...], by `wire.MESSAGES`
+
+
+def client_begin(cut: Cut, params: ClientParams, batch: MaskedBatch, keys: StepKeys) -> tuple[Up, Kept]:
+    """Embeds one client's batch [B, ...]."""
+    with jax.named_scope("embed"):
+        h, kept = jax.vjp(lambda p: cut.segments.embed(p, batch, fold_in(keys.client, EMBED)), params)
+    with jax.named_scope("uplink"):
+        positions = batch.positions.astype(jnp.uint16) if cut.masked_only else None
+        lengths = None if batch.lengths is None else batch.lengths.astype(jnp.uint16)
+        return Up(cut.channels.activations.send(h, keys.noise), positions, lengths), kept
+
+
+def server_forward(
+    cut: Cut, params: ServerParams, up: Up, weights: jax.Array, keys: StepKeys
+) -> tuple[Payload, Kept]:
+    """Runs the rows of C clients as one batch through the one body: one large matmul, where a map would make C.
+
+    Args:
+      cut: both sides'.
+      params: the body's.
+      up: leaves [C, B, ...].
+      weights: float32 [C]; a client of weight 0 is not there, even if its numbers are not finite.
+      keys: the server's are used.
+
+    Returns:
+      Message 2, [C, B, M, D] (T for M where all hidden states are wanted back), and what `server_backward` takes.
+    """
+
+    def transform(params: ServerParams, h: jax.Array) -> jax.Array:
+        clients, size = h.shape[:2]
+        fold = lambda x: None if x is None else x.reshape(clients * size, *x.shape[2:])  # noqa: E731
+        positions, lengths = fold(up.positions), fold(up.lengths)
+        z = cut.segments.transform(params, h.reshape(clients * size, *h.shape[2:]), positions, lengths, keys.server)
+        return z.reshape(clients, size, *z.shape[1:])
+
+    with jax.named_scope("transform"):
+        # What weighs nothing is taken out, not multiplied by 0: 0 times what is not finite is not finite.
+        received = jnp.where(_share(weights) > 0, cut.channels.activations.receive(up.h), 0.0)
+        z, kept = jax.vjp(transform, params, received)
+    with jax.named_scope("downlink"):
+        return cut.channels.hidden_states.send(z, None), kept
+
+
+def client_head(
+    cut: Cut, params: ClientParams, batch: MaskedBatch, z: Payload, keys: StepKeys
+) -> tuple[jax.Array, ClientParams, Payload]:
+    """Returns one client's loss, the gradient of its head, and message 3: dL/dz, like z."""
+
+    def loss(params: ClientParams, z: jax.Array) -> jax.Array:
+        asked = z if cut.masked_only else take_positions(z, batch.positions)
+        return cut.segments.loss(params, asked, batch, fold_in(keys.client, HEAD))
+
+    with jax.named_scope("predict"):
+        value, (grads, dz) = jax.value_and_grad(loss, (0, 1))(params, cut.channels.hidden_states.receive(z))
+    with jax.named_scope("uplink"):
+        return value, grads, cut.channels.head_gradient.send(dz, keys.noise)
+
+
+def server_backward(cut: Cut, kept: Kept, dz: Payload, weights: jax.Array) -> tuple[ServerParams, Payload]:
+    """Returns the body's gradient, of the weighted mean of C clients' losses, and message 4: dL/dh [C, B, T, D].
+
+    Scaling dz makes the weighted mean in one backward pass. It scales what flows on to each client, too, which is undone:
+    a client's gradient is of its own loss.
+    """
+    share = _share(weights)
+    with jax.named_scope("transform"):
+        received = cut.channels.head_gradient.receive(dz)
+        grads, dh = kept(jnp.where(share > 0, received * share, 0.0).astype(received.dtype))
+        dh = jnp.where(share > 0, dh / jnp.where(share > 0, share, 1.0), 0.0).astype(received.dtype)
+    with jax.named_scope("downlink"):
+        return grads, cut.channels.input_gradient.send(dh, None)
+
+
+def client_finish(cut: Cut, kept: Kept, dh: Payload, head_grads: ClientParams) -> ClientParams:
+    """Returns one client's gradient. The word table is tied, so its two parts add up."""
+    with jax.named_scope("embed"):
+        (embed_grads,) = kept(cut.channels.input_gradient.receive(dh))
+        return jax.tree.map(jnp.add, head_grads, embed_grads)
 
 
 def split_step(
-    segments: Segments,
-    wire: WireConfig,
-    client_params: Params,
-    server_params: Params,
-    batch: MaskedBatch,
-    weights: jax.Array,
-    keys: DropoutKeys | None = None,
-    *,
-    shared_client: bool = False,
-) -> StepResult:
-    """Runs one forward and backward pass of C clients against one server body.
+    cut: Cut, client_params: ClientParams, server_params: ServerParams, batch: MaskedBatch, weights: jax.Array,
+    keys: StepKeys = NO_KEYS, *, shared_client: bool = False,
+) -> StepResult:  # fmt: skip
+    """Runs the five halves in one program, for C clients side by side.
 
     Args:
-      segments: the three functions.
-      wire: codec, and what the server returns.
+      cut: from `make_cut`.
       client_params: [C, ...], each client's own; or without the client axis if `shared_client`, when all clients hold
         the same (their gradients are their own either way).
-      server_params: the one body.
+      server_params: the one body's.
       batch: leaves [C, B, ...].
       weights: float32 [C], non-negative, summing to 1: each client's share in the body's gradient. A client of weight
         0 (padding, or absent) changes nothing, even if its numbers are not finite.
-      keys: for dropout, [C], or None.
+      keys: [C], or [C * G] for G groups of each client's rows.
       shared_client: see `client_params`.
     """
-    own = None if shared_client else 0
-    embed_keys, head_keys = (None if keys is None else fold_in(keys.client, n)[:, None] for n in (EMBED, HEAD))  # type: ignore[index]
-    body_keys = None if keys is None else keys.server
+    own, clients = None if shared_client else 0, len(weights)
+    mine = jax.tree.map(lambda k: k.reshape(clients, -1), keys._replace(server=None))
+    begin = lambda p, b, k: client_begin(cut, p, b, k)  # noqa: E731
+    head = lambda p, b, z, k: client_head(cut, p, b, z, k)  # noqa: E731
+    finish = lambda kept, dh, grads: client_finish(cut, kept, dh, grads)  # noqa: E731
 
-    # Client: embed. Each keeps the residuals for its own backward pass.
-    def client_embed(params: Params, b: MaskedBatch, key: jax.Array | None):  # type: ignore[no-untyped-def]
-        return jax.vjp(lambda p: segments.embed(p, b.tokens, key, b.token_types), params)
-
-    with jax.named_scope("embed"):
-        h, embed_vjp = jax.vmap(client_embed, (own, 0, 0))(client_params, batch, embed_keys)
-    with jax.named_scope("uplink"):
-        activations_up = encode(h, wire)  # ---- message 1, up
-    positions_up = batch.positions.astype(jnp.uint16) if wire.downlink == "masked" else None
-    lengths_up = None if batch.lengths is None else batch.lengths.astype(jnp.uint16)
-
-    # Server: transform all clients' rows as one batch. The axes are folded, not mapped: one large matmul.
-    def server_transform(params: Params, received: jax.Array) -> jax.Array:
-        clients, size = received.shape[:2]
-        rows = received.reshape(clients * size, *received.shape[2:])  # [C*B, T, D]
-        mask = None if lengths_up is None else attention_mask(lengths_up.reshape(-1), rows.shape[1])
-        positions = None if positions_up is None else positions_up.reshape(clients * size, -1)
-        z = segments.transform(params, rows, body_keys, mask, positions)  # [C*B, M, D], or T for M
-        return z.reshape(clients, size, *z.shape[1:])
-
-    scale = weights.reshape(-1, 1, 1, 1)
-    with jax.named_scope("transform"):
-        # What weighs nothing is taken out, not multiplied by 0: 0 times what is not finite is not finite.
-        received = jnp.where(scale > 0, decode(activations_up, like=h), 0.0)
-        z, transform_vjp = jax.vjp(server_transform, server_params, received)
-    with jax.named_scope("downlink"):
-        hidden_states_down = encode(z, wire)  # ---- message 2, down
-
-    # Client: predict at the masked positions, and the head's backward pass.
-    def client_loss(params: Params, received: jax.Array, b: MaskedBatch, key: jax.Array | None) -> jax.Array:
-        at_masked = received if positions_up is not None else take_positions(received, b.positions)
-        return segments.loss(params, at_masked, b.labels, b.weights, key)
-
-    head = jax.vmap(jax.value_and_grad(client_loss, (0, 1)), (own, 0, 0, 0))
-    with jax.named_scope("predict"):
-        loss, (head_grads, dz) = head(client_params, decode(hidden_states_down, like=z), batch, head_keys)
-    with jax.named_scope("uplink"):
-        head_gradient_up = encode(dz, wire)  # ---- message 3, up
-
-    # Server: the body's gradient is the weighted mean over clients. Scaling dz does that in one backward pass, and
-    # scales what flows on to each client, too, which is undone: a client's gradient is of its own loss.
-    with jax.named_scope("transform"):
-        dz = decode(head_gradient_up, like=z)
-        server_grads, dh = transform_vjp(jnp.where(scale > 0, dz * scale, 0.0).astype(dz.dtype))
-        dh = jnp.where(scale > 0, dh / jnp.where(scale > 0, scale, 1.0), 0.0)
-    with jax.named_scope("downlink"):
-        input_gradient_down = encode(dh, wire)  # ---- message 4, down
-
-    # Client: the embedding's backward pass. The word table is tied, so its two gradients add up.
-    with jax.named_scope("embed"):
-        (embed_grads,) = jax.vmap(lambda vjp, g: vjp(g))(embed_vjp, decode(input_gradient_down, like=h))
-        client_grads = jax.tree.map(jnp.add, head_grads, embed_grads)
-
-    messages = Messages(
-        activations_up, positions_up, hidden_states_down, head_gradient_up, input_gradient_down, lengths_up
-    )
+    up, kept = jax.vmap(begin, (own, 0, 0))(client_params, batch, mine)
+    z, body_kept = server_forward(cut, server_params, up, weights, keys)
+    loss, head_grads, dz = jax.vmap(head, (own, 0, 0, 0))(client_params, batch, z, mine)
+    server_grads, dh = server_backward(cut, body_kept, dz, weights)
+    client_grads = jax.vmap(finish)(kept, dh, head_grads)
+    named = {"activations": up.h, "positions": up.positions, "lengths": up.lengths, "hidden_states": z,
+             "head_gradient": dz, "input_gradient": dh}  # fmt: skip
+    messages = {name: payload for name, payload in named.items() if payload is not None}
     return StepResult(loss, client_grads, server_grads, messages)
 
 
-def joined_loss(
-    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: DropoutKeys | None = None
-) -> jax.Array:
-    """Returns the loss of the uncut model on one client's batch [B, ...]: what `centralized` trains.
-
-    With the same key, dropout draws are those of `split_step`.
-    """
-    z = _joined_hidden(segments, client_params, server_params, batch, key)
-    with jax.named_scope("predict"):
-        return segments.loss(client_params, z, batch.labels, batch.weights, _of_client(key, HEAD))
-
-
-def joined_logits(
-    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: DropoutKeys | None = None
-) -> jax.Array:
-    """Returns the uncut model's logits [B, M, ...] at the positions of one client's batch [B, ...]."""
-    z = _joined_hidden(segments, client_params, server_params, batch, key)
-    with jax.named_scope("predict"):
-        return segments.predict(client_params, z, _of_client(key, HEAD))
-
-
-def _joined_hidden(
-    segments: Segments, client_params: Params, server_params: Params, batch: MaskedBatch, key: DropoutKeys | None
-) -> jax.Array:
-    """Returns the body's output [B, M, D] at the positions of one client's batch."""
-    with jax.named_scope("embed"):
-        h = segments.embed(client_params, batch.tokens, _of_client(key, EMBED), batch.token_types)
-    with jax.named_scope("transform"):
-        mask = None if batch.lengths is None else attention_mask(batch.lengths, batch.tokens.shape[-1])
-        return segments.transform(server_params, h, None if key is None else key.server[None], mask, batch.positions)
-
-
-def _of_client(key: DropoutKeys | None, tag: int) -> jax.Array | None:
-    return None if key is None else fold_in(key.client[None], tag)
-
-
-def attention_mask(lengths: jax.Array, size: int) -> jax.Array:
-    """Returns the mask [..., T] of sequences with `lengths` [...] tokens before the padding: 1 for a token."""
-    place = jax.lax.broadcasted_iota(jnp.int32, (*lengths.shape, size), lengths.ndim)
-    return (place < lengths[..., None].astype(jnp.int32)).astype(jnp.int32)
+def _share(weights: jax.Array) -> jax.Array:
+    return weights.reshape(-1, 1, 1, 1)

@@ -11,18 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedbert_jax import __version__
-from fedbert_jax.config import Config, ModelConfig, listed
+from fedbert_jax.config import Arrangement, Config, ModelConfig, listed, strategy_title
 from fedbert_jax.data.glue import HUB, MSR_TEST, Task
 
 PAPER = "[FedBERT](https://doi.org/10.1145/3510033) (Tian et al., ACM TIST 2022)"
-HOW = {
-    "parallel": "by federated split learning", "sequential": "by federated split learning",
-    "fedavg": "by federated learning", "centralized": "on the text of all clients together", "local": "by one client alone",
-}  # fmt: skip
-TAGS = {
-    "parallel": ["federated-learning", "split-learning"], "sequential": ["federated-learning", "split-learning"],
-    "fedavg": ["federated-learning"],
-}  # fmt: skip
 CUT = (
     "A cut (strategies `parallel` and `sequential`) keeps raw text and labels at the clients during training. It does not "
     "by itself stop a server from inverting activations, whoever also holds the client segment can read tokens and labels "
@@ -35,6 +27,16 @@ METRICS = {
     "spearman": "Spearman correlation",
 }  # fmt: skip
 HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}  # where names differ
+
+
+def _how(how: Arrangement) -> str:
+    if how.cut or how.averages:
+        return "by federated split learning" if how.cut else "by federated learning"
+    return "on the text of all clients together" if how.pools_text else "by one client alone"
+
+
+def _tags(how: Arrangement) -> list[str]:
+    return ["federated-learning"] * (how.cut or how.averages) + ["split-learning"] * how.cut
 
 
 def model_card(config: Config, facts: Mapping[str, Any]) -> str:
@@ -50,7 +52,7 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     scores = _scores(config, facts)
     step = f"{f.batch_size} sequences of {d.seq_len} tokens"
     rows = {
-        "strategy": f.strategy + (f" ({f.body} body)" if f.strategy == "parallel" else ""),
+        "strategy": strategy_title(f.strategy, f.body, f.average),
         "clients": _clients(facts),
         "whose model": f"the client {_plain(facts['client'])}'s own" if facts.get("client") else None,
         "rounds": f"{facts['round']:,}, each of {f.local_steps} steps of {step} a client" if "round" in facts else None,
@@ -67,7 +69,7 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     head = _metadata(config, "fill-mask", f"bert-{m.num_layers}x{m.hidden_size}", scores.results)
     return "\n\n".join([
         head,
-        f"# A BERT pre-trained {further}{HOW[f.strategy]}",
+        f"# A BERT pre-trained {further}{_how(f.arrangement)}",
         f"{_layers(m)}, {m.num_heads} heads, a vocabulary of {m.vocab_size:,}, {m.max_position_embeddings} positions. "
         f"Trained by fedbert_jax {__version__}, which implements {PAPER}.",
         "## How to use it",
@@ -110,16 +112,17 @@ def classifier_card(
             f"median {100 * seeds['median']:.1f}, mean {100 * seeds['mean']:.1f}, standard deviation "
             f"{100 * seeds['std']:.1f}."
         )
-    dealt = f", dealt out {config.data.partition.kind}" if f.strategy != "centralized" else ""
+    pools = f.arrangement.pools_text
+    dealt = f", dealt out {config.data.partition.kind}" if not pools else ""
     how = {
         "task": f"{task.name} of [GLUE](https://gluebenchmark.com)",
         "labels": ", ".join(task.labels) or "a score from 0 to 5",
         "started from": _origin(config) or "random weights",
-        "strategy": f.strategy,
-        "clients": None if f.strategy == "centralized" else f"{f.num_clients}{dealt}",
+        "strategy": strategy_title(f.strategy, f.body, f.average),
+        "clients": None if pools else f"{f.num_clients}{dealt}",
         "epochs": f"{t.epochs:g}",
         "batch": f"{f.batch_size} sequences of at most {config.data.seq_len} tokens"
-        + (" a client" if f.strategy != "centralized" else ""),
+        + (" a client" if not pools else ""),
         "learning rate": f"{config.server_optimizer.learning_rate:g} at its peak",
         "seeds": f"{config.seed} (this model)" + (f" to {config.seed + t.seeds - 1}" if t.seeds > 1 else ""),
     }
@@ -204,7 +207,7 @@ def _metadata(config: Config, pipeline: str, name: str, results: Sequence[Any]) 
         license=export.license or None,
         library_name="transformers",
         pipeline_tag=pipeline,
-        tags=["bert", *TAGS.get(config.federated.strategy, [])],
+        tags=["bert", *_tags(config.federated.arrangement)],
         base_model=export.base_model or None,
         datasets=listed(export.datasets) or None,
         metrics=list(dict.fromkeys(r.metric_type for r in results if r.metric_type != "loss")) or None,

@@ -73,17 +73,20 @@ DECODER = "cls.predictions.decoder"
 WORDS = "bert.embeddings.word_embeddings.weight"
 
 
-def to_tensors(
-    client_params: Params, server_params: Params, num_layers: int, names: Mapping[str, str] = CLIENT
-) -> Tensors:
+def all_layers(client_params: Params, server_params: Params) -> Params:
+    """Returns the stack of all layers, the client's first: float32 arrays [L, ...]."""
+    stacks = [params["layers"] for params in (client_params, server_params) if "layers" in params]
+    return _map_all(lambda *parts: np.concatenate([np.asarray(x, np.float32) for x in parts]), *stacks)
+
+
+def to_tensors(client_params: Params, server_params: Params, names: Mapping[str, str] = CLIENT) -> Tensors:
     """Returns the tensors of a `BertForMaskedLM`, float32, by their Hugging Face names.
 
     The decoder is tied to the word embeddings, so it is left out, as `save_pretrained` does.
 
     Args:
-      client_params: of the client segment.
+      client_params: of the client segment, the layers that are the client's included.
       server_params: of the body.
-      num_layers: of the body.
       names: the client segment's; with `CLASSIFIER_CLIENT` they are a `BertForSequenceClassification`'s.
     """
 
@@ -98,9 +101,10 @@ def to_tensors(
         return np.ascontiguousarray(array.T if "T" in how else array)
 
     tensors = {name: take(client_params, rule) for name, rule in names.items()}
-    for n in range(num_layers):
+    layers = all_layers(client_params, server_params)
+    for n in range(_depth(layers)):
         for name, rule in LAYER.items():
-            tensors[f"bert.encoder.layer.{n}.{name}"] = take(server_params["layers"], rule, n)
+            tensors[f"bert.encoder.layer.{n}.{name}"] = take(layers, rule, n)
     return tensors
 
 
@@ -122,7 +126,9 @@ def from_tensors(
       UserError: if a tensor has another shape than the model's or isn't finite, the checkpoint has more layers, it has
         nothing of BERT's, or its decoder is not its word table.
     """
-    num_layers = np.shape(server_params["layers"]["up"]["bias"])[0]
+    layers = all_layers(client_params, server_params)
+    num_layers = _depth(layers)
+    own = num_layers - _depth(server_params["layers"])  # the client's
     check_finite(tensors, names)
     found = {_canonical(name): value for name, value in tensors.items()}
     _check_layers(found, num_layers)
@@ -155,12 +161,14 @@ def from_tensors(
         return params
 
     client = fill(client_params, names, None)
-    layers = fill(server_params["layers"], LAYER, num_layers)
+    layers = fill(layers, LAYER, num_layers)
     if len(missing) == len(names) + num_layers * len(LAYER):
         some = ", ".join(sorted(tensors)[:3]) or "no tensor"
         raise UserError(f"the checkpoint holds no tensor of a BERT's names; it has {some}, ...")
-    as_jax = lambda tree: _map(jnp.asarray, tree)  # noqa: E731
-    return as_jax(client), {"layers": as_jax(layers)}, missing
+    if own:
+        client["layers"] = _map_all(lambda x: x[:own], layers)
+    as_jax = lambda tree: _map_all(jnp.asarray, tree)  # noqa: E731
+    return as_jax(client), {"layers": as_jax(_map_all(lambda x: x[own:], layers))}, missing
 
 
 def check_finite(tensors: Tensors, names: Mapping[str, str] = CLIENT) -> None:
@@ -224,8 +232,15 @@ def _canonical(name: str) -> str:
 
 
 def _copy(tree: Any) -> Any:
-    return _map(lambda x: np.array(x, np.float32), tree)
+    return _map_all(lambda x: np.array(x, np.float32), tree)
 
 
-def _map(fn: Any, tree: Any) -> Any:
-    return {k: _map(fn, v) for k, v in tree.items()} if isinstance(tree, dict) else fn(tree)
+def _map_all(fn: Any, *trees: Any) -> Any:
+    """Applies a function to the arrays of nested dicts of the same keys."""
+    if not isinstance(trees[0], dict):
+        return fn(*trees)
+    return {key: _map_all(fn, *(tree[key] for tree in trees)) for key in trees[0]}
+
+
+def _depth(layers: Params) -> int:
+    return int(np.shape(layers["up"]["bias"])[0])

@@ -45,8 +45,7 @@ def save(
     Raises:
       UserError: as `check_target` does, or if it can't be written; then everything is as it was.
     """
-    assert model.num_layers is not None
-    tensors = to_tensors(client_params, server_params, model.num_layers, CLASSIFIER_CLIENT if labels else CLIENT)
+    tensors = to_tensors(client_params, server_params, CLASSIFIER_CLIENT if labels else CLIENT)
     settings = hf_config(model, tokenizer, labels, regression, export)
     place = check_target(directory)
     try:

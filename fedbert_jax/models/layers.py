@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -43,7 +44,7 @@ def take_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, positions[..., None].astype(jnp.int32), axis=-2)
 
 
-def fold_in(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
+def fold_in(keys: jax.Array | None, data: int | np.uint32 | jax.Array) -> jax.Array | None:
     """Folds `data` into each of keys [G]; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 

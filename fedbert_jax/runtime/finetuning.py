@@ -21,9 +21,11 @@ from fedbert_jax.data.sampling import client_weights, turn_order
 from fedbert_jax.data.sequences import ExampleStream, Sequences, eval_batches, padded_length, take
 from fedbert_jax.data.tasks import TaskData
 from fedbert_jax.errors import ConfigError, DivergedError
-from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State
-from fedbert_jax.federated.split import joined_logits
-from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.federated.joined import joined_logits
+from fedbert_jax.federated.metrics import RoundMetrics
+from fedbert_jax.federated.rounds import make_strategy
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.state import Cohort, Pair, State
 from fedbert_jax.glue_metrics import score
 from fedbert_jax.models.bert import Params, Segments, make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer
@@ -52,11 +54,11 @@ class Finetuning:
             raise ConfigError(
                 f"config key model.type_vocab_size=1: accepted: at least 2, since {data.task.name} has sentence pairs."
             )
-        self.clients = self._deal(1 if f.arrangement == "pooled" else f.num_clients or 1)
+        self.clients = self._deal(1 if f.arrangement.pools_text else f.num_clients or 1)
         self.per_step = len(self.clients) * f.batch_size  # examples
         self.steps = math.ceil(config.finetune.epochs * len(data.train) / self.per_step)  # of each client
         self.rounds = math.ceil(self.steps / f.local_steps)  # the last may be short
-        steps = self.steps * (len(self.clients) if f.arrangement == "turns" else 1)
+        steps = self.steps * (len(self.clients) if f.arrangement.clients == "in turn" else 1)
         optimizers = [
             dataclasses.replace(o, warmup_steps=int(config.finetune.warmup * steps), decay_steps=None)
             for o in (config.client_optimizer, config.server_optimizer)
@@ -64,7 +66,7 @@ class Finetuning:
         self.setting = Setting(
             config=config,
             segments=make_segments(config.model, compute_dtype(config), data.task.num_outputs),
-            mask=None,
+            prepare=lambda _, batch: batch,  # examples come ready
             client_tx=make_optimizer(optimizers[0], "client_optimizer", steps),
             server_tx=make_optimizer(optimizers[1], "server_optimizer", steps),
             outer=make_aggregator(config.aggregator),
@@ -106,7 +108,8 @@ class Finetuning:
         ]
 
     def _seeds_of_each(self) -> list[Seeds]:
-        return [Seeds(seed, seed) for seed in self.seeds]
+        client = seeds_of(self.config).client - self.config.seed
+        return [Seeds(seed, seed + client) for seed in self.seeds]
 
     def _secrets(self) -> Secrets:
         """Returns the secrets of the seeds side by side, [S]."""
@@ -127,7 +130,7 @@ class Finetuning:
         return owned
 
     def _fresh_state(self) -> State:
-        strategy = STRATEGIES[self.config.federated.strategy](self.setting)
+        strategy = make_strategy(self.setting)
         make = lambda of: strategy.init(dataclasses.replace(self.setting, secrets=of).fresh())  # noqa: E731
         return jax.vmap(make)(self._secrets())
 
@@ -136,7 +139,7 @@ class Finetuning:
         if self.start is None:
             with jax.set_mesh(self.mesh):
                 return jax.jit(self._fresh_state, out_shardings=self.state_sharding)(), []
-        strategy, states = STRATEGIES[self.config.federated.strategy](self.setting), []
+        strategy, states = make_strategy(self.setting), []
         missing: list[str] = []
         for seeds in self._seeds_of_each():
             fresh = jax.jit(dataclasses.replace(self.setting, secrets=secrets(seeds)).fresh)()
@@ -148,13 +151,13 @@ class Finetuning:
         self, state: State, batches: MaskedBatch, clients: jax.Array, round: jax.Array, of: Secrets
     ) -> tuple[State, RoundMetrics]:
         s = dataclasses.replace(self.setting, secrets=of)
-        inputs = RoundInputs(batches, clients, jnp.asarray(self.weights)[clients], round)
-        return STRATEGIES[self.config.federated.strategy](s).round(state, inputs)
+        cohort = Cohort(batches, clients, jnp.asarray(self.weights)[clients], round)
+        return make_strategy(s).round(state, cohort)
 
     def order(self, round: int) -> np.ndarray:
         """Returns the clients [C] in the order of a round: of their turns, if they take turns."""
         f, count = self.config.federated, len(self.clients)
-        shuffled = f.arrangement == "turns" and f.order == "shuffled"
+        shuffled = f.arrangement.clients == "in turn" and f.order == "shuffled"
         return turn_order(seeds_of(self.config), round, count) if shuffled else np.arange(count)
 
     def batches(self, round: int) -> MaskedBatch:

@@ -6,6 +6,7 @@ Several processes simulate together: each runs this same program, and gathers th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,25 +18,27 @@ from jax.sharding import Mesh, NamedSharding
 from fedbert_jax.config import Config
 from fedbert_jax.data import sampling
 from fedbert_jax.data.blocks import TokenBlocks
-from fedbert_jax.data.masking import MaskSpec, num_masked
+from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.evaluation import (
     EvalSet,
     Evaluation,
     evaluation,
     log_frequencies,
-    make_eval_set,
     make_evaluate,
     make_evaluate_frequencies,
+    plan_evaluation,
 )
-from fedbert_jax.federated.setting import Pair, RoundInputs, RoundMetrics, Setting, State, slices
-from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.federated.metrics import RoundMetrics
+from fedbert_jax.federated.rounds import make_strategy
+from fedbert_jax.federated.setting import Setting, slices
+from fedbert_jax.federated.state import Cohort, Pair, State
+from fedbert_jax.federated.traffic import round_traffic
 from fedbert_jax.finite import first_to_fail
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator, make_optimizer, schedule_span
 from fedbert_jax.sharding import place, put, tree_shardings
 from fedbert_jax.streams import Stream, generator, seeds_of
-from fedbert_jax.wire import Traffic
 
 ON_DEVICE_LIMIT = 2**30  # bytes of token blocks that `data.store=auto` puts on the device
 
@@ -56,7 +59,7 @@ def resolve_attention(config: Config) -> Config:
     """
     model, f = config.model, config.federated
     # Where clients have bodies of their own, attention is vmapped over them, which cuDNN's doesn't take.
-    possible = f.shared_body and model.attention_dropout == 0 and jax.default_backend() == "gpu"
+    possible = f.arrangement.body == "one" and model.attention_dropout == 0 and jax.default_backend() == "gpu"
     if model.attention == "auto" and not possible:
         return dataclasses.replace(config, model=dataclasses.replace(model, attention="xla"))
     if model.attention != "xla":
@@ -92,33 +95,36 @@ class Simulation:
         self.config, self.train, self.mesh, self.seeds = config, train, mesh, seeds_of(config)
         self.num_clients = train.num_clients
         self.cohort = min(f.clients_per_round or self.num_clients, self.num_clients)
-        pooled, abreast = f.arrangement == "pooled", f.arrangement == "abreast"
-        steps = f.local_steps * (self.cohort if f.arrangement == "turns" else 1)
+        how = f.arrangement
+        # Whether a step's rows come from one stream of all blocks, so from each client in proportion to its text.
+        one_batch = how.pools_text or f.batch_by == "size"
+        abreast = how.abreast and not one_batch
+        steps = f.local_steps * (self.cohort if how.clients == "in turn" else 1)
         self.setting = Setting(
             config=config,
             segments=make_segments(resolve_attention(config).model, compute_dtype(config)),
-            mask=mask,
+            prepare=functools.partial(mask_blocks, spec=mask),
             client_tx=make_optimizer(config.client_optimizer, "client_optimizer", *schedule_span(f, steps)),
             server_tx=make_optimizer(config.server_optimizer, "server_optimizer", *schedule_span(f, steps)),
             outer=make_aggregator(config.aggregator),
             num_clients=self.num_clients,
             cohort=self.cohort,
         )
-        self.strategy = STRATEGIES[f.strategy](self.setting)
+        self.strategy = make_strategy(self.setting)
         # Clients are spread over `data`, slice by slice: a cohort that doesn't divide is padded with clients of weight 0.
         # Where each client has state of its own, [N, ...], it must stay N.
-        own_state = f.strategy == "local" or f.body == "private" or f.client_optimizer_state == "keep"
         count, size = slices(self.cohort, f.clients_at_once, mesh.shape["data"])
-        self.padding = count * size - self.cohort if abreast and not own_state else 0
+        self.padding = count * size - self.cohort if abreast and not f.own_state else 0
         store = config.data.store
         small = store == "auto" and train.tokens.nbytes <= ON_DEVICE_LIMIT and jax.process_count() == 1
         self._on_device = store == "device" or small
-        self.blocks_per_client = f.batch_size * (self.cohort if pooled else 1)
-        self.offsets = np.array([0, train.offsets[-1]]) if pooled else train.offsets
+        self.one_batch = one_batch
+        self.blocks_per_client = f.batch_size * (self.cohort if one_batch else 1)
+        self.offsets = np.array([0, train.offsets[-1]]) if one_batch else train.offsets
         self.tokens_per_round = self.cohort * f.local_steps * f.batch_size * config.data.seq_len
 
         # A round's data lies by clients where these train side by side, else by the rows of a batch.
-        clients = 1 if pooled else self.cohort + self.padding
+        clients = 1 if one_batch else self.cohort + self.padding
         axes = (None, "data", None) if abreast else (None, None, "data")
         self._by_blocks = place(mesh, (f.local_steps, clients, self.blocks_per_client), *axes)  # of tokens [K, C, B, T]
         self._by_client = place(mesh, (clients,), "data" if abreast else None)  # of weights [C]
@@ -144,7 +150,7 @@ class Simulation:
         self._store: jax.Array | None = None  # put on the device when the first round asks for it
         self._gather = jax.jit(lambda blocks, index: blocks[index], out_shardings=self._by_blocks)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fedbert-feed")
-        self._next: tuple[int, Future[RoundInputs]] | None = None
+        self._next: tuple[int, Future[Cohort]] | None = None
 
     def _fresh_state(self) -> State:
         return self.strategy.init(self.setting.fresh())
@@ -166,24 +172,23 @@ class Simulation:
         with jax.set_mesh(self.mesh):
             result = self._round(state, inputs)
         if round + 1 < self.config.federated.rounds:
-            self._next = (round + 1, self._pool.submit(self.round_inputs, round + 1))
+            self._next = (round + 1, self._pool.submit(self.round_data, round + 1))
         return result
 
-    def _fetched(self, round: int) -> RoundInputs:
+    def _fetched(self, round: int) -> Cohort:
         waiting, self._next = self._next, None
         if waiting is not None and waiting[0] == round:
             return waiting[1].result()
-        return self.round_inputs(round)
+        return self.round_data(round)
 
-    def round_inputs(self, round: int) -> RoundInputs:
+    def round_data(self, round: int) -> Cohort:
         """Draws a round's cohort and blocks: a function of (seeds, round).
 
         Reads only the blocks that this process's devices are to hold, unless all blocks lie on the device anyway.
         """
         f, clients = self.config.federated, self.cohort_of(round)
-        if f.arrangement == "pooled":
-            weights = np.ones(1, np.float32)
-        else:
+        weights = np.ones(1, np.float32)
+        if not self.one_batch:
             weights = sampling.client_weights(self.train.sizes, clients, f.weighting)
         if self.padding:
             clients = np.concatenate([clients, np.repeat(clients[:1], self.padding)])
@@ -204,15 +209,15 @@ class Simulation:
                 tokens = self._blocks(self.train, index, self._by_blocks)
             client_ids = put(clients.astype(np.int32), self._by_client)
             number = put(np.asarray(round, np.int32), self._everywhere)
-            return RoundInputs(tokens, client_ids, put(weights, self._by_client), number)
+            return Cohort(tokens, client_ids, put(weights, self._by_client), number)
 
     def cohort_of(self, round: int) -> np.ndarray:
-        """Returns the clients who take part in a round, int32 [C], in the order of their turns; of pooled text [0]."""
+        """Returns the clients who take part in a round, int32 [C], in the order of their turns; [0] for all."""
         f = self.config.federated
-        if f.arrangement == "pooled":
+        if self.one_batch:
             return np.zeros(1, np.int32)
         clients = sampling.draw_cohort(self.seeds, round, self.num_clients, self.cohort)
-        if f.arrangement == "turns" and f.order == "shuffled":
+        if f.arrangement.clients == "in turn" and f.order == "shuffled":
             clients = clients[sampling.turn_order(self.seeds, round, self.cohort)]
         return clients
 
@@ -220,9 +225,9 @@ class Simulation:
         """Returns the clients with whom a round's numbers, from 0, stopped being finite; none where that can't be told."""
         if not failed.any():
             return []
-        f, cohort = self.config.federated, self.cohort_of(round)
+        cohort = self.cohort_of(round)
         failed = failed[: len(cohort)]  # without who pads the cohort
-        return sorted(int(cohort[n]) for n in first_to_fail(failed, f.arrangement, share=f.strategy != "local"))
+        return sorted(int(cohort[n]) for n in first_to_fail(failed, self.config.federated.arrangement))
 
     def _blocks(self, source: TokenBlocks, index: np.ndarray, sharding: NamedSharding) -> jax.Array:
         """Returns the token blocks [..., T] of an index [...] that is laid out by `sharding`."""
@@ -237,12 +242,11 @@ class Simulation:
             rng = generator(self.seeds, Stream.EVALUATED)
             chosen = np.sort(rng.choice(chosen, e.max_clients, replace=False))
         multiple = self.mesh.shape["data"]
-        data = make_eval_set(heldout.offsets, chosen, e.max_blocks, e.batch_size, self.seeds, multiple)
-        by_rows = place(self.mesh, data.tokens.shape, None, "data")  # [S, B]
-        clients = put(data.clients, self._everywhere)
-        self._owners = data.clients
-        tokens = self._blocks(heldout, data.tokens, by_rows)
-        return EvalSet(tokens, put(data.real, by_rows), put(data.blocks, by_rows), clients)
+        plan = plan_evaluation(heldout.offsets, chosen, e.max_blocks, e.batch_size, self.seeds, multiple)
+        by_rows = place(self.mesh, plan.rows.shape, None, "data")  # [S, B]
+        self._owners = plan.clients
+        tokens = self._blocks(heldout, plan.rows, by_rows)
+        return EvalSet(tokens, put(plan.real, by_rows), put(plan.blocks, by_rows), put(plan.clients, self._everywhere))
 
     def evaluate(self, state: State) -> Evaluation | None:
         """Scores the state on held-out text; None if there is none. Waits for the result."""
@@ -275,13 +279,10 @@ class Simulation:
             model = self._model_of(state, np.int32(client))
         return jax.tree.map(lambda x: x.addressable_data(0), model)
 
-    def traffic(self) -> Traffic:
-        """Returns the bytes that a round would move between clients and server."""
-        sizes = self.strategy.traffic.items()
-        return Traffic(
-            uplink=sum(n for name, n in sizes if name.endswith("_up")),
-            downlink=sum(n for name, n in sizes if name.endswith("_down")),
-        )
+    def traffic(self) -> dict[str, int]:
+        """Returns the bytes that a round would move between clients and server, by message (`wire.MESSAGES`)."""
+        shape = (self.config.federated.batch_size, self.config.data.seq_len)
+        return round_traffic(self.setting, jax.ShapeDtypeStruct(shape, jnp.int32))
 
     def compiled(self) -> int:
         """Returns how many versions of the round have been compiled: 1, unless something changed shape."""

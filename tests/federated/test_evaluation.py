@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from tiny import LENGTH, VOCAB, make_simulation, mask_spec, random_blocks, tiny_config
 
-from fedbert_jax.federated.evaluation import EvalSet, evaluation, log_frequencies, make_eval_set, make_evaluate, masked
-from fedbert_jax.federated.setting import Pair
+from fedbert_jax.federated.evaluation import EvalSet, evaluation, log_frequencies, make_evaluate, masked, plan_evaluation
+from fedbert_jax.federated.state import Pair
 from fedbert_jax.models.layers import take_positions
 from fedbert_jax.streams import Seeds, secrets
 
 SEEDS = Seeds(0, 0)
 MASK = 4  # the tiny vocabulary's [MASK]
+ask = jax.jit(masked, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +25,19 @@ def simulation():
     made.close()
 
 
+@pytest.fixture(scope="module")
+def spec():
+    return mask_spec(tiny_config())
+
+
 def batches(data: EvalSet) -> list[EvalSet]:
     return [jax.tree.map(lambda x, n=n: x[n], data) for n in range(len(data.clients))]
 
 
-def test_every_asked_position_is_masked_and_nothing_else_is_changed(simulation):
+def test_every_asked_position_is_masked_and_nothing_else_is_changed(simulation, spec):
     data = jax.device_get(simulation._eval_set)
     for batch in batches(data):
-        questions = masked(secrets(simulation.seeds), batch, simulation.setting.mask)
+        questions = ask(secrets(simulation.seeds), batch, spec)
         expected = np.array(batch.tokens, np.int32)
         assert np.array_equal(questions.labels, np.take_along_axis(expected, np.asarray(questions.positions), 1))
         np.put_along_axis(expected, np.asarray(questions.positions), MASK, 1)
@@ -39,22 +45,28 @@ def test_every_asked_position_is_masked_and_nothing_else_is_changed(simulation):
         assert (np.asarray(questions.weights) == 1).all()
 
 
-def test_a_model_that_only_copies_is_never_right(simulation):
+def test_a_model_that_only_copies_is_never_right(simulation, spec):
     """It answers with the token that stands where it is asked: there, that is always [MASK]."""
     copier = simulation.setting.segments._replace(
-        embed=lambda params, tokens, *_: jax.nn.one_hot(tokens, VOCAB),
-        transform=lambda params, h, keys, mask, positions: take_positions(h, positions),
-        predict=lambda params, z, keys: 10.0 * z,
+        embed=lambda params, batch, *_: jax.nn.one_hot(batch.tokens, VOCAB),
+        transform=lambda params, h, positions, *_: take_positions(h, positions),
+        predict=lambda params, z, *_: 10.0 * z,
     )
-    evaluate = jax.jit(make_evaluate(copier, simulation.setting.mask, SEEDS, lambda state, client: Pair((), ())))
+    evaluate = jax.jit(make_evaluate(copier, spec, SEEDS, lambda state, client: Pair((), ())))
     sums = np.asarray(evaluate((), jax.device_get(simulation._eval_set)))
-    assert sums[:, 1].sum() == 0 and sums[:, 2].sum() == 3 * 3 * simulation.setting.mask.num_masked
+    assert sums[:, 1].sum() == 0 and sums[:, 2].sum() == 3 * 3 * spec.num_masked
 
 
-def test_scores_and_guessing_by_hand(simulation):
+def test_scores_and_guessing_by_hand(simulation, spec):
     """Each client's loss and accuracy, by a loop over its blocks, for the model and for guessing by frequency."""
-    config, setting = simulation.config, simulation.setting
-    state = simulation.init_state()
+    segments, state = simulation.setting.segments, simulation.init_state()
+
+    @jax.jit
+    def answer(client, server, questions):
+        """Log-probabilities [B, T, V] of the tokens at all positions."""
+        z = segments.transform(server, segments.embed(client, questions))
+        return jax.nn.log_softmax(segments.predict(client, z))
+
     counts = np.bincount(np.asarray(simulation.train.tokens).ravel(), minlength=VOCAB)
     special = (0, 1, 2, 3, 4)
     found, guessing = simulation.evaluate(state), simulation.evaluate_frequencies(counts, special)
@@ -67,17 +79,15 @@ def test_scores_and_guessing_by_hand(simulation):
         for batch in batches(data):
             if batch.clients != c:
                 continue
-            questions = masked(secrets(simulation.seeds), batch, setting.mask)
-            h = setting.segments.embed(state.model.client, questions.tokens)
-            logits = setting.segments.predict(state.model.client, setting.segments.transform(state.model.server, h))
-            log_probs = np.asarray(jax.nn.log_softmax(logits))  # [B, T, V]
+            questions = ask(secrets(simulation.seeds), batch, spec)
+            log_probs = np.asarray(answer(*state.model, questions))
             for row in np.flatnonzero(batch.real):
                 for position, label in zip(questions.positions[row], questions.labels[row], strict=True):
                     nll.append(-log_probs[row, position, label])
                     right.append(log_probs[row, position].argmax() == label)
                     chance_nll.append(-np.log((counts[label] + 1) / total))
                     chance_right.append(label == commonest)
-        assert len(nll) == 3 * mask_spec(config).num_masked  # three held-out blocks each
+        assert len(nll) == 3 * spec.num_masked  # three held-out blocks each
         np.testing.assert_allclose(found.clients[c], (np.mean(nll), np.mean(right)), rtol=1e-5)
         np.testing.assert_allclose(guessing.clients[c], (np.mean(chance_nll), np.mean(chance_right)), rtol=1e-5)
 
@@ -104,40 +114,38 @@ def test_the_two_means():
     assert evaluation(np.zeros((1, 3)), np.zeros(1, int), np.ones(3)) is None
 
 
-def test_a_client_at_which_nothing_is_asked_has_no_score():
+def test_a_client_at_which_nothing_is_asked_has_no_score(simulation, monkeypatch):
     """All of its tokens are special, so it has nothing to predict; it is not one that predicts perfectly."""
-    simulation = make_simulation(tiny_config())
-    simulation._eval_set = simulation._eval_set._replace(
-        tokens=jnp.where(simulation._eval_set.clients[:, None, None] == 1, 1, simulation._eval_set.tokens)
-    )
+    data = simulation._eval_set
+    special = jnp.where(data.clients[:, None, None] == 1, jnp.ones_like(data.tokens), data.tokens)
+    monkeypatch.setattr(simulation, "_eval_set", data._replace(tokens=special))
     found = simulation.evaluate(simulation.init_state())
-    simulation.close()
     assert set(found.clients) == {0, 2}
     assert np.isclose(found.over_clients.loss, np.mean([found.clients[c].loss for c in (0, 2)]))
 
 
 def test_scored_blocks_are_a_draw():
     offsets = np.array([0, 40, 40, 43])
-    data = make_eval_set(offsets, np.arange(3), max_blocks=6, batch=4, seeds=SEEDS)
-    assert list(data.clients) == [0, 0, 2] and data.real.sum() == 6 + 3
-    first = data.tokens[:2][data.real[:2] > 0]
+    plan = plan_evaluation(offsets, np.arange(3), max_blocks=6, batch=4, seeds=SEEDS)
+    assert list(plan.clients) == [0, 0, 2] and plan.real.sum() == 6 + 3
+    first = plan.rows[:2][plan.real[:2] > 0]
     assert len(set(first)) == 6 and set(first) <= set(range(40))
     assert sorted(first) != list(range(6))  # not the first ones
-    assert sorted(data.tokens[2][data.real[2] > 0]) == [40, 41, 42]  # all there are
-    assert np.array_equal(data.blocks[2], data.tokens[2] - 40)
-    again = make_eval_set(offsets, np.arange(3), max_blocks=6, batch=4, seeds=SEEDS)
-    assert all(np.array_equal(a, b) for a, b in zip(data, again, strict=True))
-    draws = {tuple(make_eval_set(offsets, [0], 6, 6, Seeds(0, seed)).tokens[0]) for seed in range(5)}
+    assert sorted(plan.rows[2][plan.real[2] > 0]) == [40, 41, 42]  # all there are
+    assert np.array_equal(plan.blocks[2], plan.rows[2] - 40)
+    again = plan_evaluation(offsets, np.arange(3), max_blocks=6, batch=4, seeds=SEEDS)
+    assert all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
+    draws = {tuple(plan_evaluation(offsets, [0], 6, 6, Seeds(0, seed)).rows[0]) for seed in range(5)}
     assert len(draws) == 5
     # Every block is as likely: of 40, six are drawn.
-    counts = sum(np.bincount(make_eval_set(offsets, [0], 6, 6, Seeds(0, n)).tokens[0], minlength=40) for n in range(400))
+    counts = sum(np.bincount(plan_evaluation(offsets, [0], 6, 6, Seeds(0, n)).rows[0], minlength=40) for n in range(400))
     assert ((counts - 60) ** 2 / 60).sum() < 80  # chi-squared with 39 degrees of freedom, p about 1e-4
 
 
 def test_scores_do_not_depend_on_how_rows_fall_into_batches():
     found = []
     for size in (1, 2, 32):
-        made = make_simulation(tiny_config(eval=dict(batch_size=size)))
+        made = make_simulation(tiny_config(model=dict(num_layers=1), eval=dict(batch_size=size)))
         found.append(made.evaluate(made.init_state()))
         made.close()
     for other in found[1:]:
@@ -151,7 +159,7 @@ def test_no_two_blocks_are_asked_at_the_same_places():
 
     def places(client: int, number: int, seed: int = 0) -> tuple[int, ...]:
         batch = EvalSet(block[None], np.ones(1), np.array([number]), np.int32(client))
-        return tuple(np.asarray(masked(secrets(Seeds(9, seed)), batch, spec).positions[0]).tolist())
+        return tuple(np.asarray(ask(secrets(Seeds(9, seed)), batch, spec).positions[0]).tolist())
 
     drawn = [places(c, n, s) for c in range(3) for n in range(4) for s in range(2)]
     assert len(set(drawn)) > 20  # of 24, among 252 choices

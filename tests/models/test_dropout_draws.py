@@ -12,7 +12,9 @@ from tiny import LENGTH, random_blocks, tiny_config
 
 from fedbert_jax.config import WireConfig
 from fedbert_jax.data.masking import MaskedBatch
-from fedbert_jax.federated.split import DropoutKeys, joined_loss, split_step
+from fedbert_jax.federated.joined import joined_loss
+from fedbert_jax.federated.split import split_step
+from fedbert_jax.federated.wire import StepKeys, make_cut
 from fedbert_jax.models import layers
 from fedbert_jax.models.bert import make_segments
 
@@ -40,11 +42,17 @@ def batch() -> MaskedBatch:
     return MaskedBatch(random_blocks(0, 2, B), positions, positions % 2, jnp.ones((2, B, LENGTH)))
 
 
-KEYS = DropoutKeys(*jax.random.split(jax.random.key(1), (2, 2)))  # of both sides, [2 clients]
+DRAWS = jax.random.split(jax.random.key(1), (2, 2))
+KEYS = StepKeys(client=DRAWS[0], server=DRAWS[1])  # of both sides, [2 clients]
 
 
 def of_client(tree, n: int):
     return jax.tree.map(lambda x: x[n], tree)
+
+
+def keys_of(client: int, server: int | None = None) -> StepKeys:
+    """A client's keys [1]; the server's may be those of another."""
+    return of_client(KEYS, np.array([client]))._replace(server=KEYS.server[np.array([client if server is None else server])])
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,7 @@ def step(model):
 @pytest.fixture(scope="module")
 def drawn(step, batch):
     """The loss and the draws of a step of client 0."""
-    return step(of_client(batch, 0), of_client(KEYS, 0))
+    return step(of_client(batch, 0), keys_of(0))
 
 
 def test_where_there_is_dropout_and_how_much(drawn):
@@ -87,7 +95,7 @@ def test_where_there_is_dropout_and_how_much(drawn):
 
 def test_no_two_draws_are_alike(drawn, step, batch):
     """Not two layers', nor attention's and the feed-forward's, nor the embedding's and the head's, nor another step's."""
-    calls = drawn[1] + step(of_client(batch, 0), of_client(KEYS, 1))[1]
+    calls = drawn[1] + step(of_client(batch, 0), keys_of(1))[1]
     assert len({key for _, key, _ in calls}) == len(calls) == 2 * (2 + 3 * LAYERS)
     alike = [(a, b) for (*_, a), (*_, b) in itertools.combinations(calls, 2) if a.shape == b.shape]
     assert len(alike) > 100
@@ -99,8 +107,7 @@ def test_no_two_draws_are_alike(drawn, step, batch):
 def test_each_sides_dropout_follows_from_its_own_key(drawn, step, batch):
     """The embedding's and the head's from the client's, the layers' from the server's."""
     own = [True] + [False] * 3 * LAYERS + [True]  # whether a draw is the client's
-    for side in ("client", "server"):
-        keys = of_client(KEYS, 0)._replace(**{side: getattr(KEYS, side)[1]})
+    for side, keys in (("client", keys_of(1, server=0)), ("server", keys_of(0, server=1))):
         _, calls = step(of_client(batch, 0), keys)
         changed = [not np.array_equal(a, b) for (*_, a), (*_, b) in zip(calls, drawn[1], strict=True)]
         assert changed == [mine == (side == "client") for mine in own]
@@ -108,14 +115,14 @@ def test_each_sides_dropout_follows_from_its_own_key(drawn, step, batch):
 
 def test_a_scan_over_layers_draws_what_single_layers_draw(drawn, model, batch):
     scanned = segments(unrolled=False)
-    loss = jax.jit(lambda *args: joined_loss(scanned, *args))(*model, of_client(batch, 0), of_client(KEYS, 0))
+    loss = jax.jit(lambda *args: joined_loss(scanned, *args))(*model, of_client(batch, 0), keys_of(0))
     np.testing.assert_allclose(loss, drawn[0], rtol=1e-4)
 
 
 def test_across_the_cut_the_draws_are_the_same(step, model, batch):
     """The classifier's own dropout included, which the masked language model's head has not."""
-    made, weights = segments(), jnp.array([0.5, 0.5])
-    cut = jax.jit(lambda model: split_step(made, WireConfig(), *model, batch, weights, KEYS, shared_client=True).loss)
-    losses = [step(of_client(batch, n), of_client(KEYS, n))[0] for n in range(2)]
-    np.testing.assert_allclose(cut(model), losses, rtol=1e-4)
+    cut, weights = make_cut(segments(), WireConfig()), jnp.array([0.5, 0.5])
+    across = jax.jit(lambda model: split_step(cut, *model, batch, weights, KEYS, shared_client=True).loss)
+    losses = [step(of_client(batch, n), keys_of(n))[0] for n in range(2)]
+    np.testing.assert_allclose(across(model), losses, rtol=1e-4)
     assert abs(losses[0] - losses[1]) > 0.01

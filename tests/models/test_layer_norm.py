@@ -13,6 +13,7 @@ from tiny import VOCAB, tiny_config
 
 from fedbert_jax import config as config_lib
 from fedbert_jax import huggingface, run
+from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.models.layers import ClassifierSegment, ClientSegment, Layer, LayerNorm
 
@@ -47,11 +48,12 @@ def test_an_exported_models_epsilon_is_torchs_and_comes_back(tmp_path):
     rng = np.random.default_rng(0)
     shake = lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
     client, server = jax.tree.map(shake, jax.jit(segments.init)(*jax.random.split(jax.random.key(0))))
-    save_file(huggingface.to_tensors(client, server, 2), tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(huggingface.to_tensors(client, server), tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(huggingface.hf_config(MODEL, Tokenizer)))
 
     tokens = rng.integers(5, VOCAB, (2, 9))
-    ours = jax.jit(lambda c, s: segments.predict(c, segments.transform(s, segments.embed(c, tokens))))(client, server)
+    batch = MaskedBatch(tokens, None, None, None)
+    ours = jax.jit(lambda c, s: segments.predict(c, segments.transform(s, segments.embed(c, batch))))(client, server)
     model = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         np.testing.assert_allclose(ours, model(torch.tensor(tokens)).logits.numpy(), atol=1e-4)

@@ -9,8 +9,9 @@ import pytest
 from tiny import assert_trees_close, make_strategy, random_blocks, tiny_config
 
 from fedbert_jax.config import WireConfig
-from fedbert_jax.federated.setting import RoundInputs
 from fedbert_jax.federated.split import split_step
+from fedbert_jax.federated.state import Cohort
+from fedbert_jax.federated.wire import make_cut
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.models.losses import chunked_cross_entropy, cross_entropy
 
@@ -76,30 +77,32 @@ def test_memory_is_that_of_a_chunk():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_split_step_in_chunks(segments, batch, shared):
+def test_a_split_step_in_chunks(batch, shared):
     """Three clients of 6 masked positions each, 4 of them at a time: 2 chunks."""
-    inits = [segments.init(*jax.random.split(jax.random.key(0 if shared else n))) for n in range(3)]
+    chunked, whole = (make_segments(tiny_config(model=dict(logits_at_once=n, num_layers=1)).model) for n in (4, None))
+    init = jax.jit(whole.init)
+    inits = [init(*jax.random.split(jax.random.key(0 if shared else n))) for n in range(3)]
     clients = inits[0][0] if shared else jax.tree.map(lambda *x: jnp.stack(x), *[c for c, _ in inits])
-    chunked = make_segments(tiny_config(model=dict(logits_at_once=4)).model)
     weights = jnp.array([0.5, 0.2, 0.3])
-    step = jax.jit(split_step, static_argnums=(0, 1), static_argnames="shared_client")
-    steps = [step(s, WireConfig(), clients, inits[0][1], batch, weights, shared_client=shared) for s in (chunked, segments)]
+    step = jax.jit(split_step, static_argnums=0, static_argnames="shared_client")
+    cuts = [make_cut(s, WireConfig()) for s in (chunked, whole)]
+    steps = [step(cut, clients, inits[0][1], batch, weights, shared_client=shared) for cut in cuts]
     assert_trees_close(steps[0][:3], steps[1][:3])
 
-    def traced(s) -> str:
-        return str(jax.make_jaxpr(split_step, static_argnums=(0, 1))(s, WireConfig(), *copies, batch, weights))
+    def traced(cut) -> str:
+        return str(jax.make_jaxpr(split_step, static_argnums=0)(cut, *copies, batch, weights))
 
     copies = jax.tree.map(lambda x: jnp.stack([x] * 3), inits[0][0]), inits[0][1]
     every = "f32[3,2,3,61]"  # all logits of a step: clients, sequences, positions, tokens
-    assert every in traced(segments) and every not in traced(chunked)
+    assert every in traced(cuts[1]) and every not in traced(cuts[0])
 
 
 @pytest.mark.parametrize("strategy", ["parallel", "centralized"])
 def test_a_round_in_chunks(strategy):
-    inputs = RoundInputs(random_blocks(0, 2, 3, 2), jnp.arange(3), jnp.array([0.5, 0.2, 0.3]), jnp.int32(0))
+    cohort = Cohort(random_blocks(0, 2, 3, 2), jnp.arange(3), jnp.array([0.5, 0.2, 0.3]), jnp.int32(0))
     results = []
     for size in (None, 4):
-        config = tiny_config(federated=dict(strategy=strategy), model=dict(logits_at_once=size))
+        config = tiny_config(federated=dict(strategy=strategy), model=dict(logits_at_once=size, num_layers=1))
         _, chosen, state = make_strategy(config)
-        results.append(jax.jit(chosen.round)(state, inputs))
+        results.append(jax.jit(chosen.round)(state, cohort))
     assert_trees_close(results[1], results[0], rtol=1e-4, atol=1e-5)

@@ -19,11 +19,12 @@ from fedbert_jax.runtime.finetuning import Finetuning
 assert jax.device_count() == 8, jax.devices()
 
 CASES = [
-    ("parallel", "pooled", 3),  # a first step and a loop, which XLA keeps where it goes round more than once
-    ("parallel", "merged", 2),
-    ("sequential", "pooled", 2),
-    ("local", "pooled", 2),
-    ("fedavg", "pooled", 2),
+    ("parallel", "pooled", "parameters", 3),  # a first step and a loop, which XLA keeps where it goes round more than once
+    ("parallel", "pooled", "gradients", 2),
+    ("parallel", "merged", "parameters", 2),
+    ("sequential", "pooled", "parameters", 2),
+    ("local", "pooled", "parameters", 2),
+    ("fedavg", "pooled", "parameters", 2),
 ]
 # One seed: each step's sequences lie apart. Four seeds on data=4: the seeds do.
 FINETUNING = [("centralized", (0,)), ("centralized", (0, 1, 2, 3)), ("parallel", (0,))]
@@ -31,10 +32,10 @@ MESHES = [(4, 2), (8, 1)]  # the second for the first case only
 RESTORED = [(2, 4), (8, 1), (1, 1)]  # what was saved on the first mesh
 
 
-def build(strategy: str, body: str, local_steps: int, data: int, model: int):
+def build(strategy: str, body: str, average: str, local_steps: int, data: int, model: int):
     config = tiny_config(
         federated=dict(
-            strategy=strategy, body=body, local_steps=local_steps, num_clients=5, batch_size=8, rounds=2,
+            strategy=strategy, body=body, average=average, local_steps=local_steps, num_clients=5, batch_size=8, rounds=2,
             clients_at_once=4 if strategy == "fedavg" and data > 1 else None,  # on devices, two slices equal one
         ),
         mesh=dict(data=data, model=model),
@@ -43,7 +44,7 @@ def build(strategy: str, body: str, local_steps: int, data: int, model: int):
             logits_at_once=8 if strategy == "sequential" else None,  # whose rows lie on all devices
         ),
         eval=dict(batch_size=4),  # data=8 doesn't divide it
-        aggregator=dict(name="adam", learning_rate=0.01) if (strategy, body) == ("parallel", "pooled") else {},
+        aggregator=dict(name="adam", learning_rate=0.01) if (strategy, body, average) == CASES[0][:3] else {},
     )
     return make_simulation(config, clients=5)
 
@@ -80,16 +81,21 @@ def check_collectives(simulation) -> None:
     """Devices that hold whole clients talk once a step, about the body's gradient, and once a round to average.
 
     The round's other reduction hands out the optimizers' step counter, 4 bytes, and its one gather says at which clients
-    numbers were not finite, 4 bytes a client. All else would be data that moves about.
+    numbers were not finite, 4 bytes a client. Where the segment's gradient is averaged, too, it goes with the body's, and
+    nothing is left for the round's end; a step's other reduction, 4 bytes, adds up what all positions weigh. All else would
+    be data that moves about.
     """
-    inputs = simulation.round_inputs(0)
+    f = simulation.config.federated
+    data = simulation.round_data(0)
     clients = simulation.cohort + simulation.padding
-    assert {s.data.shape[1] for s in inputs.tokens.addressable_shards} == {clients // 8}  # [K, C, B, T]
+    assert {s.data.shape[1] for s in data.rows.addressable_shards} == {clients // 8}  # [K, C, B, T]
     with jax.set_mesh(simulation.mesh):
-        compiled = simulation._round.lower(simulation.init_state(), inputs).compile()
+        compiled = simulation._round.lower(simulation.init_state(), data).compile()
     counts = count_collectives(compiled.as_text())
-    assert counts == {"all-reduce": simulation.config.federated.local_steps + 2, "all-gather": 1}, counts
-    print("equal: collectives", flush=True)
+    by_round = {"all-reduce": f.local_steps + 2, "all-gather": 1}
+    assert counts == (by_round if f.average == "parameters" else {"all-reduce": 2 * f.local_steps}), counts
+    simulation.close()
+    print("equal: collectives", f.average, flush=True)
 
 
 def end_of_finetuning(strategy: str, seeds: tuple[int, ...], data: int, model: int) -> list[np.ndarray]:
@@ -131,14 +137,16 @@ def main() -> None:
             assert len(kernel.sharding.device_set) == 8
             parts = {shard.index[-1].indices(16) for shard in kernel.addressable_shards}
             assert len(parts) == mesh[1], (case, mesh, parts)  # the heads really lie apart
-            if case == CASES[0]:
+            if case in CASES[:2]:
                 assert (simulation.cohort + simulation.padding) % mesh[0] == 0
+            if case == CASES[0]:
                 if mesh == MESHES[0]:
                     restore_elsewhere(state, case)
                 else:
                     check_collectives(simulation)
             assert simulation.compiled() == 1, "the round was compiled again"
         print("equal:", *case, flush=True)
+    check_collectives(build(*CASES[1], *MESHES[1]))
     for strategy, seeds in FINETUNING:
         expected = end_of_finetuning(strategy, seeds, 1, 1)
         for a, b in zip(end_of_finetuning(strategy, seeds, 4, 2), expected, strict=True):

@@ -12,7 +12,7 @@ import optax
 from tiny import assert_trees_close, make_simulation, mask_spec, tiny_config
 
 from fedbert_jax.data.masking import mask_blocks
-from fedbert_jax.federated.split import joined_loss
+from fedbert_jax.federated.joined import joined_loss
 
 SEED, CLIENTS, C, K, B, ROUNDS = 5, 4, 2, 2, 2, 2
 SIZES = [7, 8, 9, 10]  # training blocks

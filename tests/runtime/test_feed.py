@@ -54,14 +54,15 @@ def shares(clients: list[int]) -> list[float]:
     return [SIZES[c] / sum(SIZES[d] for d in clients) for c in clients]
 
 
-def test_cohorts_blocks_and_weights_round_by_round(simulate):
+@pytest.mark.parametrize("average", ["parameters", "gradients"])
+def test_cohorts_blocks_and_weights_round_by_round(simulate, average):
     """Three of seven clients, weighted by their text."""
-    simulation, cohorts = simulate(clients_per_round=3), []
+    simulation, cohorts = simulate(clients_per_round=3, average=average), []
     for round in range(ROUNDS):
-        inputs, cohort = jax.device_get(simulation.round_inputs(round)), draws.cohort(SERVER, round, 7, 3)
-        assert inputs.client_ids.tolist() == cohort and inputs.round == round
-        np.testing.assert_array_equal(inputs.tokens, wanted(simulation, round, cohort))
-        np.testing.assert_allclose(inputs.weights, shares(cohort), rtol=1e-6)
+        data, cohort = jax.device_get(simulation.round_data(round)), draws.cohort(SERVER, round, 7, 3)
+        assert data.clients.tolist() == cohort and data.round == round
+        np.testing.assert_array_equal(data.rows, wanted(simulation, round, cohort))
+        np.testing.assert_allclose(data.weights, shares(cohort), rtol=1e-6)
         cohorts.append(tuple(cohort))
     assert len(set(cohorts)) > 3
 
@@ -71,14 +72,14 @@ def test_padding_a_cohort_leaves_its_weights_alone(simulate, monkeypatch, store)
     simulation = simulate(clients_per_round=3)
     monkeypatch.setattr(simulation, "padding", 2)
     monkeypatch.setattr(simulation, "_on_device", store == "device")
-    inputs, cohort = jax.device_get(simulation.round_inputs(1)), draws.cohort(SERVER, 1, 7, 3)
-    np.testing.assert_allclose(inputs.weights, shares(cohort) + [0, 0], rtol=1e-6)
-    np.testing.assert_array_equal(inputs.tokens[:, :3], wanted(simulation, 1, cohort))
+    data, cohort = jax.device_get(simulation.round_data(1)), draws.cohort(SERVER, 1, 7, 3)
+    np.testing.assert_allclose(data.weights, shares(cohort) + [0, 0], rtol=1e-6)
+    np.testing.assert_array_equal(data.rows[:, :3], wanted(simulation, 1, cohort))
 
 
 def test_clients_may_count_the_same(simulate):
     simulation = simulate(clients_per_round=3, weighting="uniform")
-    np.testing.assert_allclose(simulation.round_inputs(1).weights, [1 / 3] * 3, rtol=1e-6)
+    np.testing.assert_allclose(simulation.round_data(1).weights, [1 / 3] * 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "fixed"])
@@ -86,35 +87,40 @@ def test_turns_are_taken_in_the_order_drawn(simulate, order):
     """Blocks and weights go with the clients."""
     simulation, orders = simulate(strategy="sequential", clients_per_round=4, order=order), []
     for round in range(ROUNDS):
-        inputs, cohort = jax.device_get(simulation.round_inputs(round)), draws.cohort(SERVER, round, 7, 4)
+        data, cohort = jax.device_get(simulation.round_data(round)), draws.cohort(SERVER, round, 7, 4)
         turns = draws.turns(SERVER, round, cohort) if order == "shuffled" else cohort
-        assert inputs.client_ids.tolist() == turns
-        np.testing.assert_array_equal(inputs.tokens, wanted(simulation, round, turns))
-        np.testing.assert_allclose(inputs.weights, shares(turns), rtol=1e-6)
+        assert data.clients.tolist() == turns
+        np.testing.assert_array_equal(data.rows, wanted(simulation, round, turns))
+        np.testing.assert_allclose(data.weights, shares(turns), rtol=1e-6)
         orders.append(turns == cohort)
     assert all(orders) if order == "fixed" else sum(orders) < 3
 
 
-def test_pooled_text_is_one_stream(simulate):
-    simulation = simulate(strategy="centralized", clients_per_round=2)
+@pytest.mark.parametrize(
+    "federated, cohort",
+    [(dict(strategy="centralized", clients_per_round=2), 2), (dict(average="gradients", batch_by="size"), 7)],
+)
+def test_pooled_text_is_one_stream(simulate, federated, cohort):
+    """So are all clients' blocks where each gives a batch rows in proportion to its text: as many as where each gives B."""
+    simulation, rows = simulate(**federated), cohort * B
     stored = np.asarray(simulation.train.tokens)
     for round in range(ROUNDS):
-        inputs = jax.device_get(simulation.round_inputs(round))
-        places = draws.blocks(CLIENT, 0, sum(SIZES), round * K * 2 * B, K * 2 * B)
-        np.testing.assert_array_equal(inputs.tokens, stored[places].reshape(K, 1, 2 * B, -1))
-        assert (inputs.weights, inputs.client_ids) == ([1], [0])
+        data = jax.device_get(simulation.round_data(round))
+        places = draws.blocks(CLIENT, 0, sum(SIZES), round * K * rows, K * rows)
+        np.testing.assert_array_equal(data.rows, stored[places].reshape(K, 1, rows, -1))
+        assert (data.weights, data.clients) == ([1], [0])
 
 
 def test_a_round_gets_its_own_data_however_rounds_are_asked_for(simulate, monkeypatch):
     """The next round's is fetched ahead; whoever asks for another gets that one's."""
     simulation, fed = simulate(clients_per_round=3), []
-    monkeypatch.setattr(simulation, "_round", lambda state, inputs: fed.append(jax.device_get(inputs)) or (state, None))
+    monkeypatch.setattr(simulation, "_round", lambda state, data: fed.append(jax.device_get(data)) or (state, None))
     asked = [0, 1, 2, 5, 1, 1, 3]
     for round in asked:
         simulation.run_round((), round)
-    assert [int(inputs.round) for inputs in fed] == asked
-    for round, inputs in zip(asked, fed, strict=True):
-        np.testing.assert_array_equal(inputs.tokens, wanted(simulation, round, draws.cohort(SERVER, round, 7, 3)))
+    assert [int(data.round) for data in fed] == asked
+    for round, data in zip(asked, fed, strict=True):
+        np.testing.assert_array_equal(data.rows, wanted(simulation, round, draws.cohort(SERVER, round, 7, 3)))
 
 
 # --- what each segment's optimizer does ------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from tiny import tiny_config
 from fedbert_jax.data import glue
 from fedbert_jax.data.sequences import ExampleStream, Sequences
 from fedbert_jax.data.tasks import TaskData
-from fedbert_jax.federated.strategies import STRATEGIES
 from fedbert_jax.runtime import finetuning
 from fedbert_jax.runtime.finetuning import Finetuning
-from fedbert_jax.streams import Seeds
+from fedbert_jax.streams import Seeds, secrets
 
-SEED, K, B, CLIENTS = 5, 2, 3, 4
+SEED, CLIENT, K, B, CLIENTS = 5, 99, 2, 3, 4  # the parties' seeds; in a run they are one number, as a rule
 EXAMPLES = 120
 
 
@@ -45,8 +44,8 @@ def tune():
             made[name] = Finetuning(config, data, None, (SEED, SEED + 1))
         return made[name]
 
-    with pytest.MonkeyPatch.context() as patch:  # in a run the server's and the clients' are one number
-        patch.setattr(finetuning, "seeds_of", lambda config: Seeds(config.seed, 99))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "seeds_of", lambda config: Seeds(config.seed, CLIENT))
         yield make
 
 
@@ -68,12 +67,17 @@ def test_a_clients_examples_are_its_own_stream_for_every_seed(tune):
     tuning = tune(order="shuffled")
     labels, lengths = tuning.data.train.labels, tuning.data.train.lengths
     assert sorted(np.concatenate(tuning.clients)) == list(range(EXAMPLES))
+    for party, seed in (("server", SEED), ("client", CLIENT)):
+        found = jax.random.key_data(getattr(tuning._secrets(), party))
+        wanted = [getattr(secrets(Seeds(seed + s, seed + s)), party) for s in range(2)]
+        np.testing.assert_array_equal(found, [jax.random.key_data(key) for key in wanted])
     for round in rounds(tuning):
         batches = tuning.batches(round)
-        for s, seed in enumerate((SEED, SEED + 1)):
+        for s in range(2):
+            seeds = Seeds(SEED + s, CLIENT + s)
             for n, c in enumerate(draws.turns(SEED, round, [0, 1, 2, 3])):
                 own = tuning.clients[c]
-                index = own[ExampleStream(Seeds(seed, seed), c, lengths[own], K, B).round(round)][: batches.labels.shape[1]]
+                index = own[ExampleStream(seeds, c, lengths[own], K, B).round(round)][: batches.labels.shape[1]]
                 np.testing.assert_array_equal(batches.labels[s, :, n, :, 0], labels[index])
                 np.testing.assert_array_equal(batches.tokens[s, :, n, :, :9], tuning.data.train.tokens[index])
         assert not np.array_equal(batches.tokens[0], batches.tokens[1])
@@ -84,9 +88,9 @@ def test_a_clients_examples_are_its_own_stream_for_every_seed(tune):
 )
 def test_a_clients_weight_goes_with_it(tune, monkeypatch, strategy, weighting):
     tuning, given = tune(strategy, weighting), []
-    real = STRATEGIES[strategy]
-    spied = lambda s: real(s)._replace(round=lambda state, inputs: given.append(inputs) or (state, None))  # noqa: E731
-    monkeypatch.setitem(STRATEGIES, strategy, spied)
+    real = finetuning.make_strategy
+    spied = lambda s: real(s)._replace(round=lambda state, cohort: given.append(cohort) or (state, None))  # noqa: E731
+    monkeypatch.setattr(finetuning, "make_strategy", spied)
     sizes = np.array([len(own) for own in tuning.clients])
     assert len(set(sizes)) > 2
     for round in range(3):
@@ -95,4 +99,4 @@ def test_a_clients_weight_goes_with_it(tune, monkeypatch, strategy, weighting):
         tuning._one_round((), (), jnp.asarray(order), jnp.int32(round), secrets)
         share = sizes[order] / EXAMPLES if weighting == "examples" else np.full(CLIENTS, 1 / CLIENTS)
         np.testing.assert_allclose(given[-1].weights, share, rtol=1e-6)
-        assert given[-1].client_ids.tolist() == order.tolist() and given[-1].round == round
+        assert given[-1].clients.tolist() == order.tolist() and given[-1].round == round

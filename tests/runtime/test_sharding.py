@@ -15,7 +15,7 @@ from tiny import make_setting, tiny_config
 
 from fedbert_jax.config import MeshConfig
 from fedbert_jax.errors import ConfigError
-from fedbert_jax.federated.strategies import STRATEGIES
+from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.sharding import make_mesh, tree_shardings
 
 HERE = Path(__file__).parent
@@ -33,17 +33,23 @@ def test_eight_devices_give_what_one_gives():
         [sys.executable, HERE / "eight_devices.py"], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.count("equal:") == 10
+    assert done.stdout.count("equal:") == 12
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "lamb", "yogi", "adagrad", "nadamw", "adam"])
-@pytest.mark.parametrize("strategy", ["parallel", "local"])
-def test_every_array_of_a_state_has_a_rule(strategy, optimizer):
+@pytest.mark.parametrize(
+    "federated, wire",
+    [({}, {}), (dict(strategy="local"), {}), (dict(average="gradients"), dict(gradient_codec="int8"))],
+    ids=["parallel", "local", "gradients"],
+)
+def test_every_array_of_a_state_has_a_rule(federated, wire, optimizer):
+    """The last holds what a codec has lost of each client's gradients; layers are the client's and the server's."""
     opt = dict(name=optimizer, eps=None)
-    config = tiny_config(federated=dict(strategy=strategy), client_optimizer=opt, server_optimizer=opt)
-
+    config = tiny_config(
+        model=dict(client_layers=1), federated=federated, wire=wire, client_optimizer=opt, server_optimizer=opt
+    )
     setting = make_setting(config)
-    rule = STRATEGIES[strategy](setting)
+    rule = make_strategy(setting)
     state = jax.eval_shape(lambda: rule.init(setting.fresh()))
     shardings = tree_shardings(state, make_mesh(MeshConfig()))
     assert jax.tree.structure(shardings) == jax.tree.structure(state)

@@ -14,6 +14,8 @@ from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.setting import slices
 from fedbert_jax.runtime.simulation import resolve_attention
 
+ONE = dict(num_layers=1)  # where depth is not the subject
+
 
 def rounds(simulation, count=3):
     state = simulation.init_state()
@@ -26,23 +28,23 @@ def rounds(simulation, count=3):
 
 
 def test_text_from_memory_and_from_disk_trains_the_same():
-    ends = [rounds(make_simulation(tiny_config(data=dict(store=store)))) for store in ("device", "memmap")]
+    ends = [rounds(make_simulation(tiny_config(model=ONE, data=dict(store=store)))) for store in ("device", "memmap")]
     assert ends[0][1] == ends[1][1]
     for a, b in zip(jax.tree.leaves(ends[0][0]), jax.tree.leaves(ends[1][0]), strict=True):
         assert np.array_equal(a, b)
 
 
 def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
-    simulation = make_simulation(tiny_config(federated=dict(num_clients=5, clients_per_round=2)), clients=5)
-    wanted = jax.device_get(simulation.round_inputs(2))
+    simulation = make_simulation(tiny_config(model=ONE, federated=dict(num_clients=5, clients_per_round=2)), clients=5)
+    wanted = jax.device_get(simulation.round_data(2))
     rounds(simulation)
-    again = jax.device_get(simulation.round_inputs(2))
+    again = jax.device_get(simulation.round_data(2))
     assert all(np.array_equal(a, b) for a, b in zip(wanted, again, strict=True))
 
 
 def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog, tmp_path):
     """Nothing is compiled again, and nothing moves between host and device but by `device_put`."""
-    config = tiny_config(federated=dict(num_clients=5, clients_per_round=2, rounds=6))
+    config = tiny_config(model=ONE, federated=dict(num_clients=5, clients_per_round=2, rounds=6))
     simulation = make_simulation(config, clients=5)
     state = simulation.init_state()
     state, _ = simulation.run_round(state, 0)
@@ -63,12 +65,13 @@ def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog
     assert simulation.compiled() == 1
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "fedavg"])
+@pytest.mark.parametrize("strategy", ["parallel", "parallel gradients", "fedavg"])
 def test_a_cohort_in_slices_of_any_size(strategy):
     """Five of nine clients, two at a time: three slices, the last filled up."""
+    strategy, _, average = strategy.partition(" ")
     whole, sliced = (
-        rounds(make_simulation(tiny_config(federated=dict(
-            strategy=strategy, num_clients=9, clients_per_round=5, clients_at_once=at_once
+        rounds(make_simulation(tiny_config(model=ONE, federated=dict(
+            strategy=strategy, average=average or "parameters", num_clients=9, clients_per_round=5, clients_at_once=at_once
         )), clients=9), 2)
         for at_once in (None, 2)
     )  # fmt: skip
@@ -92,12 +95,14 @@ def test_attention_is_the_compilers_where_cudnn_is_not():
         make_simulation(tiny_config(model=dict(attention="cudnn")))
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "sequential", "centralized", "local", "fedavg"])
+@pytest.mark.parametrize("strategy", ["parallel", "parallel gradients", "sequential", "centralized", "local", "fedavg"])
 def test_every_strategy_learns(strategy):
     """Loss on text with something to learn falls well below where it starts."""
     opt = dict(learning_rate=0.02, warmup_steps=5, clip_norm=None, eps=1e-6)
+    strategy, _, average = strategy.partition(" ")
     config = tiny_config(
-        federated=dict(strategy=strategy, rounds=25, local_steps=4, batch_size=4),
+        model=ONE,
+        federated=dict(strategy=strategy, average=average or "parameters", rounds=25, local_steps=4, batch_size=4),
         client_optimizer=opt, server_optimizer=opt,
     )  # fmt: skip
     simulation = make_simulation(config)
@@ -115,8 +120,8 @@ def test_only_the_cohort_costs():
     for clients in (10, 10_000):
         config = tiny_config(federated=dict(num_clients=clients, clients_per_round=8), eval=dict(max_clients=4))
         simulation = make_simulation(config, clients=clients, blocks=1)
-        inputs = simulation.round_inputs(0)
-        shapes = [x.shape for x in jax.tree.leaves((simulation.state_shape, inputs))]
+        data = simulation.round_data(0)
+        shapes = [x.shape for x in jax.tree.leaves((simulation.state_shape, data))]
         sizes.append(shapes)
         assert len(np.unique(simulation._eval_set.clients)) <= 4
         simulation.close()
@@ -126,9 +131,9 @@ def test_only_the_cohort_costs():
 def test_a_cohort_that_devices_do_not_divide_is_padded_with_weight_0():
     simulation = make_simulation(tiny_config(federated=dict(num_clients=5)), clients=5)
     simulation.padding = 3
-    inputs = simulation.round_inputs(0)
-    assert inputs.tokens.shape[1] == 8
-    assert list(np.asarray(inputs.weights[5:])) == [0, 0, 0]
-    assert np.isclose(inputs.weights.sum(), 1)
-    assert int(inputs.tokens.max()) < VOCAB
+    data = simulation.round_data(0)
+    assert data.rows.shape[1] == 8
+    assert list(np.asarray(data.weights[5:])) == [0, 0, 0]
+    assert np.isclose(data.weights.sum(), 1)
+    assert int(data.rows.max()) < VOCAB
     simulation.close()

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from fedbert_jax.config import AggregatorConfig, WireConfig
-from fedbert_jax.federated.aggregate import client_average, outer_update, weighted_average
+from fedbert_jax.federated.average import outer_update, weighted_average
 from fedbert_jax.federated.split import split_step
+from fedbert_jax.federated.wire import make_cut
+from fedbert_jax.models.bert import make_segments
 from fedbert_jax.optim import make_aggregator
 
 WEIGHTS = np.array([0.5, 0.0, 0.3, 0.2], np.float32)
@@ -63,19 +66,21 @@ def test_an_outer_update_leaves_a_client_of_weight_0_out(name):
     ends = []
     for bad in (0.0, np.nan):
         stacked["a"][1] = bad
-        average = client_average(tx, stacked, jnp.asarray(WEIGHTS), start)
+        moves = {"a": stacked["a"] - start["a"][None]}
+        average = weighted_average(moves, jnp.asarray(WEIGHTS))
         ends.append(np.asarray(outer_update(tx, start, average, tx.init(start))[0]["a"]))
     np.testing.assert_array_equal(*ends)
     if name == "sgd":
         np.testing.assert_allclose(ends[0], 0.5 + 0.1 * (expected(clients())["matrix"] - 0.5), rtol=1e-5)
 
 
-def test_across_the_cut_a_client_of_weight_0_changes_nothing(segments, batch):
+def test_across_the_cut_a_client_of_weight_0_changes_nothing(batch):
     """Its segment is not a number anywhere; the body's gradient and the others' own are as without it."""
-    rng = np.random.default_rng(0)
+    rng, segments = np.random.default_rng(0), make_segments(tiny_config(model=dict(num_layers=1)).model)
     one, body = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     three = jax.tree.map(lambda x: np.asarray(x)[None] + 0.1 * rng.standard_normal((3, *x.shape)).astype(np.float32), one)
-    step = jax.jit(lambda client, weights: split_step(segments, WireConfig(), client, body, batch, weights))
+    cut = make_cut(segments, WireConfig())
+    step = jax.jit(lambda client, weights: split_step(cut, client, body, batch, weights))
     weights = jnp.array([0.6, 0.0, 0.4])
     broken = jax.tree.map(lambda x: jnp.asarray(x).at[1].set(jnp.nan), three)
     sound, left_out = step(three, weights), step(broken, weights)

@@ -1,0 +1,68 @@
+"""Bytes that cross for each client in each step, by what is averaged and in which codec: from shapes, without a run.
+
+python -m benchmarks.traffic
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fedbert_jax import config as config_lib
+from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.traffic import round_traffic
+from fedbert_jax.models.bert import make_segments
+from fedbert_jax.optim import make_optimizer
+
+CLIENTS, STEPS = 8, 8
+MODELS = {  # preset, vocabulary, sequences a step and client, tokens
+    "tiny, 4 x 128 tokens": ("tiny", 4096, 4, 128),
+    "base, 8 x 128 tokens": ("base", 30522, 8, 128),
+    "base, 32 x 128 tokens": ("base", 30522, 32, 128),
+    "base, 32 x 512 tokens": ("base", 30522, 32, 512),
+}
+WAYS = {  # what is averaged -> settings
+    f"parameters every {STEPS} steps, with moments": {},
+    f"parameters every {STEPS} steps, without": {"federated.client_optimizer_state": "reset"},
+    "gradients, float32": {"federated.average": "gradients"},
+    "gradients, bfloat16": {"federated.average": "gradients", "wire.gradient_codec": "bfloat16"},
+    "gradients, int8 up": {"federated.average": "gradients", "wire.gradient_codec": "int8"},
+}
+STEP = ("activations", "positions", "lengths", "hidden_states", "head_gradient", "input_gradient")
+
+
+def bytes_of(preset: str, vocabulary: int, rows: int, tokens: int, settings: dict[str, str]) -> tuple[float, float]:
+    """Returns megabytes a step and client, both ways: of the step's own messages, and of averaging."""
+    base = config_lib.from_dict(dict(
+        model=dict(preset=preset), data=dict(seq_len=tokens),
+        federated=dict(num_clients=CLIENTS, local_steps=STEPS, batch_size=rows),
+    ))  # fmt: skip
+    config = config_lib.replace(base, settings)
+    config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, vocabulary))
+    spec = MaskSpec(num_masked(config.mlm.mask_prob, tokens), vocabulary, 4, (0, 1, 2, 3, 4), None)
+    setting = Setting(
+        config, make_segments(config.model), functools.partial(mask_blocks, spec=spec),
+        make_optimizer(config.client_optimizer, "client_optimizer", 1),
+        make_optimizer(config.server_optimizer, "server_optimizer", 1), None, CLIENTS, CLIENTS,
+    )  # fmt: skip
+    sizes = round_traffic(setting, jax.ShapeDtypeStruct((rows, tokens), jnp.int32))
+    each = lambda names: sum(sizes.get(name, 0) for name in names) / (CLIENTS * STEPS * 1e6)  # noqa: E731
+    return each(STEP), each(sizes.keys() - set(STEP))
+
+
+def main() -> None:
+    print("Megabytes a step and client, both ways.\n")
+    print("| | " + " | ".join(MODELS) + " |\n| --- |" + " ---: |" * len(MODELS))
+    step = [bytes_of(*model, {})[0] for model in MODELS.values()]
+    print("| the step's four messages | " + " | ".join(f"{n:.2f}" for n in step) + " |")
+    for way, settings in WAYS.items():
+        cells = [bytes_of(*model, settings)[1] for model in MODELS.values()]
+        print(f"| averaging {way} | " + " | ".join(f"{n:.2f}" for n in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Who holds what: which parts of a model, and of its optimizers' states, are one, copies for a round, or clients' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedbert_jax.config import Arrangement
+from fedbert_jax.federated.average import replicate
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.state import Pair, State, pick
+from fedbert_jax.sharding import constrain_clients
+
+
+class Holding(NamedTuple):
+    """How the two sides' parts are held: `one`, `copies`, `own`; of optimizer states also `none`, made anew each time."""
+
+    model: Pair
+    opt: Pair
+
+
+def holding(how: Arrangement, mode: str) -> Holding:
+    """Returns how an arrangement's parts are held.
+
+    Optimizer states are held as what they train; but those of copies, and of a segment that is handed on from turn to turn,
+    as `federated.client_optimizer_state` says.
+    """
+    by_mode = {"average": None, "reset": "none", "keep": "own"}[mode]
+    client = (by_mode or how.client) if how.client == "copies" or how.clients == "in turn" else how.client
+    body = (by_mode or how.body) if how.body == "copies" else how.body
+    return Holding(Pair(how.client, how.body), Pair(client, body))
+
+
+def sides(fn: Callable[..., Any], *pairs: Any) -> Pair:
+    """Applies a function to the client's parts of pairs, and to the server's."""
+    return Pair(*(fn(*parts) for parts in zip(*pairs, strict=True)))
+
+
+def only(kinds: tuple[str, ...], held: Pair, pair: Pair) -> Pair:
+    """Returns the parts that are held in one of these ways; () for the others."""
+    return sides(lambda h, x: x if h in kinds else (), held, pair)
+
+
+def first_state(s: Setting, held: Holding, model: Pair) -> State:
+    """Returns the state before the first round, of a fresh model: of what is each client's own, [N, ...]."""
+    at_rest = lambda h, x: replicate(x, s.num_clients) if h == "own" else () if h == "none" else x  # noqa: E731
+    outer = s.outer.init(only(("copies",), held.model, model)) if s.outer else ()
+    unsent = jax.tree.map(lambda x: jnp.zeros((s.num_clients, *x.shape), x.dtype), model.client)
+    lossy = s.config.wire.gradient_codec == "int8"
+    return State(
+        sides(at_rest, held.model, model), sides(at_rest, held.opt, s.init_opt(model)), outer, unsent if lossy else ()
+    )
+
+
+def begun(s: Setting, held: Holding, state: State) -> Pair:
+    """Returns the optimizer states that a round, or a turn, begins with: made anew where none are held."""
+    new = lambda h, opt, tx, params: tx.init(params) if h == "none" else opt  # noqa: E731
+    return sides(new, held.opt, state.opt, Pair(s.client_tx, s.server_tx), state.model)
+
+
+def spread(held: Pair, pair: Pair, clients: int) -> Pair:
+    """Returns a pair of which each client of a cohort has its own, [C, ...]."""
+    return sides(lambda h, x: constrain_clients(x if h == "own" else replicate(x, clients)), held, pair)
+
+
+def take(held: Pair, pair: Pair, client: jax.Array) -> Pair:
+    """Returns the pair that a client would use."""
+    return sides(lambda h, x: pick(x, client) if h == "own" else x, held, pair)
+
+
+def put(held: Pair, pair: Pair, client: jax.Array, ended: Pair) -> Pair:
+    """Returns a pair at rest after a client's turn, which ended with another."""
+    set_ = lambda all_, x: all_.at[client].set(x)  # noqa: E731
+    own = lambda h, x, new: jax.tree.map(set_, x, new) if h == "own" else () if h == "none" else new  # noqa: E731
+    return sides(own, held, pair, ended)
+
+
+def merge(held: Pair, averaged: Pair, kept: Pair) -> Pair:
+    """Returns the averages where copies are held, and what is kept elsewhere."""
+    return sides(lambda h, new, x: new if h == "copies" else x, held, averaged, kept)

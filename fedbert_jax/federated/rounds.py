@@ -1,0 +1,161 @@
+"""One round of training, for every arrangement: who steps with whom, and what is averaged at its end.
+
+A strategy is a row of `config/arrangement.py`; `make_strategy` turns any row into a program. A round reads in the order of
+the data: each step draws its batches, takes them across the cut, and updates; at the end of the round, copies are averaged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedbert_jax.federated import holding as hold
+from fedbert_jax.federated.average import add_up, add_up_with_feedback, outer_update, pool, weighted_average, weighted_sum
+from fedbert_jax.federated.holding import only
+from fedbert_jax.federated.joined import joined_loss
+from fedbert_jax.federated.metrics import RoundMetrics, not_finite, of_steps, of_turns
+from fedbert_jax.federated.setting import Setting, over_slices
+from fedbert_jax.federated.split import split_step
+from fedbert_jax.federated.state import Cohort, Pair, Rows, State, Strategy, clients_first, num_steps, pick
+from fedbert_jax.sharding import constrain, constrain_clients
+
+
+def make_strategy(s: Setting) -> Strategy:
+    """Returns the program of a setting's arrangement."""
+    how, cut, at_rest = s.how, s.cut(), ("own", "one")
+    segment, mean = cut.channels.segment, cut.channels.mean
+    coded = segment if how.averages_gradients else None  # what gradients go through; copies go through `segment`
+    held = hold.holding(how, s.config.federated.client_optimizer_state)
+
+    def train_together(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
+        """C clients step side by side against one body; their segments and optimizers end as [C, ...]. Metrics are [K]."""
+
+        def step(carry: Any, x: Any, own_params: bool, own_opt: bool) -> Any:
+            (model, opt), (k, rows) = carry, x
+
+            def clients(part: Any) -> Any:
+                rows, ids, weights, params, opt_c = part
+                params, opt_c = params if own_params else model.client, opt_c if own_opt else opt.client
+                batch, keys = s.draw(constrain(rows, "data"), cohort.round, k, ids)
+                out = split_step(cut, params, model.server, batch, weights, keys, shared_client=not own_params)
+                axes = (0, 0 if own_opt else None, 0 if own_params else None, None)
+                params, opt_c, norm = jax.vmap(s.client_tx.update, axes)(out.client_grads, opt_c, params, first + k)
+                sums = (out.server_grads, weighted_sum(weights, out.loss), weighted_sum(weights, norm))
+                return (constrain_clients(params), constrain_clients(opt_c), not_finite(out.loss, norm)), sums
+
+            mine = (model.client if own_params else (), opt.client if own_opt else ())
+            (client, opt_c, failed), (grads, loss, norm) = over_slices(s, clients, (rows, *cohort[1:3], *mine))
+            server, opt_s, server_norm = s.server_tx.update(grads, opt.server, model.server, first + k)
+            return (Pair(client, server), Pair(opt_c, opt_s)), RoundMetrics(loss, norm, server_norm, failed)
+
+        # In the first step all clients hold the global segment, so no copies are made of it: they come to be by updating.
+        own = (held.model.client == "own", held.opt.client == "own")
+        carry, head = step((model, opt), (jnp.int32(0), pick(cohort.rows, 0)), *own)
+        later = (jnp.arange(1, num_steps(cohort.rows)), jax.tree.map(lambda x: x[1:], cohort.rows))
+        (model, opt), tail = jax.lax.scan(lambda c, x: step(c, x, True, True), carry, later)
+        return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([b, a[None]]), head, tail)
+
+    def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, unsent: Any = ()) -> Any:
+        """All clients train one model: in each step, the weighted mean of their gradients moves it. Metrics are [K]."""
+
+        def step(carry: Any, x: Any) -> Any:
+            (model, opt, unsent), (k, rows) = carry, x
+
+            def gradients(part: Any) -> Any:
+                rows, ids, weights, unsent = part
+                batch, keys = s.draw(rows, cohort.round, k, ids)
+                if not how.cut:
+                    loss = lambda m: joined_loss(s.segments, m.client, m.server, pick(batch, 0), keys)  # noqa: E731
+                    return unsent, jax.value_and_grad(loss)(model)
+                if coded is None:  # only the sum is asked for, so clients are one, and no gradient of any of them exists
+                    if len(cohort.weights) > 1:
+                        batch, weights = pool(batch, weights), jnp.ones(1)
+                    out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
+                    return unsent, (out.loss[0], Pair(pick(out.client_grads, 0), out.server_grads))
+                out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
+                client, unsent = add_up_with_feedback(coded, out.client_grads, weights, unsent)
+                return unsent, (weighted_sum(weights, out.loss), Pair(client, out.server_grads))
+
+            if len(cohort.weights) > 1:
+                rows = constrain(rows, "data")
+            unsent, (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
+            if coded is not None and mean is not None:
+                grads = grads._replace(client=mean.receive(mean.send(coded.total(grads.client), None)))
+            model, opt, norms = s.update(model, opt, grads, first + k)
+            failed = jnp.broadcast_to(not_finite(loss, norms.client), cohort.weights.shape)
+            return (model, opt, unsent), RoundMetrics(loss, *norms, failed)
+
+        steps = (jnp.arange(num_steps(cohort.rows)), cohort.rows)
+        (model, opt, unsent), metrics = jax.lax.scan(step, (model, opt, unsent), steps)
+        return model, opt, metrics, unsent
+
+    def train_alone(model: Pair, opt: Pair, rows: Rows, client: jax.Array, round: jax.Array, first: jax.Array) -> Any:
+        """One client trains a model on its own rows [K, B, ...]: a cohort of one."""
+        alone = Cohort(jax.tree.map(lambda x: x[:, None], rows), client[None], jnp.ones(1), round)
+        model, opt, metrics, _ = train_one(model, opt, alone, first)
+        return model, opt, metrics._replace(failed=metrics.failed[:, 0])
+
+    def together(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
+        model, opt, metrics = train_together(state.model, hold.begun(s, held, state), cohort, first)
+        kept, sums = settle(state, model, opt, cohort.weights)
+        return average(state, kept, sums), of_steps(metrics)
+
+    def pooled(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
+        if how.pools_text:
+            cohort = Cohort(jax.tree.map(lambda x: x[:, :1], cohort.rows), cohort.clients[:1], jnp.ones(1), cohort.round)
+        if len(cohort.weights) == 1:
+            cohort = cohort._replace(rows=constrain(cohort.rows, None, None, "data"))
+        unsent = pick(state.unsent, cohort.clients)
+        model, opt, metrics, unsent = train_one(state.model, state.opt, cohort, first, unsent)
+        there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # who is absent keeps what it has
+        put = lambda all_, x: all_.at[there].set(x, mode="drop")  # noqa: E731
+        return State(model, opt, state.outer, jax.tree.map(put, state.unsent, unsent)), of_steps(metrics)
+
+    def apart(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
+        def train(part: Any) -> Any:
+            rows, ids, weights = part
+            model = hold.spread(held.model, state.model, len(ids))
+            opt = hold.spread(held.opt, hold.begun(s, held, state), len(ids))
+            each = jax.vmap(train_alone, (0, 0, 0, 0, None, None))
+            model, opt, metrics = each(model, opt, constrain(rows, "data"), ids, cohort.round, first)
+            kept, sums = settle(state, model, opt, weights)
+            return (kept, metrics.failed), (sums, of_turns(metrics, weights))
+
+        (kept, failed), (sums, metrics) = over_slices(s, train, (clients_first(cohort.rows), *cohort[1:3]))
+        return average(state, kept, sums), metrics._replace(failed=jnp.sum(failed, axis=1))
+
+    def in_turn(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
+        def turn(carry: tuple[Pair, Pair], x: Any) -> tuple[tuple[Pair, Pair], RoundMetrics]:
+            (model, opt), (n, client, rows) = carry, x
+            mine = State(hold.take(held.model, model, client), hold.take(held.opt, opt, client), ())
+            then = first + n * num_steps(cohort.rows)
+            end, end_opt, metrics = train_alone(mine.model, hold.begun(s, held, mine), rows, client, cohort.round, then)
+            return (hold.put(held.model, model, client, end), hold.put(held.opt, opt, client, end_opt)), metrics
+
+        rows = constrain(clients_first(cohort.rows), None, None, "data")  # [C, K, B, ...]
+        turns = (jnp.arange(len(cohort.clients)), cohort.clients, rows)
+        (model, opt), metrics = jax.lax.scan(turn, (state.model, state.opt), turns)
+        return State(model, opt, state.outer), of_turns(metrics, cohort.weights)
+
+    def settle(state: State, model: Pair, opt: Pair, weights: jax.Array) -> tuple[Any, Any]:
+        """Returns what is kept as it is at the end of a round, and what adds up over clients: the averages' parts."""
+        ended = only(("copies",), held.model, model)
+        if s.outer:
+            begun = only(("copies",), held.model, state.model)
+            ended = jax.tree.map(lambda x, start: x - start[None], ended, begun)
+        sums = (add_up(segment, ended, weights), weighted_average(only(("copies",), held.opt, opt), weights))
+        return (only(at_rest, held.model, model), only(at_rest, held.opt, opt)), sums
+
+    def average(state: State, kept: tuple[Pair, Pair], sums: tuple[Pair, Pair]) -> State:
+        """Returns the state after the round."""
+        moved = sums[0] if segment is None else segment.total(sums[0])
+        new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, state.outer)
+        return State(hold.merge(held.model, new, kept[0]), hold.merge(held.opt, sums[1], kept[1]), outer)
+
+    rounds = {"together": together, "pooled": pooled, "apart": apart, "in turn": in_turn}
+    steps = s.config.federated.local_steps * (s.cohort if how.clients == "in turn" else 1)
+    round = lambda state, cohort: rounds[how.clients](state, cohort, cohort.round * steps)  # noqa: E731
+    init = lambda model: hold.first_state(s, held, model)  # noqa: E731
+    return Strategy(init, round, lambda state, client: hold.take(held.model, state.model, client), steps)

@@ -1,0 +1,62 @@
+"""The state that changes from round to round, and a round's data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedbert_jax.federated.metrics import RoundMetrics
+
+Rows = Any  # what a batch is made of: token blocks that are masked in the step, or a `MaskedBatch` that is ready
+
+
+class Pair(NamedTuple):
+    """Something of the client segment and the same of the server body: parameters, gradients, optimizer states."""
+
+    client: Any
+    server: Any
+
+
+class State(NamedTuple):
+    """All that changes from round to round. A part that each client has of its own has a leading axis [N]."""
+
+    model: Pair
+    opt: Pair
+    outer: Any  # the aggregator's
+    unsent: Any = ()  # what codecs have lost of each client's gradients so far, and will send [N, ...]; () without a loss
+
+
+class Cohort(NamedTuple):
+    """One round's data, C clients. Where all text is pooled it is one client's."""
+
+    rows: Rows  # [K, C, B, ...]; K is `federated.local_steps`, or, in a run's last round, fewer
+    clients: jax.Array  # int32 [C]
+    weights: jax.Array  # float32 [C], summing to 1; 0 for a client that pads the cohort
+    round: jax.Array  # int32, from 0
+
+
+class Strategy(NamedTuple):
+    """What `rounds.make_strategy` makes of a setting."""
+
+    init: Callable[[Pair], State]  # from a fresh model
+    round: Callable[[State, Cohort], tuple[State, RoundMetrics]]
+    model_of: Callable[[State, jax.Array], Pair]  # (state, client id) -> the model that client would use
+    steps_per_round: int  # global steps: how far the schedules move in a round
+
+
+def num_steps(rows: Rows) -> int:
+    """Returns K of a round's data [K, ...]."""
+    return int(jax.tree.leaves(rows)[0].shape[0])
+
+
+def clients_first(rows: Rows) -> Rows:
+    """Turns a round's data [K, C, ...] into [C, K, ...]."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rows)
+
+
+def pick(stacked: Any, index: jax.Array | int) -> Any:
+    """Returns client `index`'s part of a pytree of arrays [N, ...]."""
+    return jax.tree.map(lambda x: x[index], stacked)

@@ -1,0 +1,51 @@
+"""Bytes that a round moves between clients and server, by message: what `wire.MESSAGES` names, from shapes alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.split import split_step
+from fedbert_jax.federated.state import Rows
+from fedbert_jax.federated.wire import num_bytes
+
+
+def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
+    """Returns the bytes of a round's messages, of the whole cohort.
+
+    Args:
+      s: the setting.
+      rows: the shapes of what one client trains on in one step, [B, ...].
+    """
+    how, f = s.how, s.config.federated
+    model = jax.eval_shape(s.fresh)
+    opt = jax.eval_shape(s.init_opt, model)
+    sizes: dict[str, int] = {}
+    if how.cut:
+        steps = s.cohort * f.local_steps
+        cut, zero = s.cut(), jnp.int32(0)
+
+        def messages(rows: Rows) -> dict[str, object]:
+            batch, keys = s.draw(jax.tree.map(lambda x: x[None], rows), zero, zero, zero[None])
+            return split_step(cut, *s.fresh(), batch, jnp.ones(1), keys, shared_client=True).messages
+
+        sizes |= {name: num_bytes(shape) * steps for name, shape in jax.eval_shape(messages, rows).items()}
+        if how.averages_gradients:
+            through = lambda channel: jax.eval_shape(lambda x: channel.send(x, None) if channel else x, model.client)  # noqa: E731
+            up, down = through(cut.channels.segment), through(cut.channels.mean)
+            sizes |= {"segment_gradient": num_bytes(up) * steps, "mean_gradient": num_bytes(down) * steps}
+
+    def travels(name: str, params: object, state: object, back: bool = True) -> None:
+        parts = {name: params} | ({f"{name}_optimizer": state} if f.client_optimizer_state == "average" else {})
+        for part, tree in parts.items():
+            for message in (part, f"trained_{part}")[: 1 + back]:
+                sizes[message] = num_bytes(tree) * s.cohort
+
+    if how.client == "copies" or (how.clients == "in turn" and how.client == "one"):
+        travels("segment", model.client, opt.client)
+    if how.averages_gradients and s.cohort < s.num_clients:  # who wasn't there has to be told what it missed
+        travels("segment", model.client, opt.client, back=False)
+    if how.body == "copies" and not how.cut:  # else the bodies stay on the server
+        travels("body", model.server, opt.server)
+    return sizes

@@ -1,0 +1,205 @@
+"""The wire between client and server: what crosses it, in which direction, as what, and how many bytes that is."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fedbert_jax.config import PrivacyConfig, WireConfig
+from fedbert_jax.models.bert import Keys, Segments
+
+Payload = Any  # a pytree of arrays: what crosses, and whose bytes are counted
+Way = Literal["up", "down"]  # to the server, or to the clients
+
+# Everything that crosses, and where to. Tokens and labels are not here.
+MESSAGES: dict[str, Way] = {
+    # In each step. Positions are those whose hidden states are asked for (`wire.downlink=masked`): random draws among those
+    # that hold no special token, so they tell a little of where documents end, and with `mlm.whole_word` of where long words
+    # are. Lengths cross where sequences are padded.
+    "activations": "up",  # h [B, T, D]
+    "positions": "up",  # uint16 [B, M]
+    "lengths": "up",  # uint16 [B]
+    "hidden_states": "down",  # z [B, M, D], or of all positions
+    "head_gradient": "up",  # dL/dz, like z
+    "input_gradient": "down",  # dL/dh, like h
+    # In each step, where gradients are averaged.
+    "segment_gradient": "up",
+    "mean_gradient": "down",
+    # In each round, of the clients who take part: what they begin with, and what they end with.
+    "segment": "down",
+    "segment_optimizer": "down",
+    "trained_segment": "up",
+    "trained_segment_optimizer": "up",
+    "body": "down",
+    "body_optimizer": "down",
+    "trained_body": "up",
+    "trained_body_optimizer": "up",
+}
+
+
+class Channel(NamedTuple):
+    """What a sender does to a pytree of arrays, and what the receiver does with what crossed: both ends of one hook."""
+
+    send: Callable[[Any, Keys | None], Payload]  # (x, the sender's keys [G]) -> what crosses
+    receive: Callable[[Payload], Any]  # what crossed -> what is computed with, or added up over senders
+    total: Callable[[Any], Any] = lambda x: x  # the sum of what was received from several -> what is computed with
+
+
+class Channels(NamedTuple):
+    """A run's channels, by what goes through them."""
+
+    activations: Channel
+    hidden_states: Channel
+    head_gradient: Channel
+    input_gradient: Channel
+    segment: Channel | None  # a client's weighted part of an average, of parameters or gradients; None: as it is
+    mean: Channel | None  # the mean gradient on its way back; None: as it is
+
+
+class Cut(NamedTuple):
+    """What both sides agree on: the segments, what messages go through, and which hidden states come back."""
+
+    segments: Segments
+    channels: Channels
+    masked_only: bool  # whether the server returns hidden states at the client's positions only
+
+
+class StepKeys(NamedTuple):
+    """One step's PRNG keys, [C], or [G] for G groups of a client's rows; None where nothing is drawn."""
+
+    client: Keys | None = None  # of dropout in the client's segments
+    noise: Keys | None = None  # of what the client adds to what it sends
+    server: Keys | None = None  # of dropout in the body: drawn by the server
+
+
+NO_KEYS = StepKeys()
+
+
+def chain(*links: Channel) -> Channel:
+    """Returns the channel that sends through all links, from left to right, and receives through them in reverse."""
+
+    def send(x: Any, keys: Keys | None) -> Payload:
+        for link in links:
+            x = link.send(x, keys)
+        return x
+
+    def back(name: str) -> Callable[[Any], Any]:
+        return lambda x: functools.reduce(lambda x, link: getattr(link, name)(x), reversed(links), x)
+
+    return Channel(send, back("receive"), back("total"))
+
+
+def codec(name: str, dtype: DTypeLike) -> Channel:
+    """Returns the channel of a type.
+
+    Args:
+      name: `float32` (as it was computed), `bfloat16`, or `int8`: whole numbers from -127 to 127 in units of a scale, which
+        each row, along the last axis, has of its own. A number is off by at most half a unit.
+      dtype: what the receiver computes with.
+    """
+
+    def send(x: jax.Array) -> Payload:
+        if name == "float32":
+            return x
+        if name == "bfloat16":
+            return x.astype(jnp.bfloat16)
+        x = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127.0
+        whole = jnp.round(x / jnp.where(scale > 0, scale, 1.0))
+        return {"int8": whole.astype(jnp.int8), "scale": scale}
+
+    def receive(payload: Payload) -> jax.Array:
+        if name == "int8":
+            return (payload["int8"].astype(jnp.float32) * payload["scale"]).astype(dtype)
+        return payload.astype(dtype)
+
+    leaf = lambda x: isinstance(x, dict) and "int8" in x  # noqa: E731
+    return Channel(lambda x, _: jax.tree.map(send, x), lambda p: jax.tree.map(receive, p, is_leaf=leaf))
+
+
+def clip(norm: float) -> Channel:
+    """Returns the channel whose sender shortens each row, along the last axis, to at most this Euclidean norm."""
+
+    def send(x: jax.Array) -> jax.Array:
+        size = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
+        return (x * jnp.minimum(1.0, norm / jnp.maximum(size, 1e-12))).astype(x.dtype)
+
+    return Channel(lambda x, _: jax.tree.map(send, x), lambda payload: payload)
+
+
+def noise(deviation: float, tag: int) -> Channel:
+    """Returns the channel whose sender adds Gaussian noise of this standard deviation to every number.
+
+    Args:
+      deviation: in units of what is sent.
+      tag: tells apart the noise of different messages of a step.
+    """
+
+    def send(x: jax.Array, keys: Keys | None) -> jax.Array:
+        assert keys is not None, "noise needs keys"
+        groups = x.reshape(keys.shape[0], -1)
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, tag), groups.shape[1:])  # noqa: E731
+        return x + (deviation * jax.vmap(draw)(keys)).reshape(x.shape).astype(x.dtype)
+
+    return Channel(send, lambda payload: payload)
+
+
+def fixed_point(bits: int = 24) -> Channel:
+    """Returns the channel of whole numbers modulo 2**32, in units of 2**-bits.
+
+    Sums over senders come out exactly, in whatever order, and whatever is added that adds up to 0 modulo 2**32. Their
+    absolute value must stay below 2**(31 - bits); a single number beyond that is cut down to it.
+    """
+    most = 2.0 ** (31 - bits) - 2.0**-bits * 128  # below 2**31 in units, float32's rounding included
+
+    def send(x: jax.Array) -> jax.Array:
+        return jnp.round(jnp.clip(x.astype(jnp.float32), -most, most) * 2.0**bits).astype(jnp.int32)
+
+    total = lambda x: jax.tree.map(lambda n: n.astype(jnp.float32) * 2.0**-bits, x)  # noqa: E731
+    return Channel(lambda x, _: jax.tree.map(send, x), lambda payload: payload, total)
+
+
+def make_channels(wire: WireConfig, privacy: PrivacyConfig, dtype: DTypeLike) -> Channels:
+    """Returns what the messages of a run go through.
+
+    Args:
+      wire: what a config says of the four messages and of gradients that are averaged.
+      privacy: what it says of averaging.
+      dtype: of activations and their gradients at the receiver.
+    """
+    plain = codec(wire.codec, dtype)
+
+    def guarded(norm: float | None, deviation: float, tag: int) -> Channel:
+        links = ([clip(norm)] if norm is not None else []) + ([noise(deviation, tag)] if deviation else [])
+        return chain(*links, plain) if links else plain
+
+    segment = mean = None
+    if wire.gradient_codec != "float32":
+        segment, mean = codec(wire.gradient_codec, jnp.float32), codec("bfloat16", jnp.float32)
+    if privacy.averaging == "fixed_point":
+        segment = fixed_point()
+    return Channels(
+        guarded(wire.clip, wire.noise, 0), plain, guarded(wire.gradient_clip, wire.gradient_noise, 1), plain, segment, mean
+    )
+
+
+def make_cut(segments: Segments, wire: WireConfig, privacy: PrivacyConfig | None = None) -> Cut:
+    """Returns what a config makes of a model's cut."""
+    channels = make_channels(wire, privacy or PrivacyConfig(), segments.dtype)
+    return Cut(segments, channels, wire.downlink == "masked")
+
+
+def num_bytes(tree: Any) -> int:
+    """Returns the bytes of a pytree of arrays (or of their shapes)."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def by_way(sizes: Mapping[str, int], way: Way) -> dict[str, int]:
+    """Returns the bytes of those messages that go one way."""
+    return {name: size for name, size in sizes.items() if MESSAGES[name] == way}

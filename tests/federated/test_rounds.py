@@ -1,0 +1,372 @@
+"""Each arrangement's round against what it should equal (invariants 2, 3, 4 and 11)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_trees_close, cohort, make_strategy, mask_spec, program, random_blocks, tiny_config
+
+from fedbert_jax.data.masking import mask_blocks
+from fedbert_jax.federated.joined import joined_loss
+from fedbert_jax.federated.rounds import make_strategy as make
+from fedbert_jax.federated.state import Cohort
+from fedbert_jax.federated.traffic import round_traffic
+
+SGD = dict(name="sgd", learning_rate=0.5, warmup_steps=0, schedule="constant", clip_norm=None, eps=None)
+THREE = jnp.array([0.5, 0.2, 0.3])
+
+
+def run(config, rounds=1, **kwargs):
+    """The state after some rounds, and the last round's metrics."""
+    _, _, state, round = program(config)
+    for n in range(rounds):
+        state, metrics = round(state, cohort(config, round=n, seed=n, **kwargs))
+    return state, metrics
+
+
+def tiny(strategy="parallel", sgd=False, model=None, **federated):
+    optimizers = dict(client_optimizer=SGD, server_optimizer=SGD) if sgd else {}
+    model = dict(num_layers=1) | (model or {})
+    return tiny_config(federated=dict(strategy=strategy, **federated), model=model, **optimizers)
+
+
+def test_one_client_trains_alike_by_any_strategy():
+    """Invariant 2, with Adam, warm-up, clipping, dropout and several rounds: with one client, all are ordinary training."""
+    kinds = [dict(strategy="centralized"), dict(), dict(average="gradients"), dict(strategy="sequential"),
+             dict(strategy="fedavg"), dict(body="merged")]  # fmt: skip
+    models = [
+        run(tiny(**kind, num_clients=1, model=dict(hidden_dropout=0.1)), rounds=3, clients=1, weights=[1.0])[0].model
+        for kind in kinds
+    ]
+    for model in models[1:]:
+        assert_trees_close(model, models[0])
+
+
+def pooled_loss(setting, model, rows, weights, round, k):
+    """The weighted mean of the uncut model's losses on each client's batch."""
+    batch, keys = setting.draw(rows, round, k, jnp.arange(len(weights)))
+    losses = []
+    for c, weight in enumerate(weights):
+        if weight > 0:
+            mine, key = jax.tree.map(lambda x, c=c: x[c], batch), jax.tree.map(lambda x, c=c: x[c : c + 1], keys)
+            losses.append(weight * joined_loss(setting.segments, model.client, model.server, mine, key))
+    return sum(losses)
+
+
+@pytest.mark.parametrize("weights", [[1 / 3] * 3, [0.5, 0.2, 0.3]])
+def test_parallel_of_one_sgd_step_is_centralized_sgd(weights):
+    """Invariant 3: unequal weights included. The reference is `jax.grad` of the weighted pooled loss."""
+    config = tiny(sgd=True, local_steps=1)
+    data = cohort(config, weights=weights)
+    setting, _, state, round = program(config)
+    new, _ = round(state, data)
+    zero = jnp.int32(0)
+    grads = jax.jit(jax.grad(lambda m: pooled_loss(setting, m, data.rows[0], weights, zero, zero)))(state.model)
+    assert_trees_close(new.model, jax.tree.map(lambda p, g: p - 0.5 * g, state.model, grads))
+
+
+OPTIMIZERS = [dict(), SGD, dict(name="lamb", learning_rate=0.01, warmup_steps=1, eps=1e-3)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "lamb"])
+def test_averaged_gradients_are_training_on_the_weighted_pooled_batch(optimizer):
+    """Invariant 3: clipping, schedule, dropout, unequal weights, a client that isn't there and has nonsense for text."""
+    config = tiny_config(
+        federated=dict(average="gradients", num_clients=4), model=dict(num_layers=1, hidden_dropout=0.1),
+        client_optimizer=optimizer, server_optimizer=optimizer,
+    )  # fmt: skip
+    weights = [0.5, 0.2, 0.3, 0.0]
+    setting, _, state, round = program(config)
+
+    @jax.jit
+    def step(model, opt, rows, round, k):
+        loss, grads = jax.value_and_grad(lambda m: pooled_loss(setting, m, rows, weights, round, k))(model)
+        model, opt, norms = setting.update(model, opt, grads, round * config.federated.local_steps + k)
+        return model, opt, (loss, *norms)
+
+    model, opt = state.model, setting.init_opt(state.model)
+    for n in range(2):
+        data = cohort(config, clients=4, weights=weights, round=n, seed=n)
+        state, metrics = round(state, data._replace(rows=data.rows.at[:, 3].set(10**6)))
+        numbers = []
+        for k in range(config.federated.local_steps):
+            model, opt, seen = step(model, opt, data.rows[k], jnp.int32(n), jnp.int32(k))
+            numbers.append(seen)
+        np.testing.assert_allclose(metrics[:3], np.mean(numbers, axis=0), rtol=1e-5)
+        assert not metrics.failed.any()
+    assert_trees_close(state.model, model)
+    assert_trees_close(state.opt, opt)
+
+
+def test_averaged_gradients_need_the_memory_of_centralized_training():
+    """No table, gradient or moment exists for each client: a large vocabulary times eight clients would show."""
+    bytes_needed = {}
+    for kind in (dict(strategy="centralized"), dict(average="gradients"), dict()):
+        config = tiny_config(
+            federated=dict(num_clients=8, **kind), model=dict(num_layers=1, hidden_size=64, vocab_size=8000)
+        )
+        setting, strategy, _ = make_strategy(config)
+        pooled = config.federated.arrangement.pools_text
+        clients, rows = (1, 16) if pooled else (8, 2)
+        shape = lambda *n: jax.ShapeDtypeStruct(n, jnp.int32)  # noqa: E731
+        data = Cohort(shape(2, clients, rows, 12), shape(clients), jax.ShapeDtypeStruct((clients,), jnp.float32), shape())
+        state = jax.eval_shape(lambda setting=setting, strategy=strategy: strategy.init(setting.fresh()))
+        compiled = jax.jit(strategy.round, donate_argnums=0).lower(state, data).compile()
+        bytes_needed[config.federated.strategy, config.federated.average] = compiled.memory_analysis().temp_size_in_bytes
+    table = 8000 * 64 * 4
+    one, gradients, copies = bytes_needed.values()
+    assert gradients < one + table / 4
+    assert copies > one + 8 * table  # which is what the test would see
+
+
+def test_one_local_step_without_copies_equals_many():
+    """Clients begin with the shared segment; copies that were there from the start would end the same."""
+    config = tiny(local_steps=1, model=dict(hidden_dropout=0.1))
+    setting, _, state, round = program(config)
+    data = cohort(config)
+    short, _ = round(state, data)
+    ends = [by_hand(setting, state.model, state.opt, data.rows[:, c], c, 0, 0) for c in range(3)]
+    mean = lambda *x: sum(w * leaf for w, leaf in zip(THREE, x, strict=True))  # noqa: E731
+    assert_trees_close(short.model.client, jax.tree.map(mean, *[model.client for model, _ in ends]))
+    moments = [opt.client[0].mu for _, opt in ends]
+    assert_trees_close(short.opt.client[0].mu, jax.tree.map(mean, *moments))
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(body="merged"), dict(average="gradients")], ids=str)
+def test_neither_order_nor_absent_clients_matter(kind):
+    """Invariants 4 and 11: the cohort in another order, and with one of weight 0 whose text is nonsense, is the cohort."""
+    config = tiny(**kind)
+    data = cohort(config, weights=[0.6, 0.4, 0.0])
+    _, _, state, round = program(config)
+    order = jnp.array([1, 0, 2])
+    shuffled = Cohort(data.rows[:, order], data.clients[order], data.weights[order], data.round)
+    absent = data._replace(rows=data.rows.at[:, 2].set(10**6))  # embedded, it is NaN
+    two = Cohort(data.rows[:, :2], data.clients[:2], data.weights[:2], data.round)
+    ends = [round(state, given) for given in (data, shuffled, absent, two)]
+    for end, metrics in ends[1:]:
+        assert_trees_close(end, ends[0][0])
+        assert_trees_close(metrics[:-1], ends[0][1][:-1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ends[2]))
+
+
+def test_an_absent_client_of_fedavg_changes_nothing():
+    config = tiny("fedavg")
+    data = cohort(config, weights=[0.6, 0.4, 0.0])
+    _, _, state, round = program(config)
+    two = Cohort(data.rows[:, :2], data.clients[:2], data.weights[:2], data.round)
+    (padded, metrics), (plain, same) = round(state, data), round(state, two)
+    assert_trees_close(padded, plain)
+    assert_trees_close(metrics[:-1], same[:-1])
+
+
+@functools.cache
+def joined_step(config):
+    """One optimizer step of the uncut model on one client's batch, compiled."""
+    setting = program(config)[0]
+
+    @jax.jit
+    def step(model, opt, rows, client, round, k, now):
+        batch, keys = setting.draw(rows[None], round, k, client[None])
+        loss = lambda m: joined_loss(setting.segments, m.client, m.server, jax.tree.map(lambda x: x[0], batch), keys)  # noqa: E731
+        return setting.update(model, opt, jax.grad(loss)(model), now)[:2]
+
+    return step
+
+
+def by_hand(setting, model, opt, rows, client, round, first):
+    """One client's K steps of ordinary training, one at a time."""
+    step = joined_step(setting.config)
+    for k in range(rows.shape[0]):
+        model, opt = step(model, opt, rows[k], *map(jnp.int32, (client, round, k, first + k)))
+    return model, opt
+
+
+def test_sequential_hands_the_client_segment_on():
+    config = tiny("sequential")
+    setting, strategy, state, round = program(config)
+    data = cohort(config)
+    order = jnp.array([1, 2, 0])
+    data = Cohort(data.rows[:, order], order, data.weights, data.round)
+    new, _ = round(state, data)
+    model, opt = state.model, state.opt
+    for n in range(3):
+        model, opt = by_hand(setting, model, opt, data.rows[:, n], int(order[n]), 0, 2 * n)
+    assert_trees_close(new.model, model)
+    assert_trees_close(new.opt, opt)
+    assert strategy.steps_per_round == 6
+
+
+@pytest.mark.parametrize("body", ["merged", "private"])
+def test_bodies_of_their_own(body):
+    """SplitFed V1 averages the bodies at the end of the round; private bodies never meet."""
+    config = tiny(body=body)
+    setting, strategy, state, round = program(config)
+    data = cohort(config)
+    new, _ = round(state, data)
+    ends = []
+    for c in range(3):
+        start = strategy.model_of(state, jnp.int32(c))
+        ends.append(by_hand(setting, start, setting.init_opt(start), data.rows[:, c], c, 0, 0)[0])
+    mean = lambda *x: sum(w * leaf for w, leaf in zip(THREE, x, strict=True))  # noqa: E731
+    assert_trees_close(new.model.client, jax.tree.map(mean, *[e.client for e in ends]))
+    if body == "merged":
+        assert_trees_close(new.model.server, jax.tree.map(mean, *[e.server for e in ends]))
+    else:
+        for c in range(3):
+            assert_trees_close(strategy.model_of(new, jnp.int32(c)).server, ends[c].server)
+
+
+def test_local_models_never_meet():
+    config = tiny("local")
+    setting, strategy, state, round = program(config)
+    data = cohort(config)
+    new, _ = round(state, data)
+    for c in range(3):
+        start = strategy.model_of(state, jnp.int32(c))
+        end, _ = by_hand(setting, start, setting.init_opt(start), data.rows[:, c], c, 0, 0)
+        assert_trees_close(strategy.model_of(new, jnp.int32(c)), end)
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "fedavg", "sequential"])
+def test_optimizer_state_reset_and_keep(strategy):
+    """`reset` begins every round with zero moments; `keep` gives each client its own back."""
+    reset = run(tiny(strategy, client_optimizer_state="reset"), rounds=2)[0]
+    assert reset.opt.client == ()
+    average = run(tiny(strategy), rounds=2)[0]
+    differs = lambda a, b: not np.allclose(a.model.client["head"]["bias"], b.model.client["head"]["bias"], atol=1e-6)  # noqa: E731
+    assert differs(reset, average)
+    keep = run(tiny(strategy, client_optimizer_state="keep"), rounds=2)[0]
+    moments = keep.opt.client[0].mu["head"]["bias"]
+    assert moments.shape[0] == 3
+    assert not np.allclose(moments[0], moments[1])
+    assert differs(keep, average)
+
+
+@pytest.mark.parametrize(
+    "aggregator", [dict(name="sgd", learning_rate=0.5), dict(momentum=0.9), dict(name="adam", learning_rate=0.01)], ids=str
+)
+def test_outer_update_against_its_formula(aggregator):
+    """FedAvg at half rate, FedAvgM and FedAdam, two rounds, against the formulas in numpy."""
+    config = tiny_config(aggregator=aggregator, model=dict(num_layers=1))
+    one, (_, _, state, other) = program(tiny())[3], program(config)
+    m = v = 0.0
+    for n in range(2):
+        data = cohort(config, round=n, seed=n)
+        x = np.asarray(state.model.client["head"]["dense"]["kernel"])
+        average = one(state._replace(outer=()), data)[0].model.client["head"]["dense"]["kernel"]
+        delta = x - np.asarray(average)
+        if aggregator.get("name") == "adam":
+            m, v = 0.9 * m + 0.1 * delta, 0.999 * v + 0.001 * delta**2
+            expected = x - 0.01 * (m / (1 - 0.9 ** (n + 1))) / (np.sqrt(v / (1 - 0.999 ** (n + 1))) + 1e-8)
+        elif "momentum" in aggregator:
+            m = 0.9 * m + delta
+            expected = x - m
+        else:
+            expected = x - 0.5 * delta
+        state, _ = other(state, data)
+        np.testing.assert_allclose(state.model.client["head"]["dense"]["kernel"], expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "body", "at_once"),
+    [("parallel", "pooled", None), ("parallel", "private", None), ("fedavg", "pooled", 2)],
+)
+def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body, at_once):
+    """Positions beyond the blocks' length: averaging copies of them must make no difference, which Adam would scale up."""
+    config = tiny_config(
+        federated=dict(strategy=strategy, body=body, num_clients=4, clients_at_once=at_once), model=dict(num_layers=1),
+        aggregator=dict(name="adam", learning_rate=0.01), client_optimizer=dict(weight_decay=0.0),
+    )  # fmt: skip
+    states = program(config)[2], run(config, rounds=2, clients=4, weights=[0.4, 0.1, 0.3, 0.2])[0]
+    before, after = (state.model.client["embeddings"]["position"]["embedding"] for state in states)
+    length = config.data.seq_len
+    assert jnp.array_equal(after[length:], before[length:])
+    assert not np.any(np.all(after[:length] == before[:length], axis=1))
+
+
+def test_schedules_count_global_steps():
+    """A client's fresh optimizer state (reset) doesn't set the learning rate back."""
+    opt = dict(name="sgd", learning_rate=1.0, warmup_steps=0, schedule="linear", decay_steps=4, clip_norm=None, eps=None)
+    config = tiny_config(
+        federated=dict(local_steps=2, client_optimizer_state="reset"), client_optimizer=opt, server_optimizer=opt,
+        model=dict(num_layers=1),
+    )  # fmt: skip
+    _, _, state, round = program(config)
+    moved, _ = round(state, cohort(config, round=0))
+    stays, _ = round(state, cohort(config, round=2))
+    assert_trees_close(stays.model, state.model)
+    assert not np.allclose(moved.model.client["head"]["bias"], state.model.client["head"]["bias"])
+
+
+@pytest.mark.parametrize(
+    "kind", [dict(), dict(client_optimizer_state="reset"), dict(body="merged"), dict(strategy="fedavg",
+             client_optimizer_state="reset"), dict(average="gradients")], ids=str,
+)  # fmt: skip
+def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
+    """Five clients, two at a time, padded to six by one of weight 0; the momentum of an outer update included."""
+    ends = []
+    outer = {} if "average" in kind else dict(momentum=0.9)
+    for at_once in (None, 2) + ((1,) if not kind else ()):
+        config = tiny_config(
+            federated=dict(num_clients=6, clients_at_once=at_once, **kind), model=dict(hidden_dropout=0.1, num_layers=1),
+            aggregator=outer,
+        )  # fmt: skip
+        ends.append(run(config, rounds=2, clients=6, weights=[0.1, 0.3, 0.2, 0.15, 0.25, 0.0]))
+    for end in ends[1:]:
+        assert_trees_close(end, ends[0], atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [dict(), dict(average="gradients"), dict(body="merged"), dict(strategy="sequential"), dict(strategy="fedavg"),
+     dict(strategy="centralized")], ids=str,
+)  # fmt: skip
+def test_a_short_round_is_a_round_of_fewer_steps(kind):
+    """The last round of fine-tuning has fewer steps; its schedules go on from where the round before ended."""
+    models = []
+    for local_steps, round in ((4, 1), (1, 4)):
+        config = tiny(**kind, local_steps=local_steps)
+        setting, _, state, _ = program(config)
+        masked = jax.vmap(jax.vmap(lambda b: mask_blocks(jax.random.key(0), b, mask_spec(tiny()))))
+        batch = masked(random_blocks(0, 1, 3, 2))
+        rule = make(dataclasses.replace(setting, prepare=lambda _, batch: batch))
+        models.append(jax.jit(rule.round)(state, Cohort(batch, jnp.arange(3), THREE, jnp.int32(round)))[0].model)
+    assert_trees_close(*models)
+
+
+def test_traffic_counts_messages_and_averaging():
+    """Bytes are the four messages' of every step, and the segment's (and its moments') there and back."""
+    config = tiny()
+    setting, _, state, _ = program(config)
+    traffic = lambda config: round_traffic(program(config)[0], jax.ShapeDtypeStruct((2, 12), jnp.int32))  # noqa: E731
+    found = traffic(config)
+    f, size, masked = config.federated, config.model.hidden_size, mask_spec(config).num_masked
+    steps = f.local_steps * 3 * f.batch_size
+    assert found["activations"] == found["input_gradient"] == steps * 12 * size * 4
+    assert found["hidden_states"] == found["head_gradient"] == steps * masked * size * 4
+    client = sum(x.nbytes for x in jax.tree.leaves(state.model.client))
+    assert found["segment"] == found["trained_segment"] == 3 * client
+    assert found["segment_optimizer"] == found["trained_segment_optimizer"] == 3 * (2 * client + 4)
+    assert "trained_segment_optimizer" not in traffic(tiny(client_optimizer_state="reset"))
+    assert traffic(tiny("centralized")) == traffic(tiny("local")) == {}
+    assert set(traffic(tiny("fedavg"))) == {
+        f"{way}{part}{what}" for way in ("", "trained_") for part in ("segment", "body") for what in ("", "_optimizer")
+    }
+    # A gradient up and the mean down in each step, and no moments; who was away is told what it missed.
+    gradients = traffic(tiny(average="gradients"))
+    assert set(gradients) - {"activations", "positions", "hidden_states", "head_gradient", "input_gradient"} == {
+        "segment_gradient", "mean_gradient"
+    }  # fmt: skip
+    assert gradients["segment_gradient"] == gradients["mean_gradient"] == f.local_steps * 3 * client
+    away = traffic(tiny(average="gradients", clients_per_round=2))
+    assert away["segment"] == 2 * client and away["segment_optimizer"] == 2 * (2 * client + 4)
+    coded = tiny_config(federated=dict(average="gradients"), wire=dict(gradient_codec="int8"), model=dict(num_layers=1))
+    rows = sum(x.size // x.shape[-1] for x in jax.tree.leaves(state.model.client))
+    assert traffic(coded)["segment_gradient"] == f.local_steps * 3 * (client // 4 + 4 * rows)
+    assert traffic(coded)["mean_gradient"] == f.local_steps * 3 * client // 2
+    assert setting.how.averages

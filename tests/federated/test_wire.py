@@ -1,0 +1,135 @@
+"""The channels: what they lose, what adds up, and that noise, clipping and codecs reach training as they should."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_trees_close, cohort, program, tiny_config
+
+from fedbert_jax.config import PrivacyConfig, WireConfig
+from fedbert_jax.federated import wire
+from fedbert_jax.federated.average import add_up, add_up_with_feedback
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def test_clipping_shortens_long_rows_alone():
+    x = normal(2, 3, 16)
+    sent = wire.clip(3.5).send(x, None)
+    sizes = np.linalg.norm(x, axis=-1)
+    assert (sizes > 3.5).any() and (sizes < 3.5).any()
+    np.testing.assert_allclose(sent, x * np.minimum(1, 3.5 / sizes)[..., None], rtol=1e-6)
+    assert np.isfinite(wire.clip(1.0).send(jnp.zeros((2, 4)), None)).all()
+
+
+def test_noise_is_gaussian_and_each_groups_own():
+    keys, x = jax.random.split(jax.random.key(0), 2), jnp.zeros((4, 50, 40))
+    one = np.asarray(wire.noise(0.5, 0).send(x, keys))
+    assert abs(one.std() - 0.5) < 0.02 and abs(one.mean()) < 0.02
+    assert not np.allclose(one[:2], one[2:])  # the groups are two clients' rows
+    np.testing.assert_array_equal(one[2:], wire.noise(0.5, 0).send(x[:2], keys[1:]))
+    assert not np.allclose(one, wire.noise(0.5, 1).send(x, keys))  # another message of the step
+
+
+def test_links_send_from_left_to_right_and_receive_in_reverse():
+    log = []
+    link = lambda name: wire.Channel(  # noqa: E731
+        lambda x, _: log.append(f"send {name}") or x + 1, lambda x: log.append(f"receive {name}") or x, lambda x: x * 2
+    )
+    both = wire.chain(link("a"), link("b"))
+    assert both.total(both.receive(both.send(0, None))) == 8
+    assert log == ["send a", "send b", "receive b", "receive a"]
+
+
+def test_fixed_point_adds_up_exactly_in_any_order_and_under_pads():
+    """What blinded averaging stands on: integers modulo 2**32, and pads that cancel."""
+    channel = wire.fixed_point(24)
+    parts = [normal(5, 7) for _ in range(6)]
+    sent = [np.asarray(channel.send(x, None)) for x in parts]
+    assert sent[0].dtype == np.int32
+    pads = RNG.integers(-(2**31), 2**31, (5, 5, 7), dtype=np.int32)
+    with np.errstate(over="ignore"):
+        total = sum(sent[1:], sent[0])
+        padded = [x + pad for x, pad in zip(sent, [*pads, -pads.sum(axis=0, dtype=np.int32)], strict=True)]
+        assert np.array_equal(sum(padded[::-1], np.int32(0)), total)
+    np.testing.assert_allclose(channel.total(jnp.asarray(total)), np.sum(parts, axis=0), atol=6 * 2**-25)
+    assert int(channel.send(jnp.full(1, 1e9), None)[0]) > 2**31 - 256  # cut down, not wrapped around
+
+
+@pytest.mark.parametrize("channel", [None, wire.fixed_point(), wire.codec("bfloat16", jnp.float32)])
+def test_a_sum_leaves_a_client_of_weight_0_out(channel):
+    stacked, weights = normal(4, 3, 5), jnp.array([0.5, 0.0, 0.3, 0.2])
+    total = add_up(channel, {"x": stacked.at[1].set(jnp.nan)}, weights)
+    total = channel.total(total) if channel else total
+    np.testing.assert_allclose(total["x"], jnp.einsum("c,cij->ij", weights, stacked), atol=1e-2 if channel else 1e-6)
+
+
+def test_what_a_codec_loses_is_sent_later():
+    """Error feedback: over the steps, what was received and what is still unsent add up to what was to be sent."""
+    channel, weights = wire.codec("int8", jnp.float32), jnp.array([0.5, 0.0, 0.5])
+    unsent, received, wanted, plain = {"g": jnp.zeros((3, 4, 9))}, 0.0, 0.0, 0.0
+    for _ in range(30):
+        grads = normal(3, 4, 9) * jnp.array([1.0, 1.0, 0.01])[:, None, None] + 0.02
+        total, unsent = add_up_with_feedback(channel, {"g": grads.at[1].set(jnp.nan)}, weights, unsent)
+        received, wanted = received + total["g"], wanted + 0.5 * (grads[0] + grads[2])
+        plain = plain + add_up(channel, {"g": grads.at[1].set(0.0)}, weights)["g"]
+    np.testing.assert_allclose(received + unsent["g"].sum(axis=0), wanted, atol=1e-4)
+    assert not unsent["g"][1].any()  # who is absent neither sends nor forgets
+    assert np.abs(received - wanted).mean() < 0.5 * np.abs(plain - wanted).mean()
+
+
+def test_a_config_makes_these_channels():
+    made = wire.make_channels(WireConfig(), PrivacyConfig(), jnp.float32)
+    assert made.segment is None and made.mean is None
+    guarded = wire.make_channels(WireConfig(clip=1.0, noise=0.1, gradient_clip=2.0), PrivacyConfig(), jnp.float32)
+    x, keys = 10 * normal(2, 3, 8), jax.random.split(jax.random.key(0), 1)
+    long = lambda channel: float(np.linalg.norm(channel.receive(channel.send(x, keys)), axis=-1).max())  # noqa: E731
+    assert 1.0 < long(guarded.activations) < 2.0 and abs(long(guarded.head_gradient) - 2.0) < 1e-5
+    np.testing.assert_array_equal(guarded.hidden_states.send(x, None), x)
+    np.testing.assert_array_equal(guarded.input_gradient.send(x, None), x)
+
+
+def end_of_two_rounds(**changes):
+    config = tiny_config(**{"model": dict(num_layers=1), **changes})
+    _, _, state, round = program(config)
+    metrics = []
+    for n in range(2):
+        state, seen = round(state, cohort(config, round=n, seed=n))
+        metrics.append(float(seen.loss))
+    return state, metrics
+
+
+@pytest.mark.parametrize("codec, close", [("bfloat16", 2e-3), ("int8", 2e-3)])
+def test_gradients_in_a_codec_train_nearly_as_they_are(codec, close):
+    plain = end_of_two_rounds(federated=dict(average="gradients"))[0]
+    coded, _ = end_of_two_rounds(federated=dict(average="gradients"), wire=dict(gradient_codec=codec))
+    differences = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), coded.model.client, plain.model.client)
+    assert 0 < max(jax.tree.leaves(differences)) < close * 5
+    assert bool(jax.tree.leaves(coded.unsent)) == (codec == "int8")
+    if codec == "int8":  # as large as what a step of 1/127 of a row's largest leaves
+        assert 0 < max(float(jnp.abs(x).max()) for x in jax.tree.leaves(coded.unsent)) < 0.1
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(body="merged")], ids=str)
+def test_an_average_in_fixed_point_is_the_average(kind):
+    plain = end_of_two_rounds(federated=kind)[0]
+    fixed = end_of_two_rounds(federated=kind, privacy=dict(averaging="fixed_point"))[0]
+    assert_trees_close(fixed.model, plain.model, rtol=1e-4, atol=2e-6)
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), fixed.model.client, plain.model.client)
+    assert not all(jax.tree.leaves(same))
+
+
+def test_noise_and_int8_change_what_is_learnt_and_not_the_draws():
+    losses = {name: end_of_two_rounds(wire=settings)[1] for name, settings in {
+        "plain": {}, "int8": dict(codec="int8"), "noise": dict(noise=0.5), "gradient": dict(gradient_noise=1e-3),
+    }.items()}  # fmt: skip
+    first = [loss[0] for loss in losses.values()]
+    assert len(set(first)) == 4
+    np.testing.assert_allclose(first, first[0], rtol=0.05)
+    assert losses["noise"] == end_of_two_rounds(wire=dict(noise=0.5))[1]
