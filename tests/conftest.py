@@ -44,7 +44,7 @@ def batch(config: Config) -> MaskedBatch:
 
 # The files that take longest, longest first: two workers then end together (`--dist loadfile --no-loadscope-reorder`).
 LONGEST = (
-    "runtime/test_sharding", "federated/test_rounds", "federated/test_strategies", "test_finetune", "test_distributed",
+    "runtime/test_sharding", "federated/test_rounds", "test_finetune", "test_distributed",
     "test_resume", "test_benchmarks", "runtime/test_simulation",
 )  # fmt: skip
 

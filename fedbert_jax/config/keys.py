@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from fedbert_jax.config.arrangement import ARRANGEMENTS
 from fedbert_jax.config.schema import Config
 from fedbert_jax.errors import ConfigError
 
@@ -72,6 +73,8 @@ def type_of(key: str) -> Any:
 
 def kind_of(key: str) -> str:
     """Returns in words what type of value a dotted key accepts."""
+    if key == "federated.strategy":  # text, since a strategy may be registered from outside
+        return " or ".join(dict.fromkeys(repr(name) for name, *_ in ARRANGEMENTS))
     found = type_of(key)
     args = typing.get_args(found)
     if typing.get_origin(found) is Literal:
