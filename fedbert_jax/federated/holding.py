@@ -48,11 +48,9 @@ def first_state(s: Setting, held: Holding, model: Pair) -> State:
     """Returns the state before the first round, of a fresh model: of what is each client's own, [N, ...]."""
     at_rest = lambda h, x: replicate(x, s.num_clients) if h == "own" else () if h == "none" else x  # noqa: E731
     outer = s.outer.init(only(("copies",), held.model, model)) if s.outer else ()
-    unsent = jax.tree.map(lambda x: jnp.zeros((s.num_clients, *x.shape), x.dtype), model.client)
-    lossy = s.config.wire.gradient_codec == "int8"
-    return State(
-        sides(at_rest, held.model, model), sides(at_rest, held.opt, s.init_opt(model)), outer, unsent if lossy else ()
-    )
+    if s.config.wire.gradient_codec == "int8":
+        outer = jax.tree.map(lambda x: jnp.zeros((s.num_clients, *x.shape), x.dtype), model.client)
+    return State(sides(at_rest, held.model, model), sides(at_rest, held.opt, s.init_opt(model)), outer)
 
 
 def begun(s: Setting, held: Holding, state: State) -> Pair:

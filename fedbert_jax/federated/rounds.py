@@ -107,11 +107,11 @@ def make_strategy(s: Setting) -> Strategy:
             cohort = Cohort(jax.tree.map(lambda x: x[:, :1], cohort.rows), cohort.clients[:1], jnp.ones(1), cohort.round)
         if len(cohort.weights) == 1:
             cohort = cohort._replace(rows=constrain(cohort.rows, None, None, "data"))
-        unsent = pick(state.unsent, cohort.clients)
+        unsent = pick(state.outer, cohort.clients)  # () but for a codec that loses something
         model, opt, metrics, unsent = train_one(state.model, state.opt, cohort, first, unsent)
         there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # who is absent keeps what it has
         put = lambda all_, x: all_.at[there].set(x, mode="drop")  # noqa: E731
-        return State(model, opt, state.outer, jax.tree.map(put, state.unsent, unsent)), of_steps(metrics)
+        return State(model, opt, jax.tree.map(put, state.outer, unsent)), of_steps(metrics)
 
     def apart(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def train(part: Any) -> Any:

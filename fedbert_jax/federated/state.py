@@ -25,8 +25,8 @@ class State(NamedTuple):
 
     model: Pair
     opt: Pair
-    outer: Any  # the aggregator's
-    unsent: Any = ()  # what codecs have lost of each client's gradients so far, and will send [N, ...]; () without a loss
+    # Averaging's own: the outer optimizer's state; where gradients are averaged, what their codec has yet to send [N, ...].
+    outer: Any
 
 
 class Cohort(NamedTuple):
