@@ -72,7 +72,8 @@ def main() -> None:
     run = build(config, workdir, begun=True)
     state, meta = restore(run, checkpoints, round)
     name = export(run, state, out, meta, args.client)
-    print(f"round {round}{f' of client {shown(name)}' if name else ''} is in {shown(out)}")
+    whose = f" of client {shown(name)}" if name else ", the model that all clients share," if args.client else ""
+    print(f"round {round}{whose} is in {shown(out)}")
 
 
 def check_place(out: Path, workdir: Path) -> None:

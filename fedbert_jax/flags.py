@@ -224,7 +224,8 @@ def _read(file: str) -> ConfigDict:
     """Runs a config file and returns what its `get_config()` does."""
     path = Path(file).expanduser()
     if not os.path.isfile(path):  # no error for a name that is too long
-        what = "is a directory" if os.path.isdir(path) else "does not exist"
+        kind = "is a directory" if os.path.isdir(path) else "is no file"
+        what = kind if os.path.lexists(path) else "does not exist"
         raise ConfigError(f"config file {file} {what}; accepted: --config FILE.py, such as configs/demo.py.")
     loader = importlib.machinery.SourceFileLoader("fedbert_config", str(path))
     spec = importlib.util.spec_from_file_location("fedbert_config", path, loader=loader)

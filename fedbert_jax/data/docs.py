@@ -57,9 +57,12 @@ def read_docstrings(what: str, data: DataConfig) -> Iterator[tuple[str, str]]:
         with contextlib.suppress(OSError):  # a read-only home costs the next run a parse, no more
             cache.parent.mkdir(parents=True, exist_ok=True)
             temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-            with gzip.open(temporary, "wt", compresslevel=3, encoding="utf-8") as file:
-                file.writelines(json.dumps([group, text]) + "\n" for text, group in documents)
-            os.replace(temporary, cache)
+            try:
+                with gzip.open(temporary, "wt", compresslevel=3, encoding="utf-8") as file:
+                    file.writelines(json.dumps([group, text]) + "\n" for text, group in documents)
+                os.replace(temporary, cache)
+            finally:  # of a full disk nothing is left
+                temporary.unlink(missing_ok=True)
     yield from documents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import subprocess
@@ -70,6 +71,16 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_again(
     os.utime(package / "part.py", (1, 2e9))  # a package without a version counts by its newest file
     read("docs:dangerous_package", **keys)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(docs.os, "replace", full)
+    keys = dict(cache_dir=str(tmp_path / "cache"))
+    assert read("docs:dangerous_package", **keys) == read("docs:dangerous_package", **keys)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_child_processes_find_what_one_process_finds(
