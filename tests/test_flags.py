@@ -167,7 +167,10 @@ def test_a_config_file_that_is_none(tmp_path, text, words):
 
 
 def test_a_config_file_that_is_not_there(tmp_path):
-    missing = (tmp_path / "no.py", "does not exist"), ("x" * 5000, "does not exist"), ("/dev/null", "is no file"), (tmp_path, "is a directory")
+    missing = [
+        (tmp_path / "no.py", "does not exist"), ("x" * 5000, "does not exist"), ("/dev/null", "is no file"),
+        (tmp_path, "is a directory"),
+    ]  # fmt: skip
     for name, words in missing:
         with pytest.raises(ConfigError, match=words):
             load("--config", str(name))
