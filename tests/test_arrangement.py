@@ -12,7 +12,7 @@ from corpus import command, run, write_corpus
 from tiny import assert_trees_close, make_simulation, tiny_config
 
 import fedbert_jax
-from fedbert_jax.config import ARRANGEMENTS, Arrangement, strategy_title
+from fedbert_jax.config import ARRANGEMENTS, Arrangement, from_dict, strategy_title
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.streams import Seeds, seeds_of
 
@@ -60,6 +60,8 @@ def test_a_combination_without_a_row_is_refused_and_the_rows_are_listed(federate
         (dict(wire=dict(gradient_codec="int8")), "wire.gradient_codec"),
         (dict(federated=dict(batch_by="size")), "federated.batch_by"),
         (dict(federated=dict(average="gradients", batch_by="size", clients_per_round=2)), "federated.batch_by"),
+        (dict(federated=dict(average="gradients", batch_by="size", clients_at_once=2)), "federated.batch_by"),
+        (dict(federated=dict(average="gradients", batch_by="size"), wire=dict(gradient_codec="int8")), "federated.batch_by"),
         (dict(federated=dict(strategy="sequential"), privacy=dict(averaging="fixed_point")), "privacy.averaging"),
         (dict(federated=dict(strategy="local", clients_per_round=2)), "federated.clients_per_round"),
         (dict(model=dict(client_layers=2)), "model.client_layers"),
@@ -101,6 +103,11 @@ def registered():
 def test_a_registered_strategy_trains(row):
     """Segments that each client keeps for good, against a shared, an averaged and a handed-on body."""
     fedbert_jax.register("mine", **row)
+    for nameless in ("", " x", "x\ny", 3):
+        with pytest.raises(ValueError, match="accepted: text that can be printed"):
+            fedbert_jax.register(nameless, **row)
+    config = tiny_config(federated=dict(strategy="mine"), model=dict(num_layers=1))
+    assert config.federated.arrangement.averages == ("copies" in row.values())
     with pytest.raises(ValueError, match="there is a strategy 'mine' already"):
         fedbert_jax.register("mine", clients="pooled", client="one", body="one")
     simulation = make_simulation(tiny_config(federated=dict(strategy="mine"), model=dict(num_layers=1)))
@@ -138,6 +145,25 @@ def test_rows_by_size_are_centralized_training_across_the_cut():
         assert bool(simulation.traffic()) == (len(ends) == 2)
         simulation.close()
     assert_trees_close(*ends)
+
+
+def test_a_checkpoints_depth_decides_how_deep_the_cut_may_be():
+    """Its sizes are known later only; the preset's aren't its."""
+    deep = dict(init_from="/a/checkpoint", client_layers=9)
+    assert from_dict(dict(model=deep, data=dict(tokenizer=""))).model.client_layers == 9
+    with pytest.raises(ConfigError, match=r"client_layers=9: accepted: an integer from 0 to below model\.num_layers=9"):
+        from_dict(dict(model=dict(num_layers=9, vocab_size=99, **deep), data=dict(tokenizer="")))
+
+
+@pytest.mark.parametrize("federated, wire, key", [
+    (dict(num_clients=3, clients_at_once=2), {}, "federated.clients_at_once"),
+    (dict(num_clients=3, average="gradients"), dict(gradient_codec="int8"), "wire.gradient_codec"),
+    (dict(num_clients=3, average="gradients", batch_by="size"), {}, "federated.batch_by"),
+])  # fmt: skip
+def test_what_fine_tuning_does_not_take_is_refused(federated, wire, key):
+    data = dict(source="glue:SST-2@x", tokenizer="x", partition=dict(kind="iid"))
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        from_dict(dict(task="finetune", data=data, federated=federated, wire=wire))
 
 
 def test_each_party_draws_from_its_own_secret():

@@ -87,6 +87,8 @@ def register(name: str, arrangement: Arrangement) -> None:
     Raises:
       ValueError: if there is another strategy of that name.
     """
+    if not (isinstance(name, str) and name.strip() == name != "" and name.isprintable()):
+        raise ValueError(f"a strategy's name is {name!r}: accepted: text that can be printed, without spaces around it")
     key = (name, "pooled", "parameters")
     others = {given for given in ARRANGEMENTS if given[0] == name}
     if others and ARRANGEMENTS.get(key) != arrangement:

@@ -59,7 +59,8 @@ def validate(config: Config) -> None:
     if (f.strategy, f.body, f.average) not in ARRANGEMENTS:
         raise ConfigError(
             f"config keys federated.strategy={f.strategy!r}, federated.body={f.body!r}, federated.average={f.average!r}: "
-            f"accepted: {rows()}; body='pooled' and average='parameters' where nothing else is said."
+            f"accepted: {rows()}, or a name given to fedbert_jax.register in this process; body='pooled' and "
+            "average='parameters' where nothing else is said."
         )
     how = f.arrangement
     flat = flatten(to_dict(config))
@@ -145,7 +146,7 @@ def validate(config: Config) -> None:
     )  # fmt: skip
 
     need(
-        0 <= m.client_layers < sizes.num_layers, "model.client_layers", m.client_layers,  # type: ignore[operator]
+        m.client_layers >= 0 and (not known or m.client_layers < sizes.num_layers), "model.client_layers", m.client_layers,  # type: ignore[operator]
         f"an integer from 0 to below model.num_layers={sizes.num_layers}",
     )  # fmt: skip
     need(
@@ -200,8 +201,8 @@ def validate(config: Config) -> None:
         or (how.averages_gradients and f.clients_per_round in (None, f.num_clients) and f.max_clients_per_round is None
             and f.clients_at_once is None and w.gradient_codec == "float32" and not tuning),
         "federated.batch_by", f.batch_by,
-        "'client', unless federated.average='gradients', all clients take part in each round, at once, and "
-        "wire.gradient_codec='float32'",
+        "'client', unless federated.average='gradients', federated.clients_per_round, max_clients_per_round and "
+        "clients_at_once are None, and wire.gradient_codec='float32'",
     )  # fmt: skip
     need(f.epochs is None or f.epochs > 0, "federated.epochs", f.epochs, "a number above 0, or None where rounds decides")
     need(f.schedule_from >= 0, "federated.schedule_from", f.schedule_from, "an integer of at least 0")
@@ -238,6 +239,10 @@ def _groups(pattern: str) -> int | None:
 
 def _validate_finetune(config: Config, need: Callable[[bool, str, Any, str], None]) -> None:
     f, t = config.federated, config.finetune
+    need(f.clients_at_once is None or (f.num_clients or 1) % f.clients_at_once == 0, "federated.clients_at_once",
+         f.clients_at_once, f"a divisor of federated.num_clients={f.num_clients} with task='finetune'")  # fmt: skip
+    need(config.wire.gradient_codec != "int8", "wire.gradient_codec", config.wire.gradient_codec,
+         "'float32' or 'bfloat16' with task='finetune'")  # fmt: skip
     need(not f.arrangement.keeps_own, "federated.strategy", f.strategy,
          "with task='finetune' a strategy, and a federated.body, that end in one model for all")  # fmt: skip
     need(

@@ -96,7 +96,7 @@ class FederatedConfig:
     # segment, at every step, which is training on all clients' batches as one.
     average: Literal["parameters", "gradients"] = "parameters"
     # gradients: client gives each client of a round batch_size rows a step; size draws as many rows in all, from each client
-    # in proportion to its text.
+    # in proportion to its text, whatever federated.weighting is, which then is of scores alone.
     batch_by: Literal["client", "size"] = "client"
     num_clients: int | None = None  # None: as many as the natural partition has
     clients_per_round: int | None = None  # None: all of them
@@ -114,7 +114,7 @@ class FederatedConfig:
     batch_size: int = 4  # sequences per client per step
     weighting: Literal["examples", "uniform"] = "examples"  # of clients in means: by their training text, or alike
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
-    # At the start of a round (of bodies, too, where clients have their own). In `sequential`, average means handed on.
+    # At the start of a round (of bodies, too, where these are copies). In `sequential`, average means handed on.
     client_optimizer_state: Literal["average", "reset", "keep"] = "average"
 
     @property
@@ -179,9 +179,11 @@ class WireConfig:
     codec: Literal["float32", "bfloat16", "int8"] = "float32"
     downlink: Literal["masked", "all"] = "masked"  # which positions' hidden states come back to the client
     clip: float | None = None  # to what norm each row of a client's activations is cut down before it leaves; None: not
-    noise: float = 0.0  # standard deviation of what the client adds to each number of its activations
-    gradient_clip: float | None = None  # the same for the gradient that it sends of the hidden states
-    gradient_noise: float = 0.0  # the same for the gradient that it sends of the hidden states
+    # Standard deviation of what the client adds to each number of its activations. Whoever knows privacy.client_seed, or
+    # seed where that is None, can compute it and take it away again.
+    noise: float = 0.0
+    gradient_clip: float | None = None  # as clip, of the gradient by the hidden states that the client sends back
+    gradient_noise: float = 0.0  # as noise, of the gradient by the hidden states that the client sends back
     # average=gradients: the clients' segment gradients on their way up; float32 and bfloat16 come back as they went, and
     # of int8 (a scale for each row, what a step loses being added to the next) the mean comes back in bfloat16.
     gradient_codec: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -194,8 +196,8 @@ class PrivacyConfig:
     # The clients' secret, from which their segment's first values, masks, dropout, noise and the order of their text follow;
     # the server's seed doesn't give it away. None: it follows from `seed`.
     client_seed: int | None = None
-    # How the copies of the client segment are averaged. fixed_point: as whole numbers modulo 2**32, which one-time pads
-    # would hide and leave the sum as it is; by itself it hides nothing.
+    # How copies are averaged, of the client segment and of bodies. fixed_point: as whole numbers modulo 2**32, which
+    # one-time pads would hide and leave the sum as it is; it hides nothing, and optimizer states are averaged beside it.
     averaging: Literal["plain", "fixed_point"] = "plain"
 
 

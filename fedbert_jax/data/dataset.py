@@ -25,6 +25,7 @@ from fedbert_jax.data.text import Share, Text, read_text
 from fedbert_jax.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, token_dtype, vocab_size
 from fedbert_jax.data.vocabulary import train_tokenizer
 from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.streams import seeds_of
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -99,7 +100,7 @@ def _origin(config: Config) -> dict[str, Any]:
     data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir")}
     init_from = config.model.init_from if not config.data.tokenizer else ""
     data |= {"num_clients": config.federated.num_clients, "init_from": init_from}
-    return {"format": FORMAT, "seed": config.seed} | data
+    return {"format": FORMAT, "seed": config.seed, "client_seed": seeds_of(config).client} | data
 
 
 def _load(config: Config, directory: Path) -> tuple[Dataset, PreTrainedTokenizerFast]:

@@ -61,13 +61,13 @@ def add_up(channel: Channel | None, stacked: Params, weights: jax.Array) -> Para
     return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), received)
 
 
-def add_up_with_feedback(channel: Channel, grads: Params, weights: jax.Array, unsent: Any) -> tuple[Params, Any]:
+def add_up_with_feedback(channel: Channel | None, grads: Params, weights: jax.Array, unsent: Any) -> tuple[Params, Any]:
     """Returns `add_up` of gradients at a codec that loses something, and what it has lost of each client's [C, ...].
 
     What was lost is added to what a client sends next (Seide et al. 2014; Karimireddy et al. 2019), so that nothing is lost
     for good. Without `unsent`, (), it is.
     """
-    if not jax.tree.leaves(unsent):
+    if channel is None or not jax.tree.leaves(unsent):
         return add_up(channel, grads, weights), unsent
     wanted = jax.tree.map(jnp.add, jax.vmap(weighted)(grads, weights), unsent)
     received = jax.vmap(lambda x: channel.receive(channel.send(x, None)))(wanted)

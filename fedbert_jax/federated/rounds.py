@@ -27,6 +27,9 @@ def make_strategy(s: Setting) -> Strategy:
     how, cut, at_rest = s.how, s.cut(), ("own", "one")
     segment, mean = cut.channels.segment, cut.channels.mean
     coded = segment if how.averages_gradients else None  # what gradients go through; copies go through `segment`
+    # What a client does to its own dL/dz can't be done to the pooled one, in which its weight is a factor already.
+    wire = s.config.wire
+    own_gradients = coded is not None or wire.gradient_clip is not None or wire.gradient_noise > 0
     held = hold.holding(how, s.config.federated.client_optimizer_state)
 
     def train_together(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
@@ -69,7 +72,8 @@ def make_strategy(s: Setting) -> Strategy:
                 if not how.cut:
                     loss = lambda m: joined_loss(s.segments, m.client, m.server, pick(batch, 0), keys)  # noqa: E731
                     return unsent, jax.value_and_grad(loss)(model)
-                if coded is None:  # only the sum is asked for, so clients are one, and no gradient of any of them exists
+                if (len(cohort.weights) == 1 and coded is None) or not own_gradients:
+                    # Only the sum is asked for, so clients are one, and no gradient of any of them exists.
                     if len(cohort.weights) > 1:
                         batch, weights = pool(batch, weights), jnp.ones(1)
                     out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)

@@ -370,3 +370,103 @@ def test_traffic_counts_messages_and_averaging():
     assert traffic(coded)["segment_gradient"] == f.local_steps * 3 * (client // 4 + 4 * rows)
     assert traffic(coded)["mean_gradient"] == f.local_steps * 3 * client // 2
     assert setting.how.averages
+
+
+@pytest.mark.parametrize("wire", [dict(gradient_clip=0.001), dict(gradient_noise=0.05)], ids=str)
+def test_what_a_client_does_to_its_own_gradient_is_the_same_however_gradients_are_averaged(wire):
+    """Its weight comes after it: pooled, in bfloat16, and as one step of averaged parameters."""
+    norms = []
+    gradients = dict(average="gradients")
+    for federated, codec in ((gradients, "float32"), (gradients, "bfloat16"), ({}, "float32")):
+        config = tiny_config(
+            federated=dict(local_steps=1, **federated), model=dict(num_layers=1), wire=dict(gradient_codec=codec, **wire)
+        )
+        _, _, state, round = program(config)
+        norms.append(float(round(state, cohort(config))[1].server_norm))
+    np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
+    plain = run(tiny(local_steps=1))[1].server_norm
+    assert abs(norms[0] - plain) > 0.1 * plain
+
+
+def test_what_int8_has_yet_to_send_is_kept_by_client():
+    """Of a cohort of some, in any order, padded by one who takes part anyway, and of one who is absent."""
+    config = tiny_config(
+        federated=dict(average="gradients", num_clients=5, clients_per_round=3), model=dict(num_layers=1),
+        wire=dict(gradient_codec="int8"),
+    )  # fmt: skip
+    _, _, state, round = program(config)
+    lost = jax.tree.map(lambda x: x + 1e-4 * (1 + jnp.arange(5.0)).reshape(-1, *(1,) * (x.ndim - 1)), state.outer)
+    state = state._replace(outer=lost)
+    data = cohort(config)._replace(clients=jnp.array([4, 1, 2]))
+    first, _ = round(state, data)
+    padded = Cohort(
+        jnp.concatenate([data.rows, data.rows[:, :1]], axis=1), jnp.array([4, 1, 2, 4]), jnp.append(data.weights, 0.0),
+        data.round,
+    )  # fmt: skip
+    again, _ = round(state, padded)
+    assert_trees_close(again, first)
+    bias = lambda s: np.asarray(s.outer["head"]["dense"]["kernel"])  # noqa: E731
+    for c in range(5):
+        assert np.array_equal(bias(first)[c], bias(state)[c]) == (c in (0, 3))
+    # A client's own is what it adds: another one's would be as large as the difference between them.
+    shuffled = Cohort(data.rows[:, ::-1], data.clients[::-1], data.weights[::-1], data.round)
+    assert_trees_close(round(state, shuffled)[0].outer, first.outer, atol=2e-6)
+
+
+def test_the_mean_gradient_comes_back_in_bfloat16():
+    """SGD shows it: the segment moves by numbers that bfloat16 has, the body by others."""
+    opt = SGD | dict(learning_rate=1.0)
+    config = tiny_config(
+        federated=dict(average="gradients", local_steps=1), model=dict(num_layers=1), wire=dict(gradient_codec="int8"),
+        client_optimizer=opt, server_optimizer=opt,
+    )  # fmt: skip
+    setting, _, state, _ = program(config)
+    seen = {}
+
+    def spy(name: str, tx):
+        return tx._replace(update=lambda grads, *rest: seen.update({name: grads}) or tx.update(grads, *rest))
+
+    txs = dict(client_tx=spy("client", setting.client_tx), server_tx=spy("server", setting.server_tx))
+    spied = dataclasses.replace(setting, **txs)
+
+    @jax.jit
+    def round(state, data):
+        make(spied).round(state, data)
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:  # a loop of one step, as plain Python: what it sees can be returned
+        patch.setattr(jax.lax, "scan", lambda f, init, xs: (lambda end: (end[0], jax.tree.map(lambda x: x[None], end[1])))(
+            f(init, jax.tree.map(lambda x: x[0], xs))))  # fmt: skip
+        seen = round(state, cohort(config))
+    exact = lambda tree: all(  # noqa: E731
+        jnp.array_equal(x, x.astype(jnp.bfloat16).astype(jnp.float32)) for x in jax.tree.leaves(tree)
+    )
+    assert exact(seen["client"]) and not exact(seen["server"])
+
+
+def test_traffic_of_each_row_by_what_travels():
+    """Handed on in turn, kept optimizers, bodies that stay on the server, and who has to be told what it missed."""
+    traffic = lambda **federated: set(  # noqa: E731
+        round_traffic(program(tiny(**federated))[0], jax.ShapeDtypeStruct((2, 12), jnp.int32))
+    )
+    step = {"activations", "positions", "hidden_states", "head_gradient", "input_gradient"}
+    both, moments = {"segment", "trained_segment"}, {"segment_optimizer", "trained_segment_optimizer"}
+    assert traffic(strategy="sequential") == step | both | moments
+    assert traffic(client_optimizer_state="keep") == step | both
+    assert traffic(body="merged") == step | both | moments == traffic(body="private")
+    assert traffic(average="gradients", clients_per_round=2) == step | {
+        "segment_gradient", "mean_gradient", "segment", "segment_optimizer"
+    }  # fmt: skip
+
+
+def test_optimizer_states_of_bodies_that_are_copies_go_by_the_same_setting():
+    merged = lambda mode: run(tiny(body="merged", client_optimizer_state=mode))[0]  # noqa: E731
+    states = {mode: merged(mode) for mode in ("average", "reset", "keep")}
+    assert states["reset"].opt.server == () and states["average"].opt.server[0].mu["layers"]["up"]["bias"].ndim == 2
+    assert states["keep"].opt.server[0].mu["layers"]["up"]["bias"].shape[0] == 3
+
+
+def test_attention_dropout_alone_has_keys():
+    setting = program(tiny(model=dict(attention_dropout=0.1)))[0]
+    _, keys = setting.draw(random_blocks(0, 3, 2), 0, 0, jnp.arange(3))
+    assert keys.client is not None and keys.server is not None and keys.noise is None

@@ -10,7 +10,7 @@ from tiny import assert_trees_close, cohort, program, tiny_config
 
 from fedbert_jax.config import PrivacyConfig, WireConfig
 from fedbert_jax.federated import wire
-from fedbert_jax.federated.average import add_up, add_up_with_feedback
+from fedbert_jax.federated.average import add_up, add_up_with_feedback, pool
 
 RNG = np.random.default_rng(0)
 
@@ -84,6 +84,26 @@ def test_what_a_codec_loses_is_sent_later():
     assert np.abs(received - wanted).mean() < 0.5 * np.abs(plain - wanted).mean()
 
 
+def test_who_is_absent_keeps_what_it_has_yet_to_send():
+    channel, weights = wire.codec("int8", jnp.float32), jnp.array([0.5, 0.0, 0.5])
+    grads, unsent = {"g": normal(3, 4, 9)}, {"g": 5.0 + normal(3, 4, 9)}
+    total, after = add_up_with_feedback(channel, grads, weights, unsent)
+    np.testing.assert_array_equal(after["g"][1], unsent["g"][1])
+    wanted = 0.5 * (grads["g"][0] + grads["g"][2]) + unsent["g"][0] + unsent["g"][2]
+    np.testing.assert_allclose(total["g"], wanted, atol=0.1)
+
+
+def test_pooled_clients_weigh_what_they_weigh_whatever_they_have_masked(segments, batch):
+    """Clients with few and with many positions: the loss is the weighted mean of their means, as is its gradient."""
+    uneven = batch._replace(weights=batch.weights.at[0, :, 1:].set(0.0).at[1, 0].set(0.0))
+    client, _ = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
+    weights, z = jnp.array([0.5, 0.2, 0.3]), normal(3, 2, batch.labels.shape[-1], 16)
+    each = jax.vmap(lambda b, z: segments.loss(client, z, b))(uneven, z)
+    pooled = pool(uneven, weights)
+    one = segments.loss(client, z.reshape(6, -1, 16), jax.tree.map(lambda x: x[0], pooled))
+    np.testing.assert_allclose(one, weights @ each, rtol=1e-6)
+
+
 def test_a_config_makes_these_channels():
     made = wire.make_channels(WireConfig(), PrivacyConfig(), jnp.float32)
     assert made.segment is None and made.mean is None
@@ -91,6 +111,8 @@ def test_a_config_makes_these_channels():
     x, keys = 10 * normal(2, 3, 8), jax.random.split(jax.random.key(0), 1)
     long = lambda channel: float(np.linalg.norm(channel.receive(channel.send(x, keys)), axis=-1).max())  # noqa: E731
     assert 1.0 < long(guarded.activations) < 2.0 and abs(long(guarded.head_gradient) - 2.0) < 1e-5
+    loud = wire.make_channels(WireConfig(noise=1.0, gradient_noise=1.0), PrivacyConfig(), jnp.float32)
+    assert not np.allclose(loud.activations.send(x, keys), loud.head_gradient.send(x, keys))  # each message its own
     np.testing.assert_array_equal(guarded.hidden_states.send(x, None), x)
     np.testing.assert_array_equal(guarded.input_gradient.send(x, None), x)
 

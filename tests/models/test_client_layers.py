@@ -13,7 +13,9 @@ from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.wire import make_cut
 from fedbert_jax.huggingface import from_tensors, to_tensors
+from fedbert_jax.models import bert
 from fedbert_jax.models.bert import make_segments
+from fedbert_jax.models.layers import fold_in
 
 LAYERS = 3
 
@@ -82,6 +84,16 @@ def test_each_party_draws_its_own_layers():
     batch = MaskedBatch(random_blocks(0, 2), None, None, None)
     embed = jax.jit(lambda keys: made.embed(one[0], batch, keys))
     assert not np.allclose(embed(keys[:1]), embed(keys[1:2]))
+    # Its layers draw from another branch of the key than its embedding: no key is both drawn from and split.
+    with pytest.MonkeyPatch.context() as patch:
+        folded = []
+        patch.setattr(bert, "fold_in", lambda keys, n: folded.append(n) or fold_in(keys, n))
+        jax.eval_shape(lambda keys: made.embed(one[0], batch, keys), keys[:1])
+    assert folded[0] == bert.OWN_LAYERS
+    alone = make_segments(tiny_config(model=dict(num_layers=1)).model).init(keys[0], keys[1])[1]
+    assert not np.allclose(kernel(made.init(keys[0], keys[1])[0]), kernel(alone))
+    same_key = jax.jit(segments(0).init)(keys[1], keys[0])[1]  # a server whose key is the client's
+    assert not np.allclose(kernel(one[0])[0], kernel(same_key)[0])
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(average="gradients"), dict(body="merged")], ids=str)
