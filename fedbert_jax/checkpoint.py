@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Checkpoints:
     def meta(self, round: int) -> dict[str, Any]:
         """Returns what was saved beside the state at `round`; raises UserError if it can't be read."""
         try:
-            with _hushed(for_good_if_it_fails=True):
+            with _hushed(reading=True):
                 meta = self._manager.restore(round, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         except Exception as e:  # orbax raises many kinds
             raise self._damaged(round, _first_line(e)) from e
@@ -100,7 +100,7 @@ class Checkpoints:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         try:
-            with _hushed(for_good_if_it_fails=True):
+            with _hushed(reading=True):
                 restored = self._manager.restore(round, args=args)
         except Exception as e:  # orbax and tensorstore raise many kinds
             raise self._damaged(round, _first_line(e)) from e
@@ -216,14 +216,14 @@ def _join_threads(seconds: float = 30.0) -> None:
 
 
 @contextlib.contextmanager
-def _hushed(for_good_if_it_fails: bool = False) -> Iterator[None]:
+def _hushed(reading: bool = False) -> Iterator[None]:
     """Keeps orbax, which writes and reads arrays side by side, to the error that it raises.
 
     Each of the others would print a traceback, from a thread of its own or of tensorstore's, or when a coroutine is
     collected. What the main thread raises is told as ever.
 
-    The first array that can't be read raises; the reads beside it end whenever they do, in threads that nobody can wait
-    for, and would speak then: hence `for_good_if_it_fails`.
+    The first array that can't be read raises. The reads beside it end whenever they do, in threads that nobody can wait for,
+    and find their event loop closed: where `reading` fails, that one error stays unsaid from then on.
     """
     hooks = (sys.excepthook, sys.unraisablehook, threading.excepthook)
 
@@ -238,15 +238,28 @@ def _hushed(for_good_if_it_fails: bool = False) -> Iterator[None]:
     threading.excepthook = lambda _: None
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    failed = True
     try:
         yield
-        failed = False
+    except BaseException:
+        if reading:
+            hooks = (_but_late_reads(hooks[0]), _but_late_reads(hooks[1]), hooks[2])
+        raise
     finally:
-        if not (failed and for_good_if_it_fails):
-            sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _but_late_reads(hook: Callable[..., None]) -> Callable[..., None]:
+    """Returns a hook of `sys` that tells what it is given, but for another thread's "Event loop is closed"."""
+
+    def told(*given: Any) -> None:
+        error = getattr(given[0], "exc_value", given[-2] if len(given) == 3 else None)
+        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not (late and threading.current_thread() is not threading.main_thread()):
+            hook(*given)
+
+    return hook if getattr(hook, "__name__", "") == told.__name__ else told
 
 
 def _first_line(error: Exception) -> str:

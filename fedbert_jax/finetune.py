@@ -115,11 +115,10 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
     all_seeds = tuple(range(config.seed, config.seed + config.finetune.seeds))
     at_once = config.finetune.seeds_at_once or (1 if jax.default_backend() == "cpu" else len(all_seeds))
     results = _read_results(workdir.root)
-    f = config.federated
     judges = ", ".join(f"{len(examples):,} of the split {split}" for split, examples in data.dev.items())
     console.print(
         f"{data.task.name}: {len(data.train):,} training examples, judged by {judges}; "
-        f"{config_lib.strategy_title(f.strategy, f.body, f.average)}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
+        f"{config.federated.title}, {len(all_seeds)} seed{'s' * (len(all_seeds) > 1)}"
     )
     if str(config.seed) not in results["seeds"]:
         huggingface.check_target(workdir.hf)  # now, not after hours of training

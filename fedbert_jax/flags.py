@@ -104,7 +104,7 @@ def load_config(given: Given) -> Config:
     Raises:
       ConfigError: if the file is missing, fails, or has a key or value that can't be used.
     """
-    values = _read(given.need("config"))
+    values = read_config(given.need("config"))
     with values.unlocked(), values.ignore_type():  # what the type is, the schema says
         for key, value in given.keys.items():
             *sections, name = key.split(".")
@@ -220,8 +220,12 @@ def _unknown_flag(argument: str, name: str) -> ConfigError:
 # --- the config file --------------------------------------------------------------------------------------------------
 
 
-def _read(file: str) -> ConfigDict:
-    """Runs a config file and returns what its `get_config()` does."""
+def read_config(file: str | Path) -> ConfigDict:
+    """Runs a config file and returns what its `get_config()` does; a config that is another's plus a difference begins so.
+
+    Raises:
+      ConfigError: if there is no such file, it fails, or it returns no config.
+    """
     path = Path(file).expanduser()
     if not os.path.isfile(path):  # no error for a name that is too long
         kind = "is a directory" if os.path.isdir(path) else "is no file"

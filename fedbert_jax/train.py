@@ -100,8 +100,7 @@ class Loop:
         print_table(self.console, client_table(run.dataset.summary))
         m = run.config.model
         self.console.print(
-            f"{config_lib.strategy_title(f.strategy, f.body, f.average)}: {sim.cohort} of {sim.num_clients} clients a "
-            f"round, {f.local_steps} steps of "
+            f"{f.title}: {sim.cohort} of {sim.num_clients} clients a round, {f.local_steps} steps of "
             f"{f.batch_size} x {run.config.data.seq_len} tokens each; BERT {m.num_layers} x {m.hidden_size}, "
             f"{client:,} parameters at each client, {server:,} at the server"
         )

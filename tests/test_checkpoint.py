@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +69,30 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, placed, damage):
         file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
     with pytest.raises(UserError, match=r"c/8 is damaged.*delete that directory to go on from round 4"):
         Checkpoints(tmp_path / "c").restore(8, shapes, shardings)
+
+
+def test_a_read_that_ends_late_stays_unsaid_and_all_else_is_told(tmp_path, placed, monkeypatch):
+    """Reads that a damaged one ends find their event loop closed, whenever they do, in threads of their own."""
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(str(error)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda given: told.append(str(given.exc_value)))
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(1, state(), {})
+    checkpoints.close()
+    largest = max((f for f in (tmp_path / "c").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+    def speak(*errors: Exception) -> None:
+        for error in errors:
+            sys.excepthook(type(error), error, None)
+            sys.unraisablehook(SimpleNamespace(exc_value=error))
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="is damaged"):
+            Checkpoints(tmp_path / "c").restore(1, *placed)
+        told.clear()
+        thread = threading.Thread(target=speak, args=(RuntimeError("Event loop is closed"), RuntimeError("another")))
+        thread.start()
+        thread.join()
+        speak(RuntimeError("Event loop is closed"))  # the main thread's own
+        assert told == ["another"] * 2 + ["Event loop is closed"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -19,8 +20,9 @@ from rich.console import Console
 from fedbert_jax import config as config_lib
 from fedbert_jax import run as run_lib
 from fedbert_jax.checkpoint import Checkpoints
-from fedbert_jax.config import MeshConfig, default_config, from_dict
+from fedbert_jax.config import MeshConfig, default_config, flatten, from_dict, to_dict
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
+from fedbert_jax.flags import read_config
 from fedbert_jax.runtime.simulation import Simulation
 from fedbert_jax.sharding import make_mesh
 from fedbert_jax.train import Loop, train
@@ -132,23 +134,34 @@ def test_an_optimizers_arguments_are_its_own(config_file, tmp_path):
         train(config, tmp_path, QUIET)
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 def test_defaults_are_a_valid_config_and_survive_the_round_trip():
     config = from_dict(default_config())
     assert config == config_lib.Config()
     assert from_dict(config_lib.to_dict(config)) == config
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_configs_of_the_repository_are_valid(path):
-    scope: dict = {}
-    exec(compile(path.read_text(), str(path), "exec"), scope)
-    assert len(scope["__doc__"]) > 100  # says what it does, costs and reaches
-    config = scope["get_config"]()
+    assert len(ast.get_docstring(ast.parse(path.read_text()))) > 100  # says what it does, costs and reaches
+    config = read_config(path)
     if path.stem == "text":
         with pytest.raises(ConfigError, match=r"data\.source='text:'"):  # it is the user's to give
             from_dict(config)
         config.data.source = "text:here"
     from_dict(config)
+
+
+@pytest.mark.parametrize("name", ["gradients", "sequential", "centralized", "fedavg", "local"])
+def test_what_is_compared_with_the_demo_has_its_data_and_its_budget(name):
+    """All but the strategy, and for two of them the rates, is the demo's."""
+    demo, other = (flatten(to_dict(from_dict(read_config(CONFIGS / f"{n}.py")))) for n in ("demo", name))
+    differ = {key for key in demo if demo[key] != other[key]} - {"fill_mask"}
+    assert differ & {"federated.strategy", "federated.average"}
+    rates = {f"{side}_optimizer.{key}" for side in ("client", "server") for key in ("learning_rate", "warmup_steps")}
+    assert differ <= {"federated.strategy", "federated.average"} | (rates if name in ("sequential", "local") else set())
 
 
 # --- the data and the workdir ----------------------------------------------------------------------------------------

@@ -178,12 +178,12 @@ def validate(config: Config) -> None:
         f.client_optimizer_state == "average" or how.averages or how.clients == "in turn",
         "federated.client_optimizer_state", f.client_optimizer_state, f"'average' {named}, which averages no copies",
     )  # fmt: skip
-    need(
-        config.aggregator == AggregatorConfig() or how.averages, "aggregator", dataclasses.asdict(config.aggregator),
-        f"its defaults {named}, which averages no copies",
-    )  # fmt: skip
     w = config.wire
-    need(w == WireConfig() or how.cut, "wire", dataclasses.asdict(w), f"its defaults {named}, which has no cut")
+    for section, made, ok, why in (("aggregator", AggregatorConfig, how.averages, "averages no copies"),
+                                   ("wire", WireConfig, how.cut, "has no cut")):  # fmt: skip
+        for key, default in dataclasses.asdict(made()).items():
+            value = flat[f"{section}.{key}"]
+            need(ok or value == default, f"{section}.{key}", value, f"its default, {default!r}, {named}, which {why}")
     for key in ("wire.clip", "wire.gradient_clip"):
         need(flat[key] is None or flat[key] > 0, key, flat[key], "None or above 0")
     for key in ("wire.noise", "wire.gradient_noise"):
@@ -224,8 +224,7 @@ def validate(config: Config) -> None:
         for name in ("eps", "weight_decay", "power", "end_learning_rate"):
             value = flat.get(f"{section}.{name}")
             need(value is None or value >= 0, f"{section}.{name}", value, "a number of at least 0")
-    turns = (f.clients_per_round or f.num_clients or 1) if how.clients == "in turn" else 1
-    most = (2**31 - 1) // (f.local_steps * turns)
+    most = (2**31 - 1) // f.steps_per_round(f.clients_per_round or f.num_clients or 1)
     need(f.rounds <= most, "federated.rounds", f.rounds, f"at most {most}: a step's number is a 32-bit integer")
 
 

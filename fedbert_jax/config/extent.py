@@ -75,7 +75,7 @@ def work_out(config: Config, blocks: int, clients: int, old: Config | None = Non
     if f.epochs is not None:
         # By fractions: 0.07 of 100 blocks are 7, and no hair more.
         rounds = math.ceil(Fraction(repr(f.epochs)) * blocks / (cohort * f.local_steps * f.batch_size))
-    steps = rounds * f.local_steps * (cohort if f.arrangement.clients == "in turn" else 1)
+    steps = rounds * f.steps_per_round(cohort)
     found = {
         "federated.rounds": rounds,
         "federated.clients_per_round": f.clients_per_round if cohort == clients else cohort,

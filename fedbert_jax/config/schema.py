@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedbert_jax.config.arrangement import ARRANGEMENTS, Arrangement
+from fedbert_jax.config.arrangement import ARRANGEMENTS, Arrangement, strategy_title
 
 PRESETS: dict[str, dict[str, int]] = {
     # Turc et al. 2019 (the miniatures) and Devlin et al. 2019 (base, large).
@@ -120,6 +120,14 @@ class FederatedConfig:
     @property
     def arrangement(self) -> Arrangement:
         return ARRANGEMENTS[self.strategy, self.body, self.average]
+
+    @property
+    def title(self) -> str:
+        return strategy_title(self.strategy, self.body, self.average)
+
+    def steps_per_round(self, cohort: int) -> int:
+        """Returns the global steps of a round of so many clients: how far the schedules move in it."""
+        return self.local_steps * (cohort if self.arrangement.clients == "in turn" else 1)
 
     @property
     def own_state(self) -> bool:

@@ -159,7 +159,7 @@ def make_strategy(s: Setting) -> Strategy:
         return State(hold.merge(held.model, new, kept[0]), hold.merge(held.opt, sums[1], kept[1]), outer)
 
     rounds = {"together": together, "pooled": pooled, "apart": apart, "in turn": in_turn}
-    steps = s.config.federated.local_steps * (s.cohort if how.clients == "in turn" else 1)
+    steps = s.config.federated.steps_per_round(s.cohort)
     round = lambda state, cohort: rounds[how.clients](state, cohort, cohort.round * steps)  # noqa: E731
     init = lambda model: hold.first_state(s, held, model)  # noqa: E731
     return Strategy(init, round, lambda state, client: hold.take(held.model, state.model, client), steps)

@@ -22,9 +22,10 @@ def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
     model = jax.eval_shape(s.fresh)
     opt = jax.eval_shape(s.init_opt, model)
     sizes: dict[str, int] = {}
+    cut, zero = s.cut(), jnp.int32(0)
+    through = lambda channel, tree: jax.eval_shape(lambda x: channel.send(x, None) if channel else x, tree)  # noqa: E731
     if how.cut:
         steps = s.cohort * f.local_steps
-        cut, zero = s.cut(), jnp.int32(0)
 
         def messages(rows: Rows) -> dict[str, object]:
             batch, keys = s.draw(jax.tree.map(lambda x: x[None], rows), zero, zero, zero[None])
@@ -32,15 +33,18 @@ def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
 
         sizes |= {name: num_bytes(shape) * steps for name, shape in jax.eval_shape(messages, rows).items()}
         if how.averages_gradients:
-            through = lambda channel: jax.eval_shape(lambda x: channel.send(x, None) if channel else x, model.client)  # noqa: E731
-            up, down = through(cut.channels.segment), through(cut.channels.mean)
+            up, down = through(cut.channels.segment, model.client), through(cut.channels.mean, model.client)
             sizes |= {"segment_gradient": num_bytes(up) * steps, "mean_gradient": num_bytes(down) * steps}
 
     def travels(name: str, params: object, state: object, back: bool = True) -> None:
-        parts = {name: params} | ({f"{name}_optimizer": state} if f.client_optimizer_state == "average" else {})
-        for part, tree in parts.items():
-            for message in (part, f"trained_{part}")[: 1 + back]:
-                sizes[message] = num_bytes(tree) * s.cohort
+        averaged = cut.channels.segment if how.averages else None
+        parts = [(name, params, averaged)]
+        if f.client_optimizer_state == "average":
+            parts.append((f"{name}_optimizer", state, None))
+        for part, tree, channel in parts:
+            sizes[part] = num_bytes(tree) * s.cohort
+            if back:
+                sizes[f"trained_{part}"] = num_bytes(through(channel, tree)) * s.cohort
 
     if how.client == "copies" or (how.clients == "in turn" and how.client == "one"):
         travels("segment", model.client, opt.client)

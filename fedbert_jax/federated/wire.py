@@ -154,15 +154,21 @@ def fixed_point(bits: int = 24) -> Channel:
     """Returns the channel of whole numbers modulo 2**32, in units of 2**-bits.
 
     Sums over senders come out exactly, in whatever order, and whatever is added that adds up to 0 modulo 2**32. Their
-    absolute value must stay below 2**(31 - bits); a single number beyond that is cut down to it.
+    absolute value must stay below 2**(31 - bits); a single number beyond that is cut down to it. What is not finite has no
+    whole number: beside them goes a 0, or for a tensor that holds such a number a NaN, which makes the sum NaN.
     """
     most = 2.0 ** (31 - bits) - 2.0**-bits * 128  # below 2**31 in units, float32's rounding included
 
-    def send(x: jax.Array) -> jax.Array:
-        return jnp.round(jnp.clip(x.astype(jnp.float32), -most, most) * 2.0**bits).astype(jnp.int32)
+    def send(x: jax.Array) -> Payload:
+        whole = jnp.round(jnp.clip(x.astype(jnp.float32), -most, most) * 2.0**bits).astype(jnp.int32)
+        return {"int32": whole, "finite": jnp.where(jnp.all(jnp.isfinite(x)), 0.0, jnp.nan)}
 
-    total = lambda x: jax.tree.map(lambda n: n.astype(jnp.float32) * 2.0**-bits, x)  # noqa: E731
-    return Channel(lambda x, _: jax.tree.map(send, x), lambda payload: payload, total)
+    def total(payload: Payload) -> jax.Array:
+        return payload["int32"].astype(jnp.float32) * 2.0**-bits + payload["finite"]
+
+    leaf = lambda x: isinstance(x, dict) and "int32" in x  # noqa: E731
+    whole = lambda x: jax.tree.map(total, x, is_leaf=leaf)  # noqa: E731
+    return Channel(lambda x, _: jax.tree.map(send, x), lambda payload: payload, whole)
 
 
 def make_channels(wire: WireConfig, privacy: PrivacyConfig, dtype: DTypeLike) -> Channels:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedbert_jax import __version__
-from fedbert_jax.config import Arrangement, Config, ModelConfig, listed, strategy_title
+from fedbert_jax.config import Arrangement, Config, ModelConfig, listed
 from fedbert_jax.data.glue import HUB, MSR_TEST, Task
 
 PAPER = "[FedBERT](https://doi.org/10.1145/3510033) (Tian et al., ACM TIST 2022)"
@@ -52,7 +52,7 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     scores = _scores(config, facts)
     step = f"{f.batch_size} sequences of {d.seq_len} tokens"
     rows = {
-        "strategy": strategy_title(f.strategy, f.body, f.average),
+        "strategy": f.title,
         "clients": _clients(facts),
         "whose model": f"the client {_plain(facts['client'])}'s own" if facts.get("client") else None,
         "rounds": f"{facts['round']:,}, each of {f.local_steps} steps of {step} a client" if "round" in facts else None,
@@ -118,7 +118,7 @@ def classifier_card(
         "task": f"{task.name} of [GLUE](https://gluebenchmark.com)",
         "labels": ", ".join(task.labels) or "a score from 0 to 5",
         "started from": _origin(config) or "random weights",
-        "strategy": strategy_title(f.strategy, f.body, f.average),
+        "strategy": f.title,
         "clients": None if pools else f"{f.num_clients}{dealt}",
         "epochs": f"{t.epochs:g}",
         "batch": f"{f.batch_size} sequences of at most {config.data.seq_len} tokens"

@@ -24,7 +24,7 @@ from fedbert_jax.errors import ConfigError, DivergedError
 from fedbert_jax.federated.joined import joined_logits
 from fedbert_jax.federated.metrics import RoundMetrics
 from fedbert_jax.federated.rounds import make_strategy
-from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.setting import Setting, slices
 from fedbert_jax.federated.state import Cohort, Pair, State
 from fedbert_jax.glue_metrics import score
 from fedbert_jax.models.bert import Params, Segments, make_segments
@@ -78,6 +78,12 @@ class Finetuning:
         self.streams = self._streams()
         self.segments: Segments = self.setting.segments
         self.mesh = make_mesh(config.mesh)
+        count, size = slices(len(self.clients), f.clients_at_once, self.mesh.shape["data"])
+        if count > 1 and count * size != len(self.clients):  # nobody pads a cohort here
+            raise ConfigError(
+                f"config key federated.clients_at_once={f.clients_at_once}: accepted with task='finetune' on "
+                f"{self.mesh.shape['data']} devices (mesh.data): None, or what divides {len(self.clients)} clients there."
+            )
         with jax.set_mesh(self.mesh):
             self.state_shape = jax.eval_shape(self._fresh_state)  # [S, ...]
             self.state_sharding = tree_shardings(self.state_shape, self.mesh)

@@ -99,7 +99,7 @@ class Simulation:
         # Whether a step's rows come from one stream of all blocks, so from each client in proportion to its text.
         one_batch = how.pools_text or f.batch_by == "size"
         abreast = how.abreast and not one_batch
-        steps = f.local_steps * (self.cohort if how.clients == "in turn" else 1)
+        steps = f.steps_per_round(self.cohort)
         self.setting = Setting(
             config=config,
             segments=make_segments(resolve_attention(config).model, compute_dtype(config)),

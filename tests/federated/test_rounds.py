@@ -459,6 +459,16 @@ def test_traffic_of_each_row_by_what_travels():
     }  # fmt: skip
 
 
+def test_bytes_of_an_average_in_fixed_point_are_those_of_its_payload():
+    """A whole number for each number, and beside each tensor the 4 bytes that say whether all are finite."""
+    config = tiny_config(model=dict(num_layers=1), privacy=dict(averaging="fixed_point"))
+    setting, _, state, _ = program(config)
+    found = round_traffic(setting, jax.ShapeDtypeStruct((2, 12), jnp.int32))
+    leaves = jax.tree.leaves(state.model.client)
+    assert found["segment"] == 3 * sum(x.nbytes for x in leaves)
+    assert found["trained_segment"] == found["segment"] + 3 * 4 * len(leaves)
+
+
 def test_optimizer_states_of_bodies_that_are_copies_go_by_the_same_setting():
     merged = lambda mode: run(tiny(body="merged", client_optimizer_state=mode))[0]  # noqa: E731
     states = {mode: merged(mode) for mode in ("average", "reset", "keep")}

@@ -51,15 +51,26 @@ def test_fixed_point_adds_up_exactly_in_any_order_and_under_pads():
     """What blinded averaging stands on: integers modulo 2**32, and pads that cancel."""
     channel = wire.fixed_point(24)
     parts = [normal(5, 7) for _ in range(6)]
-    sent = [np.asarray(channel.send(x, None)) for x in parts]
+    sent = [np.asarray(channel.send(x, None)["int32"]) for x in parts]
     assert sent[0].dtype == np.int32
     pads = RNG.integers(-(2**31), 2**31, (5, 5, 7), dtype=np.int32)
     with np.errstate(over="ignore"):
         total = sum(sent[1:], sent[0])
         padded = [x + pad for x, pad in zip(sent, [*pads, -pads.sum(axis=0, dtype=np.int32)], strict=True)]
         assert np.array_equal(sum(padded[::-1], np.int32(0)), total)
-    np.testing.assert_allclose(channel.total(jnp.asarray(total)), np.sum(parts, axis=0), atol=6 * 2**-25)
-    assert int(channel.send(jnp.full(1, 1e9), None)[0]) > 2**31 - 256  # cut down, not wrapped around
+    whole = channel.total({"int32": jnp.asarray(total), "finite": jnp.float32(0.0)})
+    np.testing.assert_allclose(whole, np.sum(parts, axis=0), atol=6 * 2**-25)
+    assert int(channel.send(jnp.full(1, 1e9), None)["int32"][0]) > 2**31 - 256  # cut down, not wrapped around
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_fixed_point_hides_nothing_that_is_not_finite(bad):
+    """A client whose segment ends in a NaN shows, in that tensor alone; one that is left out doesn't."""
+    stacked, channel = {"a": normal(3, 4).at[1, 2].set(bad), "b": normal(3, 2)}, wire.fixed_point()
+    found = channel.total(add_up(channel, stacked, jnp.array([0.5, 0.3, 0.2])))
+    assert np.isnan(found["a"]).all() and np.isfinite(found["b"]).all()
+    without = channel.total(add_up(channel, stacked, jnp.array([0.5, 0.0, 0.5])))
+    np.testing.assert_allclose(without["a"], 0.5 * (stacked["a"][0] + stacked["a"][2]), atol=1e-6)
 
 
 @pytest.mark.parametrize("channel", [None, wire.fixed_point(), wire.codec("bfloat16", jnp.float32)])

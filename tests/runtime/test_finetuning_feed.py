@@ -14,6 +14,8 @@ from tiny import tiny_config
 from fedbert_jax.data import glue
 from fedbert_jax.data.sequences import ExampleStream, Sequences
 from fedbert_jax.data.tasks import TaskData
+from fedbert_jax.errors import ConfigError
+from fedbert_jax.federated.setting import slices
 from fedbert_jax.runtime import finetuning
 from fedbert_jax.runtime.finetuning import Finetuning
 from fedbert_jax.streams import Seeds, secrets
@@ -51,6 +53,13 @@ def tune():
 
 def rounds(tuning: Finetuning) -> range:
     return range(tuning.rounds)
+
+
+def test_slices_that_do_not_divide_the_clients_are_refused(tune, monkeypatch):
+    """More devices may ask for larger slices than the config does, as four do of two clients at once."""
+    monkeypatch.setattr(finetuning, "slices", lambda cohort, at_once, devices: slices(cohort + 2, at_once, 4))
+    with pytest.raises(ConfigError, match=r"clients_at_once=2: accepted with task='finetune' on .* divides 4 clients"):
+        tune("parallel", clients_at_once=2)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "fixed"])
