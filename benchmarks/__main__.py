@@ -34,13 +34,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", type=Path, help="write the record there after each row; one that is there is gone on with")
     add("--plot", metavar="FILE.png", type=Path, help="draw the record's ratios there")
     add("--results", metavar="FILE.md", type=Path, help="write the record's tables into the suite's block there")
-    add("--batch", metavar="SIZE=N", action="append", default=[],
-        help="sequences a client at a size, such as base-512=2; may be repeated")  # fmt: skip
-    add("--processes", choices=("one", "two", "turns"),
+    add(
+        "--batch",
+        metavar="SIZE=N",
+        action="append",
+        default=[],
+        help="sequences a client at a size, such as base-512=2; may be repeated",
+    )
+    add(
+        "--processes",
+        choices=("one", "two", "turns"),
         help="where a pair's sides live: in one process (default: cpu), each in its own (default: gpu), or each in its own "
-        "that ends while the other runs, where the device's memory doesn't hold both")  # fmt: skip
-    add("--no-memory", action="store_true",
-        help="with one process: don't start each side once more to see its peak memory")  # fmt: skip
+        "that ends while the other runs, where the device's memory doesn't hold both",
+    )
+    add("--no-memory", action="store_true", help="with one process: don't start each side once more to see its peak memory")
     add("--add-memory", action="store_true", help="measure no row: only the peak memory that sides in the record lack")
     add("--threads", type=int, help="cores to use, by JAX and torch alike (default: all)")
     add("--size", choices=("fast",), help="fast: all rows at a tiny size on any device, to debug this program")
@@ -74,9 +81,12 @@ def find_ceiling(size: Size, fast: bool) -> dict[str, Any]:
     n = 256 if fast else 8192 if size.device == "gpu" else 2048
     command = [sys.executable, "-m", "benchmarks.ceiling", "--dtype", size.dtype, "--device", size.device, "--n", str(n)]
     done = subprocess.run(
-        [*command, "--seconds", "0.2" if fast else "2"], stdout=subprocess.PIPE, check=False, text=True,
+        [*command, "--seconds", "0.2" if fast else "2"],
+        stdout=subprocess.PIPE,
+        check=False,
+        text=True,
         cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    )
     if done.returncode:
         raise SystemExit(f"the matmul ceiling can't be measured: status {done.returncode}")
     return json.loads(done.stdout)

@@ -86,16 +86,17 @@ def main() -> None:
     args = parser.parse_args()
     machine.keep_freed_memory()
     facts = machine.facts(machine.limit_cores(None))
-    found: dict[str, Any] = {
-        name: measure(SIZES[args.size], name, args.local_steps, args.rounds) for name in args.strategy
-    }
+    found: dict[str, Any] = {name: measure(SIZES[args.size], name, args.local_steps, args.rounds) for name in args.strategy}
     size = SIZES[args.size]
     numbers = size.vocab * size.hidden  # of a word table
     speed = bandwidth(size.clients * numbers)
     if args.json:
         result = {
-            "benchmark": "breakdown", "machine": facts, "milliseconds_a_step": found, "bytes_a_second": speed,
-        }  # fmt: skip
+            "benchmark": "breakdown",
+            "machine": facts,
+            "milliseconds_a_step": found,
+            "bytes_a_second": speed,
+        }
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     table = Table(box=box.MARKDOWN)
     table.add_column("part of a step")
@@ -112,8 +113,9 @@ def main() -> None:
     least = 1e3 * 28 * numbers / speed
     console.print(
         f"Adding arrays moves {1e-9 * speed:.1f} GB/s here. At that, AdamW of one word table takes {least:.1f} ms at least, "
-        f"and of {size.clients} clients' {size.clients * least:.1f} ms.", highlight=False,
-    )  # fmt: skip
+        f"and of {size.clients} clients' {size.clients * least:.1f} ms.",
+        highlight=False,
+    )
     console.print(machine.describe(facts), highlight=False)
 
 

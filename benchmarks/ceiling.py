@@ -26,9 +26,14 @@ def measure(dtype: str, device: str, n: int, seconds: float = 2.0) -> dict[str, 
 
     library = max(best, key=lambda name: best[name])
     return {
-        "flops": best[library], "library": library, "by_library": best, "n": n, "dtype": dtype,
-        "device": jax.devices()[0].device_kind, "platform": jax.devices()[0].platform,
-    }  # fmt: skip
+        "flops": best[library],
+        "library": library,
+        "by_library": best,
+        "n": n,
+        "dtype": dtype,
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+    }
 
 
 def _best(product: Callable[[], None], flops: float, seconds: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedbert_jax.plots import FAINT, INK, PALETTE, new_figure, panel, to_png
+from fedbert_jax.report.plots import FAINT, INK, PALETTE, new_figure, panel, to_png
 
 MET, MISSED, FREE = PALETTE[2], PALETTE[1], PALETTE[0]
 
@@ -23,8 +23,15 @@ def draw(results: Sequence[dict[str, Any]], title: str) -> bytes:
         low, high = r["quartiles"]
         axes.plot((low, high), (n, n), color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
         axes.plot(r["value"], n, "o", color=color, markersize=5.5)
-        axes.annotate(f"{r['value']:.2f}", (max(high, r["value"]), n), (6, 0), textcoords="offset points", va="center",
-                      fontsize=8, color=INK)  # fmt: skip
+        axes.annotate(
+            f"{r['value']:.2f}",
+            (max(high, r["value"]), n),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
         if r["target"] is not None:
             axes.plot((r["target"], r["target"]), (n - 0.38, n + 0.38), color=INK, linewidth=1.6)
     axes.axvline(1.0, color=FAINT, linewidth=1, linestyle=(0, (5, 3)))
@@ -43,10 +50,17 @@ def draw(results: Sequence[dict[str, Any]], title: str) -> bytes:
     dot = dict(marker="o", linestyle="none", markersize=5.5)
     figure.legend(
         handles=[
-            Line2D([], [], color=MET, label="target met", **dot), Line2D([], [], color=MISSED, label="target missed", **dot),
+            Line2D([], [], color=MET, label="target met", **dot),
+            Line2D([], [], color=MISSED, label="target missed", **dot),
             Line2D([], [], color=FREE, label="no target", **dot),
             Line2D([], [], color=INK, marker="|", linestyle="none", markersize=9, markeredgewidth=1.6, label="target"),
         ],
-        loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8, title=title, title_fontsize=9,
-    )  # fmt: skip
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=8,
+        title=title,
+        title_fontsize=9,
+    )
     return to_png(figure)

@@ -37,9 +37,13 @@ def peak_bytes() -> int:
 
 
 def measure(
-    num_clients: int, rounds: int, size: str = "tiny", cohort: int = 8, at_once: int | None = None,
+    num_clients: int,
+    rounds: int,
+    size: str = "tiny",
+    cohort: int = 8,
+    at_once: int | None = None,
     strategy: str = "parallel",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains in this process with `num_clients` clients; returns its times and memory, which JSON can hold."""
     import dataclasses
 
@@ -47,15 +51,24 @@ def measure(
 
     from fedbert_jax import config as config_lib
     from fedbert_jax.data.masking import MaskSpec, num_masked
+    from fedbert_jax.devices.mesh import make_mesh
     from fedbert_jax.runtime.simulation import Simulation
-    from fedbert_jax.sharding import make_mesh
 
-    config = config_lib.from_dict(dict(
-        model=dict(preset="tiny", **SIZES[size]),
-        data=dict(seq_len=LENGTH),
-        federated=dict(strategy=strategy, num_clients=num_clients, clients_per_round=min(cohort, num_clients),
-                       clients_at_once=at_once, local_steps=4, batch_size=4, rounds=rounds + 1),
-    ))  # fmt: skip
+    config = config_lib.from_dict(
+        dict(
+            model=dict(preset="tiny", **SIZES[size]),
+            data=dict(seq_len=LENGTH),
+            federated=dict(
+                strategy=strategy,
+                num_clients=num_clients,
+                clients_per_round=min(cohort, num_clients),
+                clients_at_once=at_once,
+                local_steps=4,
+                batch_size=4,
+                rounds=rounds + 1,
+            ),
+        )
+    )
     config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, VOCAB))
     mask = MaskSpec(num_masked(config.mlm.mask_prob, LENGTH), VOCAB, 4, (0, 1, 2, 3, 4), None)
     imported = peak_bytes()
@@ -119,9 +132,7 @@ def measure_in_child(num_clients: int, settings: dict[str, Any]) -> dict[str, An
     command = [sys.executable, "-m", "benchmarks.clients", "--clients", str(num_clients), "--here"]
     for name, value in settings.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, check=False, text=True, cwd=Path(__file__).parents[1]
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True, cwd=Path(__file__).parents[1])
     if done.returncode != 0:
         raise SystemExit(f"{num_clients} clients: the child process failed with status {done.returncode}.")
     return json.loads(done.stdout)
@@ -133,19 +144,32 @@ def show(result: dict[str, Any], console: Console) -> None:
     runs = result["runs"]
     smallest = runs[0]["clients"]
     for column in (
-        "clients", "round, ms", f"/ {smallest}", "evaluation, ms", "tokens, MB", "peak after data, MB",
-        "peak after training, MB", f"/ {smallest}", "first round, s",
-    ):  # fmt: skip
+        "clients",
+        "round, ms",
+        f"/ {smallest}",
+        "evaluation, ms",
+        "tokens, MB",
+        "peak after data, MB",
+        "peak after training, MB",
+        f"/ {smallest}",
+        "first round, s",
+    ):
         table.add_column(column, justify="right")
     for run in runs:
         mb = lambda key: f"{run[key] / 1e6:.1f}"  # noqa: B023, E731
         slower = run["round_median_seconds"] / runs[0]["round_median_seconds"]
         larger = run["training_peak_bytes"] / runs[0]["training_peak_bytes"]
         table.add_row(
-            f"{run['clients']:,}", f"{1e3 * run['round_median_seconds']:.0f}", f"{slower:.2f}",
-            f"{1e3 * run['eval_seconds']:.0f}", mb("token_bytes"), mb("data_peak_bytes"), mb("training_peak_bytes"),
-            f"{larger:.2f}", f"{run['first_round_seconds']:.1f}",
-        )  # fmt: skip
+            f"{run['clients']:,}",
+            f"{1e3 * run['round_median_seconds']:.0f}",
+            f"{slower:.2f}",
+            f"{1e3 * run['eval_seconds']:.0f}",
+            mb("token_bytes"),
+            mb("data_peak_bytes"),
+            mb("training_peak_bytes"),
+            f"{larger:.2f}",
+            f"{run['first_round_seconds']:.1f}",
+        )
     console.print(table)
     settings = result["settings"]
     console.print(
@@ -159,8 +183,14 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=__doc__)
-    parser.add_argument("--clients", type=int, nargs="+", default=[10, 1_000, 10_000], metavar="N",
-                        help="how many clients exist (default: 10 1000 10000)")  # fmt: skip
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[10, 1_000, 10_000],
+        metavar="N",
+        help="how many clients exist (default: 10 1000 10000)",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds; one more is run first (default: 20)")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="fast: for debugging this program")
     parser.add_argument("--cohort", type=int, default=8, metavar="C", help="clients a round (default: 8)")

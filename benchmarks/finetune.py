@@ -40,9 +40,15 @@ def synthetic_model(root: Path, hidden: int = 128) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     folder = root / "model"
     torch.manual_seed(0)
-    BertModel(BertConfig(
-        vocab_size=30522, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=2, intermediate_size=4 * hidden,
-    )).save_pretrained(folder)  # fmt: skip
+    BertModel(
+        BertConfig(
+            vocab_size=30522,
+            hidden_size=hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=4 * hidden,
+        )
+    ).save_pretrained(folder)
     BertTokenizerFast(vocab={w: n for n, w in enumerate(words)}).save_pretrained(folder)
     return folder
 
@@ -52,19 +58,23 @@ def make_sides(model: Path, glue: Path, rounds: int, root: Path) -> dict[str, Si
     import jax
 
     from fedbert_jax import config as config_lib
-    from fedbert_jax import finetune as ft
-    from fedbert_jax.data.tasks import read_task
     from fedbert_jax.data.tokenizer import load_tokenizer
-    from fedbert_jax.runtime.finetuning import Finetuning
+    from fedbert_jax.glue import finetune as ft
+    from fedbert_jax.glue.examples import read_task
+    from fedbert_jax.glue.simulation import Finetuning
 
     adamw = dict(name="adamw", learning_rate=RATE, weight_decay=0.01, eps=1e-8, clip_norm=CLIP, schedule="constant")
-    config = config_lib.from_dict(dict(
-        task="finetune",
-        data=dict(source=f"glue:SST-2@{glue}", tokenizer="", seq_len=128),
-        model=dict(init_from=str(model), hidden_dropout=DROPOUT, attention_dropout=DROPOUT),
-        federated=dict(strategy="centralized", batch_size=BATCH, local_steps=STEPS),
-        client_optimizer=adamw, server_optimizer=adamw, finetune=dict(epochs=20.0, warmup=0.0),
-    ))  # fmt: skip
+    config = config_lib.from_dict(
+        dict(
+            task="finetune",
+            data=dict(source=f"glue:SST-2@{glue}", tokenizer="", seq_len=128),
+            model=dict(init_from=str(model), hidden_dropout=DROPOUT, attention_dropout=DROPOUT),
+            federated=dict(strategy="centralized", batch_size=BATCH, local_steps=STEPS),
+            client_optimizer=adamw,
+            server_optimizer=adamw,
+            finetune=dict(epochs=20.0, warmup=0.0),
+        )
+    )
     tokenizer = load_tokenizer(str(model))
     config, start = ft.resolve(config, tokenizer)
     tuning = Finetuning(config, read_task(config, tokenizer), start, (0,))
@@ -130,9 +140,11 @@ def torch_loop(start: Path, tuning: Any, lengths: dict[int, int]) -> tuple[Calla
     def loss_of(tokens: np.ndarray, types: np.ndarray, sizes: np.ndarray, labels: np.ndarray) -> Any:
         mask = torch.arange(tokens.shape[1])[None] < torch.from_numpy(sizes)[:, None]
         return model(
-            torch.from_numpy(tokens), attention_mask=mask.long(), token_type_ids=torch.from_numpy(types),
+            torch.from_numpy(tokens),
+            attention_mask=mask.long(),
+            token_type_ids=torch.from_numpy(types),
             labels=torch.from_numpy(labels).long(),
-        ).loss  # fmt: skip
+        ).loss
 
     def train(batches: list[Any]) -> float:
         losses = []
@@ -149,8 +161,9 @@ def torch_loop(start: Path, tuning: Any, lengths: dict[int, int]) -> tuple[Calla
 
     first = tuning.batches(0)
     with torch.no_grad():
-        initial = loss_of(first.tokens[0, 0, 0], first.token_types[0, 0, 0], first.lengths[0, 0, 0],
-                          first.labels[0, 0, 0, :, 0]).item()  # fmt: skip
+        initial = loss_of(
+            first.tokens[0, 0, 0], first.token_types[0, 0, 0], first.lengths[0, 0, 0], first.labels[0, 0, 0, :, 0]
+        ).item()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     train([tuning.batches(n) for n in lengths.values()])
     model.load_state_dict(weights)
@@ -191,8 +204,9 @@ def main() -> None:
     text, name = "SST-2" if args.glue else "random phrases", args.model.name if args.model else "random BERT-tiny"
     console.print(
         f"ms: for a step of {BATCH} sequences, padded to the batch's length. {args.samples} pairs of "
-        f"{args.rounds * STEPS} steps; {text}, {name}, dropout {DROPOUT}, AdamW, clipping of each segment.", highlight=False,
-    )  # fmt: skip
+        f"{args.rounds * STEPS} steps; {text}, {name}, dropout {DROPOUT}, AdamW, clipping of each segment.",
+        highlight=False,
+    )
     console.print(machine.describe(facts), highlight=False)
 
 

@@ -16,12 +16,12 @@ from benchmarks.pairs import Side, guess_loss
 from benchmarks.sizes import CLS, MASK, MASK_PROB, PAD, SEP, UNK, WEIGHT_DECAY, Size, random_blocks
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
+from fedbert_jax.federated import setting as setting_lib
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Cohort, Pair, State, pick
 from fedbert_jax.models.bert import make_segments
-from fedbert_jax.optim import make_aggregator, make_optimizer
 
 # Names of the sides that are no strategy's: what the config says of them.
 NAMED = {
@@ -78,43 +78,48 @@ def round_side(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> 
     title = strategy.replace("-gradients", ", gradients averaged")
     return Side(
         f"fedbert_jax {title}, {local_steps} local step{'s' * (local_steps > 1)}" + ", logits in chunks" * (chunks > 1),
-        size.tokens * local_steps, run,
-        guess_loss(size.vocab, size.hidden), initial, compile_seconds, flops=flops.per_token(size, last_layer_pruned=True),
-    )  # fmt: skip
+        size.tokens * local_steps,
+        run,
+        guess_loss(size.vocab, size.hidden),
+        initial,
+        compile_seconds,
+        flops=flops.per_token(size, last_layer_pruned=True),
+    )
 
 
 def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Setting:
     """Builds what a strategy is made from, with AdamW at a constant rate and no clipping in both segments."""
     adamw = dict(
-        name="adamw", learning_rate=size.learning_rate, schedule="constant", warmup_steps=0, clip_norm=None,
+        name="adamw",
+        learning_rate=size.learning_rate,
+        schedule="constant",
+        warmup_steps=0,
+        clip_norm=None,
         weight_decay=WEIGHT_DECAY,
-    )  # fmt: skip
+    )
     named = NAMED.get(strategy, dict(strategy=strategy))
     pooled = strategy in ("centralized", "parallel-gradients")  # whose rows go through the head as one client's
     positions = (size.rows if pooled else size.batch) * size.masked
-    config = config_lib.from_dict(dict(
-        model=dict(
-            hidden_size=size.hidden, num_layers=size.layers, num_heads=size.heads,
-            logits_at_once=-(-positions // chunks) if chunks > 1 else None,
-        ),
-        data=dict(seq_len=size.length),
-        federated=dict(num_clients=size.clients, local_steps=local_steps, batch_size=size.batch, **named),
-        client_optimizer=adamw,
-        server_optimizer=adamw,
-        mlm=dict(mask_prob=MASK_PROB),
-        precision=dict(compute_dtype=size.dtype),
-    ))  # fmt: skip
-    config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, size.vocab))
-    return Setting(
-        config=config,
-        segments=make_segments(config.model, jnp.dtype(size.dtype)),
-        prepare=functools.partial(mask_blocks, spec=mask_spec(size)),
-        client_tx=make_optimizer(config.client_optimizer, "client_optimizer", 1),
-        server_tx=make_optimizer(config.server_optimizer, "server_optimizer", 1),
-        outer=make_aggregator(config.aggregator),
-        num_clients=size.clients,
-        cohort=size.clients,
+    config = config_lib.from_dict(
+        dict(
+            model=dict(
+                hidden_size=size.hidden,
+                num_layers=size.layers,
+                num_heads=size.heads,
+                logits_at_once=-(-positions // chunks) if chunks > 1 else None,
+            ),
+            data=dict(seq_len=size.length),
+            federated=dict(num_clients=size.clients, local_steps=local_steps, batch_size=size.batch, **named),
+            client_optimizer=adamw,
+            server_optimizer=adamw,
+            mlm=dict(mask_prob=MASK_PROB),
+            precision=dict(compute_dtype=size.dtype),
+        )
     )
+    config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, size.vocab))
+    prepare = functools.partial(mask_blocks, spec=mask_spec(size))
+    segments = make_segments(config.model, jnp.dtype(size.dtype))
+    return setting_lib.make_setting(config, segments, prepare, size.clients, size.clients, span=(1, 0))
 
 
 def mask_spec(size: Size) -> MaskSpec:

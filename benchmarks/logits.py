@@ -41,10 +41,14 @@ def measure(size: Size, samples: int) -> list[dict[str, Any]]:
     results = []
     for (strategy, chunks, started), times in zip(runs, seconds, strict=True):
         whole = (size.rows if strategy == "centralized" else size.batch) * size.masked
-        results.append({
-            "strategy": strategy, "logits_at_once": -(-whole // chunks), "ms": 1e3 * statistics.median(times),
-            "temporary_mb": 1e-6 * started.compiled.memory_analysis().temp_size_in_bytes,
-        })  # fmt: skip
+        results.append(
+            {
+                "strategy": strategy,
+                "logits_at_once": -(-whole // chunks),
+                "ms": 1e3 * statistics.median(times),
+                "temporary_mb": 1e-6 * started.compiled.memory_analysis().temp_size_in_bytes,
+            }
+        )
     return results
 
 

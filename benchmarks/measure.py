@@ -32,9 +32,14 @@ class Bench:
     """
 
     def __init__(
-        self, sizes: Mapping[str, Size], samples: int, processes: str = "one", ceiling: float | None = None,
-        memory: bool = False, note: Callable[[str], None] = lambda _: None,
-    ):  # fmt: skip
+        self,
+        sizes: Mapping[str, Size],
+        samples: int,
+        processes: str = "one",
+        ceiling: float | None = None,
+        memory: bool = False,
+        note: Callable[[str], None] = lambda _: None,
+    ):
         self.sizes, self.samples, self.processes, self.ceiling = sizes, samples, processes, ceiling
         self.memory, self.note = memory, note
         self.sides: dict[tuple[str, str], Side] = {}  # by size and name
@@ -114,12 +119,21 @@ class Bench:
                 continue
             seconds = statistics.median(side.seconds)
             achieved = [count / seconds for count in side.flops]
-            found.append({
-                "size": size_name, "key": key, "name": side.name, "ms": 1e3 * seconds * self.sizes[size_name].tokens,
-                "tokens_per_second": 1 / seconds, "flops_needed": achieved[0], "flops_executed": achieved[1],
-                "share": achieved[1] / self.ceiling if self.ceiling else None, "peak_bytes": side.peak_bytes,
-                "compile_seconds": side.compile_seconds, "losses": [side.initial_loss, side.losses[-1]],
-            })  # fmt: skip
+            found.append(
+                {
+                    "size": size_name,
+                    "key": key,
+                    "name": side.name,
+                    "ms": 1e3 * seconds * self.sizes[size_name].tokens,
+                    "tokens_per_second": 1 / seconds,
+                    "flops_needed": achieved[0],
+                    "flops_executed": achieved[1],
+                    "share": achieved[1] / self.ceiling if self.ceiling else None,
+                    "peak_bytes": side.peak_bytes,
+                    "compile_seconds": side.compile_seconds,
+                    "losses": [side.initial_loss, side.losses[-1]],
+                }
+            )
         return found
 
     def close(self) -> None:
@@ -144,9 +158,12 @@ def run(bench: Bench, record: Record, rows: Sequence[Row], save: Callable[[Recor
 
 
 def add_memory(
-    record: Record, sizes: Mapping[str, Size], rows: Sequence[Row], save: Callable[[Record], None] = lambda _: None,
+    record: Record,
+    sizes: Mapping[str, Size],
+    rows: Sequence[Row],
+    save: Callable[[Record], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
-) -> Record:  # fmt: skip
+) -> Record:
     """Starts each side of a record's `rows` that was measured without its peak memory once, for that, and returns it."""
     asked = {(row.size, name) for row in rows for name in (row.a, row.b)}
     for side in record["sides"]:
@@ -184,8 +201,11 @@ def open_record(path: Path | None, suite: str, sizes: Mapping[str, Size], facts:
 def suite_facts(cores: int, processes: str, samples: int, ceiling: dict[str, Any]) -> dict[str, Any]:
     """Returns the machine's facts with the device, its matmul ceiling and how rows are measured."""
     return machine.facts(cores) | {
-        "device": ceiling["device"], "ceiling": ceiling, "processes": processes, "samples": samples,
-    }  # fmt: skip
+        "device": ceiling["device"],
+        "ceiling": ceiling,
+        "processes": processes,
+        "samples": samples,
+    }
 
 
 def _replace(entries: list[dict[str, Any]], new: dict[str, Any], key: str) -> None:

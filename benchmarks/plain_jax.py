@@ -30,13 +30,22 @@ def init_params(key: jax.Array, size: Size) -> Params:
     norm = lambda *stack: {"scale": jnp.ones((*stack, d)), "bias": jnp.zeros((*stack, d))}  # noqa: E731
     dense = lambda i, o, *stack: {"kernel": normal(*stack, i, o), "bias": jnp.zeros((*stack, o))}  # noqa: E731
     return {
-        "word": normal(v, d), "position": normal(size.length, d), "type": normal(1, d), "norm": norm(),
+        "word": normal(v, d),
+        "position": normal(size.length, d),
+        "type": normal(1, d),
+        "norm": norm(),
         "layers": {
-            "query": dense(d, d, n), "key": dense(d, d, n), "value": dense(d, d, n), "out": dense(d, d, n),
-            "norm1": norm(n), "up": dense(d, 4 * d, n), "down": dense(4 * d, d, n), "norm2": norm(n),
+            "query": dense(d, d, n),
+            "key": dense(d, d, n),
+            "value": dense(d, d, n),
+            "out": dense(d, d, n),
+            "norm1": norm(n),
+            "up": dense(d, 4 * d, n),
+            "down": dense(4 * d, d, n),
+            "norm2": norm(n),
         },
         "head": {"dense": dense(d, d), "norm": norm(), "bias": jnp.zeros(v)},
-    }  # fmt: skip
+    }
 
 
 def layer_norm(p: Params, x: jax.Array) -> jax.Array:
@@ -108,6 +117,11 @@ def plain_side(size: Size, steps: int) -> Side:
         return float(sum(jax.device_get(losses)) / len(losses))
 
     return Side(
-        "plain JAX", size.tokens * steps, run, guess_loss(size.vocab, size.hidden), initial, compile_seconds,
+        "plain JAX",
+        size.tokens * steps,
+        run,
+        guess_loss(size.vocab, size.hidden),
+        initial,
+        compile_seconds,
         flops=flops.per_token(size),
-    )  # fmt: skip
+    )

@@ -11,9 +11,18 @@ STRATEGIES = ("centralized", "parallel", "sequential", "merged")
 WAYS = ("", "-1", "-chunks")  # behind a strategy: rounds of one local step; logits at a quarter of the positions at a time
 JAX = (*(name + way for name in STRATEGIES for way in WAYS), "parallel-gradients", "plain")
 TORCH = (
-    "hf", "hf-loop", "hf-compiled", "gather", "gather-compiled", "split", "v1", "v1-gather", "v2", "v2-gather",
+    "hf",
+    "hf-loop",
+    "hf-compiled",
+    "gather",
+    "gather-compiled",
+    "split",
+    "v1",
+    "v1-gather",
+    "v2",
+    "v2-gather",
     "relay-gather",
-)  # fmt: skip
+)
 
 
 def make_side(name: str, size: Size) -> Side:

@@ -35,38 +35,43 @@ class Suite:
 
 
 # Compiling comes first: it needs no side that stays. Rows that share a side stand together, so that each is freed early.
-CPU = Suite("cpu", dtype="float32", processes="one", rows=(
-    Row("centralized: compiling the round", "centralized", target=20.0, size="base", kind="seconds"),
-    Row("parallel: compiling the round", "parallel", target=20.0, size="base", kind="seconds"),
-    Row("centralized/torch gather", "centralized", "gather", 0.95, "small"),
-    Row("centralized/torch gather, compiled", "centralized", "gather-compiled", None, "small"),
-    Row("centralized/plain JAX", "centralized", "plain", None, "small"),
-    Row("centralized/HF", "centralized", "hf", 2.8, "small"),
-    Row("centralized/HF, compiled", "centralized", "hf-compiled", None, "small"),
-    Row("centralized/HF, loop over clients", "centralized", "hf-loop", None, "small"),
-    Row("parallel/centralized", "parallel", "centralized", 0.93, "small"),
-    Row("parallel/centralized, averaging every step", "parallel-1", "centralized-1", 0.85, "small"),
-    Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", 0.97, "small"),
-    Row("parallel, gradients averaged/parallel", "parallel-gradients", "parallel", None, "small"),
-    Row("parallel, logits in chunks/parallel", "parallel-chunks", "parallel", None, "small"),
-    Row("parallel/HF", "parallel", "hf", 1.8, "small"),
-    Row("parallel/HF, loop over clients", "parallel", "hf-loop", 1.8, "small"),
-    Row("parallel/torch split", "parallel", "split", 1.0, "small"),
-    Row("parallel/torch V2, gather", "parallel", "v2-gather", 1.5, "small"),
-    Row("parallel/torch V2", "parallel", "v2", 2.5, "small"),
-    Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", 1.5, "small"),
-    Row("parallel, gradients averaged/torch V2", "parallel-gradients", "v2", 2.5, "small"),
-    Row("parallel/torch V1, gather", "parallel", "v1-gather", None, "small"),
-    Row("parallel/torch V1", "parallel", "v1", None, "small"),
-    Row("merged/torch V1, gather", "merged", "v1-gather", None, "small"),
-    Row("sequential/torch V2, handed on, gather", "sequential", "relay-gather", None, "small"),
-    Row("centralized/torch gather", "centralized", "gather", None, "base"),
-    Row("centralized/HF", "centralized", "hf", None, "base"),
-    Row("parallel/centralized", "parallel", "centralized", None, "base"),
-    Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", None, "base"),
-    Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", None, "base"),
-    Row("parallel/torch V2, gather", "parallel", "v2-gather", None, "base"),
-))  # fmt: skip
+CPU = Suite(
+    "cpu",
+    dtype="float32",
+    processes="one",
+    rows=(
+        Row("centralized: compiling the round", "centralized", target=20.0, size="base", kind="seconds"),
+        Row("parallel: compiling the round", "parallel", target=20.0, size="base", kind="seconds"),
+        Row("centralized/torch gather", "centralized", "gather", 0.95, "small"),
+        Row("centralized/torch gather, compiled", "centralized", "gather-compiled", None, "small"),
+        Row("centralized/plain JAX", "centralized", "plain", None, "small"),
+        Row("centralized/HF", "centralized", "hf", 2.8, "small"),
+        Row("centralized/HF, compiled", "centralized", "hf-compiled", None, "small"),
+        Row("centralized/HF, loop over clients", "centralized", "hf-loop", None, "small"),
+        Row("parallel/centralized", "parallel", "centralized", 0.93, "small"),
+        Row("parallel/centralized, averaging every step", "parallel-1", "centralized-1", 0.85, "small"),
+        Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", 0.97, "small"),
+        Row("parallel, gradients averaged/parallel", "parallel-gradients", "parallel", None, "small"),
+        Row("parallel, logits in chunks/parallel", "parallel-chunks", "parallel", None, "small"),
+        Row("parallel/HF", "parallel", "hf", 1.8, "small"),
+        Row("parallel/HF, loop over clients", "parallel", "hf-loop", 1.8, "small"),
+        Row("parallel/torch split", "parallel", "split", 1.0, "small"),
+        Row("parallel/torch V2, gather", "parallel", "v2-gather", 1.5, "small"),
+        Row("parallel/torch V2", "parallel", "v2", 2.5, "small"),
+        Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", 1.5, "small"),
+        Row("parallel, gradients averaged/torch V2", "parallel-gradients", "v2", 2.5, "small"),
+        Row("parallel/torch V1, gather", "parallel", "v1-gather", None, "small"),
+        Row("parallel/torch V1", "parallel", "v1", None, "small"),
+        Row("merged/torch V1, gather", "merged", "v1-gather", None, "small"),
+        Row("sequential/torch V2, handed on, gather", "sequential", "relay-gather", None, "small"),
+        Row("centralized/torch gather", "centralized", "gather", None, "base"),
+        Row("centralized/HF", "centralized", "hf", None, "base"),
+        Row("parallel/centralized", "parallel", "centralized", None, "base"),
+        Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", None, "base"),
+        Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", None, "base"),
+        Row("parallel/torch V2, gather", "parallel", "v2-gather", None, "base"),
+    ),
+)
 
 
 def _gpu_rows(size: str) -> tuple[Row, ...]:
@@ -86,16 +91,21 @@ def _gpu_rows(size: str) -> tuple[Row, ...]:
 
 
 # What needs sixteen bodies, and what costs the same at every size, is measured at one.
-GPU = Suite("gpu", dtype="bfloat16", processes="two", rows=(
-    *_gpu_rows("base-128"),
-    Row("parallel/torch split", "parallel", "split", None, "base-128"),
-    Row("parallel/torch V1, gather", "parallel", "v1-gather", None, "base-128"),
-    Row("merged/torch V1, gather", "merged", "v1-gather", None, "base-128"),
-    Row("sequential/torch V2, handed on, gather", "sequential", "relay-gather", None, "base-128"),
-    Row("parallel/centralized, averaging every step", "parallel-1", "centralized-1", None, "base-128"),
-    Row("parallel, logits in chunks/parallel", "parallel-chunks", "parallel", None, "base-128"),
-    *_gpu_rows("base-512"),
-    *_gpu_rows("large-512"),
-))  # fmt: skip
+GPU = Suite(
+    "gpu",
+    dtype="bfloat16",
+    processes="two",
+    rows=(
+        *_gpu_rows("base-128"),
+        Row("parallel/torch split", "parallel", "split", None, "base-128"),
+        Row("parallel/torch V1, gather", "parallel", "v1-gather", None, "base-128"),
+        Row("merged/torch V1, gather", "merged", "v1-gather", None, "base-128"),
+        Row("sequential/torch V2, handed on, gather", "sequential", "relay-gather", None, "base-128"),
+        Row("parallel/centralized, averaging every step", "parallel-1", "centralized-1", None, "base-128"),
+        Row("parallel, logits in chunks/parallel", "parallel-chunks", "parallel", None, "base-128"),
+        *_gpu_rows("base-512"),
+        *_gpu_rows("large-512"),
+    ),
+)
 
 SUITES = {suite.name: suite for suite in (CPU, GPU)}

@@ -45,10 +45,19 @@ def rows_table(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
             continue
         low, high = (value_text(r["kind"], q) for q in r["quartiles"])
         ms = [f"{r[k]:.0f}" if k in r else "" for k in ("a_ms", "b_ms")]
-        lines.append((
-            row.size, row.name, r.get("a", ""), r.get("b", ""), *ms, value_text(r["kind"], r["value"]), f"{low}–{high}",
-            row.goal, verdict(r),
-        ))  # fmt: skip
+        lines.append(
+            (
+                row.size,
+                row.name,
+                r.get("a", ""),
+                r.get("b", ""),
+                *ms,
+                value_text(r["kind"], r["value"]),
+                f"{low}–{high}",
+                row.goal,
+                verdict(r),
+            )
+        )
     drop = 0 if any(row.size for row in rows) else 1  # one size: no column for it
     return markdown(columns[drop:], [line[drop:] for line in lines])
 
@@ -56,17 +65,33 @@ def rows_table(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
 def sides_table(sides: Sequence[dict[str, Any]]) -> str:
     """Returns the table of sides: speed, FLOP/s, memory, compile time."""
     columns = (
-        "size", "side", "ms:", "tokens/s:", "GFLOP/s, model:", "GFLOP/s, executed:", "of the ceiling:", "peak memory, MB:",
+        "size",
+        "side",
+        "ms:",
+        "tokens/s:",
+        "GFLOP/s, model:",
+        "GFLOP/s, executed:",
+        "of the ceiling:",
+        "peak memory, MB:",
         "compile, s:",
-    )  # fmt: skip
-    return markdown(columns, [
-        (
-            s["size"], s["name"], f"{s['ms']:.0f}", f"{s['tokens_per_second']:,.0f}", f"{1e-9 * s['flops_needed']:,.1f}",
-            f"{1e-9 * s['flops_executed']:,.1f}", "" if s["share"] is None else f"{s['share']:.1%}",
-            "" if s["peak_bytes"] is None else f"{1e-6 * s['peak_bytes']:,.0f}", f"{s['compile_seconds']:.1f}",
-        )
-        for s in sides
-    ])  # fmt: skip
+    )
+    return markdown(
+        columns,
+        [
+            (
+                s["size"],
+                s["name"],
+                f"{s['ms']:.0f}",
+                f"{s['tokens_per_second']:,.0f}",
+                f"{1e-9 * s['flops_needed']:,.1f}",
+                f"{1e-9 * s['flops_executed']:,.1f}",
+                "" if s["share"] is None else f"{s['share']:.1%}",
+                "" if s["peak_bytes"] is None else f"{1e-6 * s['peak_bytes']:,.0f}",
+                f"{s['compile_seconds']:.1f}",
+            )
+            for s in sides
+        ],
+    )
 
 
 def report(suite: Suite, record: dict[str, Any], rows: Sequence[Row]) -> str:

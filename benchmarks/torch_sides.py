@@ -80,10 +80,12 @@ def split_side(size: Size, steps: int) -> Side:
             received = torch.cat([h.detach() for h in embedded]).requires_grad_()  # the cut: activations up
             z = body(received)[0]
             down = z.detach().requires_grad_()  # the cut: hidden states down
-            losses = torch.stack([
-                mlm_loss(c["head"], rows, positions, labels)
-                for c, rows, (_, positions, labels) in zip(clients, down.split(size.batch), batches, strict=True)
-            ])  # fmt: skip
+            losses = torch.stack(
+                [
+                    mlm_loss(c["head"], rows, positions, labels)
+                    for c, rows, (_, positions, labels) in zip(clients, down.split(size.batch), batches, strict=True)
+                ]
+            )
         losses.sum().backward()
         # The body's gradient is the mean over clients; each client's own is of its own loss.
         torch.autograd.backward(z, down.grad / size.clients)
@@ -102,9 +104,13 @@ def split_side(size: Size, steps: int) -> Side:
 
 
 def _one_model(
-    name: str, size: Size, model: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor,
+    name: str,
+    size: Size,
+    model: nn.Module,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    blocks: torch.Tensor,
     everywhere: bool = False,
-) -> Side:  # fmt: skip
+) -> Side:
     optimizer = make_adamw(model, size)
     initial = first_loss(model, size, blocks)
 
@@ -158,11 +164,22 @@ def make_model(size: Size) -> BertForMaskedLM:
     """Returns a fresh model on the device, ready to train."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest" if size.dtype == "float32" else "high")
-    return BertForMaskedLM(BertConfig(
-        vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        intermediate_size=4 * size.hidden, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
-    )).train().to(device(size))  # fmt: skip
+    return (
+        BertForMaskedLM(
+            BertConfig(
+                vocab_size=size.vocab,
+                hidden_size=size.hidden,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.heads,
+                intermediate_size=4 * size.hidden,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                attn_implementation="sdpa",
+            )
+        )
+        .train()
+        .to(device(size))
+    )
 
 
 def client_segment(model: BertForMaskedLM) -> nn.ModuleDict:
@@ -195,9 +212,12 @@ def draw_masks(tokens: torch.Tensor, size: Size) -> Masked:
 
 
 def mlm_loss(
-    head: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    z: torch.Tensor,
+    positions: torch.Tensor,
+    labels: torch.Tensor,
     everywhere: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Returns the mean loss at the positions [B, M] of z [B, T, D]; `everywhere` makes all T logits for it."""
     if everywhere:
         spread = torch.full(z.shape[:2], -100, device=z.device).scatter_(1, positions, labels)

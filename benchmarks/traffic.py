@@ -13,10 +13,9 @@ import jax.numpy as jnp
 
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
-from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.setting import make_setting
 from fedbert_jax.federated.traffic import round_traffic
 from fedbert_jax.models.bert import make_segments
-from fedbert_jax.optim import make_optimizer
 
 CLIENTS, STEPS = 8, 8
 MODELS = {  # preset, vocabulary, sequences a step and client, tokens
@@ -37,18 +36,18 @@ STEP = ("activations", "positions", "lengths", "hidden_states", "head_gradient",
 
 def bytes_of(preset: str, vocabulary: int, rows: int, tokens: int, settings: dict[str, str]) -> tuple[float, float]:
     """Returns megabytes a step and client, both ways: of the step's own messages, and of averaging."""
-    base = config_lib.from_dict(dict(
-        model=dict(preset=preset), data=dict(seq_len=tokens),
-        federated=dict(num_clients=CLIENTS, local_steps=STEPS, batch_size=rows),
-    ))  # fmt: skip
+    base = config_lib.from_dict(
+        dict(
+            model=dict(preset=preset),
+            data=dict(seq_len=tokens),
+            federated=dict(num_clients=CLIENTS, local_steps=STEPS, batch_size=rows),
+        )
+    )
     config = config_lib.replace(base, settings)
     config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, vocabulary))
     spec = MaskSpec(num_masked(config.mlm.mask_prob, tokens), vocabulary, 4, (0, 1, 2, 3, 4), None)
-    setting = Setting(
-        config, make_segments(config.model), functools.partial(mask_blocks, spec=spec),
-        make_optimizer(config.client_optimizer, "client_optimizer", 1),
-        make_optimizer(config.server_optimizer, "server_optimizer", 1), None, CLIENTS, CLIENTS,
-    )  # fmt: skip
+    prepare = functools.partial(mask_blocks, spec=spec)
+    setting = make_setting(config, make_segments(config.model), prepare, CLIENTS, CLIENTS, span=(1, 0))
     sizes = round_traffic(setting, jax.ShapeDtypeStruct((rows, tokens), jnp.int32))
     each = lambda names: sum(sizes.get(name, 0) for name in names) / (CLIENTS * STEPS * 1e6)  # noqa: E731
     return each(STEP), each(sizes.keys() - set(STEP))

@@ -31,9 +31,12 @@ class Worker:
     def start(self) -> dict[str, Any]:
         """Starts the child and waits until its side is built; returns the side's facts."""
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             cwd=Path(__file__).parents[1],
-        )  # fmt: skip
+        )
         return self.call(self._spec)
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -81,9 +84,17 @@ def remote_side(name: str, size: Size) -> Side:
 
     facts = built()
     side = Side(
-        facts["name"], facts["tokens"], lambda: 0.0, facts["guess"], facts["initial_loss"], facts["compile_seconds"],
-        facts["losses"], Flops(*facts["flops"]), rest=worker.stop, close=worker.stop,
-    )  # fmt: skip
+        facts["name"],
+        facts["tokens"],
+        lambda: 0.0,
+        facts["guess"],
+        facts["initial_loss"],
+        facts["compile_seconds"],
+        facts["losses"],
+        Flops(*facts["flops"]),
+        rest=worker.stop,
+        close=worker.stop,
+    )
 
     def run() -> float:
         reply = worker.call({"run": True})
@@ -155,10 +166,17 @@ def main() -> None:
             torch.set_num_threads(machine.limit_cores(None))
         before = peak_bytes(family, 0) or 0
         side = sides.make_side(spec["name"], size)
-        reply({
-            "name": side.name, "tokens": side.tokens, "guess": side.guess, "initial_loss": side.initial_loss,
-            "compile_seconds": side.compile_seconds, "losses": side.losses, "flops": side.flops,
-        })  # fmt: skip
+        reply(
+            {
+                "name": side.name,
+                "tokens": side.tokens,
+                "guess": side.guess,
+                "initial_loss": side.initial_loss,
+                "compile_seconds": side.compile_seconds,
+                "losses": side.losses,
+                "flops": side.flops,
+            }
+        )
         for _ in sys.stdin:
             side.timed()
             reply({"loss": side.losses[-1], "peak_bytes": peak_bytes(family, before)})

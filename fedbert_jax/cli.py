@@ -10,8 +10,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from fedbert_jax import disk, exit_on_interrupt, platforms
-from fedbert_jax.console import lenient_streams, shown
+from fedbert_jax import disk, exit_on_interrupt
+from fedbert_jax.console.output import lenient_streams, shown
+from fedbert_jax.devices import platforms
 from fedbert_jax.errors import UserError
 
 INTERRUPTED = 128 + signal.SIGINT

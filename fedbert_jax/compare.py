@@ -11,10 +11,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedbert_jax import cli, compare_plot, comparison
-from fedbert_jax.console import make_console, print_table, shown
+from fedbert_jax import cli
+from fedbert_jax.console.output import make_console, print_table, shown
 from fedbert_jax.errors import UserError
-from fedbert_jax.metrics import to_json
+from fedbert_jax.report import compare_plot, comparison
+from fedbert_jax.workdir.log import to_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from fedbert_jax import cli
-from fedbert_jax.console import shown
+from fedbert_jax.console.output import shown
 from fedbert_jax.errors import UserError, about
 
 # What the card says beyond what the run knows: flags for the keys of the config's `export` section.
@@ -32,12 +32,12 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which clears up, as Ctrl-C does
 
-    from fedbert_jax import huggingface
-    from fedbert_jax.checkpoint import Checkpoints
     from fedbert_jax.config import MeshConfig, from_dict, to_dict
-    from fedbert_jax.resume import Made, check_unedited
-    from fedbert_jax.run import build, export, restore
-    from fedbert_jax.workdir import Workdir
+    from fedbert_jax.experiment import build, export, restore
+    from fedbert_jax.models import huggingface
+    from fedbert_jax.workdir.checkpoint import Checkpoints
+    from fedbert_jax.workdir.paths import Workdir
+    from fedbert_jax.workdir.resume import Made, check_unedited
 
     workdir = Workdir(args.workdir)
     config = workdir.read_config()
@@ -53,9 +53,11 @@ def main() -> None:
     config = from_dict(to_dict(config) | {"export": to_dict(config)["export"] | given})
     # The parameters are the same on whatever devices, which this machine need not have in the run's number and kind.
     config = dataclasses.replace(
-        config, mesh=MeshConfig(), model=dataclasses.replace(config.model, attention="xla"),
+        config,
+        mesh=MeshConfig(),
+        model=dataclasses.replace(config.model, attention="xla"),
         data=dataclasses.replace(config.data, store="auto"),
-    )  # fmt: skip
+    )
     if not workdir.checkpoints.is_dir():
         raise UserError(f"--workdir {args.workdir} has no checkpoints yet.")
     cli.raise_on_interrupt()

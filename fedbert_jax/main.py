@@ -19,7 +19,7 @@ from fedbert_jax.errors import ConfigError
 
 def main() -> int:
     """Parses the flags, validates the config before anything expensive, and trains; returns the exit code."""
-    from fedbert_jax import flags
+    from fedbert_jax.config import flags
 
     given = flags.parse(sys.argv[1:])
     told = flags.tell_about(given, __doc__ or "")
@@ -29,23 +29,26 @@ def main() -> int:
     config = flags.load_config(given)
     workdir = Path(given.need("workdir"))
     # JAX and its devices start here, after the config was found good.
-    from fedbert_jax import distributed
+    from fedbert_jax.devices import processes
 
     which = given.flags
-    join = distributed.check_flags(
-        which.get("distributed", False), which.get("coordinator"), which.get("processes"), which.get("process"),
+    join = processes.check_flags(
+        which.get("distributed", False),
+        which.get("coordinator"),
+        which.get("processes"),
+        which.get("process"),
         which.get("join_timeout", 300),
-    )  # fmt: skip
+    )
     if config.task == "finetune":
         if join is not None:
             raise ConfigError("--distributed is for task='pretrain'; fine-tuning runs in one process.")
-        from fedbert_jax.finetune import finetune as command
+        from fedbert_jax.glue.finetune import finetune as command
     else:
         from fedbert_jax.train import train as command
 
     cli.raise_on_interrupt()
     # `foreseen` is the inner one, since a process that has joined others is ended there.
-    with distributed.joined(join, cli.tell) if join else contextlib.nullcontext(), cli.foreseen():
+    with processes.joined(join, cli.tell) if join else contextlib.nullcontext(), cli.foreseen():
         return command(config, workdir)
 
 

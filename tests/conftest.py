@@ -44,9 +44,14 @@ def batch(config: Config) -> MaskedBatch:
 
 # The files that take longest, longest first: two workers then end together (`--dist loadfile --no-loadscope-reorder`).
 LONGEST = (
-    "runtime/test_sharding", "federated/test_rounds", "test_finetune", "test_distributed",
-    "test_resume", "test_benchmarks", "runtime/test_simulation",
-)  # fmt: skip
+    "runtime/test_sharding",
+    "federated/test_rounds",
+    "test_finetune",
+    "test_distributed",
+    "test_resume",
+    "test_benchmarks",
+    "runtime/test_simulation",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

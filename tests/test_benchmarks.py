@@ -18,22 +18,25 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import bf16, clients, finetune, flops, jax_sides, measure, pairs, sides, sizes, tables, watch
+from benchmarks import clients, finetune, flops, jax_sides, measure, pairs, sides, sizes, study, tables, watch
 from benchmarks.suites import SUITES
-from fedbert_jax import huggingface
 from fedbert_jax.data.masking import mask_blocks
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.state import Cohort, Pair
+from fedbert_jax.models import huggingface
 
 ROOT = Path(__file__).parents[1]
-SMALLEST = sizes.Size(
-    hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2, steps=4, compiler="eager"
-)
+SMALLEST = sizes.Size(hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2, steps=4, compiler="eager")
 CEILING = {
-    "flops": 1e12, "library": "torch", "by_library": {"torch": 1e12}, "n": 8, "dtype": "float32", "device": "cpu",
+    "flops": 1e12,
+    "library": "torch",
+    "by_library": {"torch": 1e12},
+    "n": 8,
+    "dtype": "float32",
+    "device": "cpu",
     "platform": "cpu",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,10 +68,25 @@ def test_a_suite_runs_from_end_to_end(name, tmp_path):
     Compiling has a test of its own; `merged` and `sequential`, which take seconds to compile, are tested with SplitFed.
     """
     out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png", "md")}
-    args = command.parse([
-        "--suite", name, "--size", "fast", "--samples", "1", "--processes", "one", "--no-memory",
-        "--json", str(out["json"]), "--plot", str(out["png"]), "--results", str(out["md"]),
-    ])  # fmt: skip
+    args = command.parse(
+        [
+            "--suite",
+            name,
+            "--size",
+            "fast",
+            "--samples",
+            "1",
+            "--processes",
+            "one",
+            "--no-memory",
+            "--json",
+            str(out["json"]),
+            "--plot",
+            str(out["png"]),
+            "--results",
+            str(out["md"]),
+        ]
+    )
     dtype = args.sizes["fast"].dtype
     assert dtype == {"cpu": "float32", "gpu": "bfloat16"}[name]
     args.sizes["fast"] = dataclasses.replace(SMALLEST, dtype=dtype, device=name)
@@ -191,14 +209,20 @@ def test_plain_jax_computes_what_fedbert_jax_computes():
         for n, name in enumerate(("query", "key", "value"))
     }
     mine = {
-        "word": e["word"]["embedding"], "position": e["position"]["embedding"][: SMALLEST.length],
-        "type": e["token_type"]["embedding"][:1], "norm": e["norm"]["norm"],
-        "layers": qkv | {
-            "out": attention["out"], "norm1": body["attention_norm"]["norm"], "up": body["up"], "down": body["down"],
+        "word": e["word"]["embedding"],
+        "position": e["position"]["embedding"][: SMALLEST.length],
+        "type": e["token_type"]["embedding"][:1],
+        "norm": e["norm"]["norm"],
+        "layers": qkv
+        | {
+            "out": attention["out"],
+            "norm1": body["attention_norm"]["norm"],
+            "up": body["up"],
+            "down": body["down"],
             "norm2": body["output_norm"]["norm"],
         },
         "head": {"dense": h["dense"], "norm": h["norm"]["norm"], "bias": h["bias"]},
-    }  # fmt: skip
+    }
     assert jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, shapes)
     blocks = jnp.asarray(sizes.random_blocks(SMALLEST, 1), jnp.int32).reshape(-1, SMALLEST.length)
     batch = jax.jit(lambda b: mask_blocks(jax.random.key(1), b, jax_sides.mask_spec(SMALLEST)))(blocks)
@@ -269,12 +293,15 @@ def test_a_block_is_replaced_and_the_rest_stays(tmp_path):
     )
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--suite", "cpu", "--only", "nothing"], "accepted: parts of base: centralized"),
-    (["--suite", "gpu", "--batch", "base=1"], "accepted: SIZE=N with SIZE one of base-128"),
-    (["--suite", "cpu", "--samples", "0"], "at least 1"),
-    ([], "accepted: cpu, gpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--suite", "cpu", "--only", "nothing"], "accepted: parts of base: centralized"),
+        (["--suite", "gpu", "--batch", "base=1"], "accepted: SIZE=N with SIZE one of base-128"),
+        (["--suite", "cpu", "--samples", "0"], "at least 1"),
+        ([], "accepted: cpu, gpu"),
+    ],
+)
 def test_a_wrong_argument_is_named(arguments, says, capsys):
     with pytest.raises(SystemExit):
         command.parse(arguments)
@@ -383,39 +410,114 @@ def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
     assert sides["jax"].losses[:3] == pytest.approx(sides["torch"].losses[:3], abs=0.03)
 
 
-def test_bf16_judges_by_the_seeds_spread():
-    def judged(float32, bfloat16):
-        losses = {"float32": float32, "bfloat16": bfloat16}
-        return bf16.judge({d: {n: {"eval_loss": x} for n, x in enumerate(xs)} for d, xs in losses.items()})
+# --- studies ----------------------------------------------------------------------------------------------------------
 
-    near = judged([5.0, 5.2, 5.4], [5.05, 5.25, 5.45])
-    assert near["within"] and near["difference"] == pytest.approx(0.05) and near["spread"] == pytest.approx(0.2)
-    assert near["differences"] == pytest.approx([0.05] * 3)
+
+def test_a_study_judges_by_the_seeds_spread():
+    def judged(base, other):
+        return study.judge({"base": dict(enumerate(base)), "other": dict(enumerate(other))}, "base")["other"]
+
+    near = judged([5.0, 5.2, 5.4], [5.05, 5.25, 5.48])
+    assert near["within"] and near["difference"] == pytest.approx(0.06) and near["mean"] == pytest.approx(5.26)
+    assert near["differences"] == pytest.approx([0.05, 0.05, 0.08]) and near["error"] == pytest.approx(0.01)
     assert not judged([5.0, 5.2, 5.4], [5.3, 5.5, 5.7])["within"]
-    assert judged([5.0], [5.1])["within"] is None
+    alone = judged([5.0], [5.1])
+    assert alone["within"] is alone["error"] is None and alone["difference"] == pytest.approx(0.1)
 
 
-def test_bf16_runs_each_seed_in_both_types(tmp_path, monkeypatch, capsys):
-    """Each run is the package's own command, in a workdir of its own; what it needs to pass on reaches both."""
-    commands = []
+def test_two_means_differ_by_more_than_both_deviations():
+    assert study.differs([1.0, 2.0, 3.0], [4.1, 5.1, 6.1]) and not study.differs([1.0, 2.0, 3.0], [2.9, 3.9, 4.9])
 
-    def run(command, **_):
-        commands.append(command)
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that a study gives, in place of running them; each leaves what it would leave behind."""
+    given: list[list[str]] = []
+
+    def run(command, stdout, **_):
+        given.append(command)
         workdir = Path(command[command.index("--workdir") + 1])
+        if "fedbert_jax.glue" in command:
+            for n, task in enumerate(command[command.index("--tasks") + 1].split(",")):
+                scores = [0.5 + n / 10 + m / 100 + ("random" in workdir.name) / 5 for m in range(5)]
+                seeds = {str(m): {"dev": {"pearson": x / 2}} for m, x in enumerate(scores)}
+                (workdir / task).mkdir(parents=True)
+                (workdir / task / "results.json").write_text(json.dumps({"values": scores, "seeds": seeds}))
+            return subprocess.CompletedProcess(command, 0)
         workdir.mkdir(parents=True)
-        lines = [{"round": 0, "eval_loss": 6.0, "eval_accuracy": 0.1}, {"round": 1, "seconds": 2.0, "eval_loss": 5.0 +
-                 len(commands) / 10, "eval_accuracy": 0.2}]  # fmt: skip
+        changes = dict(flag.removeprefix("--config.").split("=", 1) for flag in command if flag.startswith("--config."))
+        if changes.get("data.seq_len") == "17" and changes["seed"] == "1":
+            return subprocess.CompletedProcess(command, 1)
+        config = {
+            "seed": int(changes["seed"]),
+            "precision": {"compute_dtype": changes.get("precision.compute_dtype", "auto")},
+        }
+        (workdir / "config.json").write_text(json.dumps(config))
+        ends = {"loss": 5.0 + len(given) / 10, "accuracy": 0.2}
+        last = {f"eval_{name}{mean}": x for name, x in ends.items() for mean in ("", "_by_text", "_over_clients")}
+        lines = [{"round": 0}, {"round": 1, "tokens": 10, "seconds": 2.0, "eval_clients_scored": 2} | last]
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(bf16.subprocess, "run", run)
+    monkeypatch.setattr(study.subprocess, "run", run)
+    return given
+
+
+def test_a_study_runs_every_arm_with_every_seed_once(tmp_path, commands, capsys):
+    """Each run is the package's own command, in a workdir of its own; a change reaches all, and nothing is done twice."""
     out = tmp_path / "bf16.json"
-    bf16.main(["--seeds", "2", "--rounds", "1", "--workdir", str(tmp_path), "--json", str(out), "--config.data.seq_len=16"])
-    kinds = [(c[c.index("--workdir") + 1].rpartition("/")[2], c[-1]) for c in commands]
+    options = ["bf16", "--seeds", "2", "--workdir", str(tmp_path / "w"), "--json", str(out)]
+    study.main([*options, "--config.data.seq_len=16"])
+    kinds = [(Path(c[c.index("--workdir") + 1]).name, c[-1]) for c in commands]
     assert kinds == [(f"{d}-{n}", "--config.data.seq_len=16") for n in (0, 1) for d in ("float32", "bfloat16")]
     for c in commands:
-        dtype = c[c.index("--workdir") + 1].rpartition("/")[2].partition("-")[0]
-        assert f"--config.precision.compute_dtype={dtype}" in c and "--config.federated.rounds=1" in c
-    judgement = json.loads(out.read_text())["judgement"]
-    assert judgement["difference"] == pytest.approx(0.1) and judgement["within"]
-    assert "within the seeds' spread" in capsys.readouterr().out
+        dtype, seed = Path(c[c.index("--workdir") + 1]).name.split("-")
+        assert {
+            f"--config.precision.compute_dtype={dtype}",
+            f"--config.seed={seed}",
+            "--config.federated.rounds=100",
+        } <= set(c)
+    found = json.loads(out.read_text())["pretraining"]["judgement"]["bfloat16"]
+    assert found["difference"] == pytest.approx(0.1) and found["within"]
+    text = capsys.readouterr().out
+    assert (
+        "| bfloat16 | +0.1000 ± 0.0000 | +0.1000, +0.1000 | within |" in text and "2 of" not in text.split("| bfloat16 |")[0]
+    )
+    study.main([*options, "--config.data.seq_len=16"])
+    assert len(commands) == 4
+
+
+def test_a_study_stops_with_a_command_that_fails(tmp_path, commands):
+    with pytest.raises(SystemExit, match=r"float32-1 stopped .*goes on from there"):
+        study.main(["bf16", "--workdir", str(tmp_path), "--config.data.seq_len=17"])
+
+
+def test_a_study_fine_tunes_what_it_has_trained(tmp_path, commands, monkeypatch, capsys):
+    """Beside the checkpoint and a random start, from which a start that differs gets a star."""
+    monkeypatch.setattr(study, "heldout", lambda model, pretrained: 4.0)
+    places = [f"--{name}={tmp_path / name}" for name in ("model", "text", "glue")]
+    study.main(["continued", "--workdir", str(tmp_path / "w"), *places])
+    glue = [c for c in commands if "fedbert_jax.glue" in c]
+    starts = {(c[c.index("--model") + 1].removeprefix(f"{tmp_path}/"), "--random-start" in c) for c in glue}
+    trained = {(f"w/{arm}-0/hf", False) for arm in ("centralized", "parallel", "sequential", "local")}
+    assert starts == {("model", True), ("model", False)} | trained and len(glue) == 6 * 3
+    pretraining = [c for c in commands if "fedbert_jax.main" in c]
+    assert all(f"--config.data.source=text:{tmp_path / 'text'}" in c for c in pretraining) and len(pretraining) == 4
+    text = capsys.readouterr().out
+    assert "| random |  | 72.0 ± 1.6 | 72.0 ± 1.6 | 82.0 ± 1.6 | 36.0 ± 0.8 |" in text
+    assert "| checkpoint | 4.000 | 52.0 ± 1.6 * |" in text
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("bf16 --seeds 0", "at least 1"),
+        ("bf16 --arms bfloat16", "float32 among them"),
+        ("continued", "needs --model"),
+        ("bf16 --rounds 3", "--rounds: accepted"),
+    ],
+)
+def test_a_study_refuses_what_it_cannot_do(options, words, capsys):
+    with pytest.raises(SystemExit):
+        study.main(options.split())
+    assert words in capsys.readouterr().err

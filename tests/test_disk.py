@@ -21,13 +21,13 @@ from rich.console import Console
 from test_main import load
 
 from fedbert_jax import cli, disk
-from fedbert_jax.checkpoint import Checkpoints, _join_threads
 from fedbert_jax.config import MeshConfig
+from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import DiskError, UserError
-from fedbert_jax.metrics import MetricsLog, read_metrics, truncate
-from fedbert_jax.sharding import make_mesh
-from fedbert_jax.train import Loop, train
-from fedbert_jax.workdir import open_workdir, write_atomically
+from fedbert_jax.train import Pretraining, train
+from fedbert_jax.workdir.checkpoint import Checkpoints, _join_threads
+from fedbert_jax.workdir.log import MetricsLog, read_metrics, truncate
+from fedbert_jax.workdir.paths import open_workdir, write_atomically
 
 RUST = "No space left on device (os error 28)"  # as tokenizers and safetensors have it
 TENSORSTORE = (
@@ -61,7 +61,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         (ValueError(TENSORSTORE), "runs/a can't be written: no space is left"),
         (ExceptionGroup("saving", [ValueError("x"), ValueError(TENSORSTORE)]), "runs/a can't be written: no space is left"),
     ],
-)  # fmt: skip
+)
 def test_what_the_disk_says_becomes_a_sentence(error, words):
     with pytest.raises(DiskError, match=words) as raised, disk.writing("runs/a"):
         raise error
@@ -78,10 +78,12 @@ def test_an_error_raised_from_the_disks_is_the_disks():
 @pytest.mark.parametrize(
     "error",
     [
-        FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), ValueError("RESOURCE_EXHAUSTED: Out of memory"),
-        UserError("said already"), BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+        ValueError("RESOURCE_EXHAUSTED: Out of memory"),
+        UserError("said already"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
     ],
-)  # fmt: skip
+)
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as raised, disk.writing("runs/a"):
         raise error
@@ -187,7 +189,7 @@ def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path, monkeypatch, 
     config = write_corpus(tmp_path, clients=2, documents=12)
     config = load(config, federated__rounds=2, checkpoint__every_rounds=1, model__num_layers=1, fill_mask=())
     root, console = tmp_path / "w", Console(file=io.StringIO(), width=200)
-    monkeypatch.setattr(Loop, "finish", lambda *_: None)  # a report takes seconds
+    monkeypatch.setattr(Pretraining, "finish", lambda *_: None)  # a report takes seconds
     for size, place, left in ((300, "w/data", set()), (8_000, "checkpoints/1", {"data", "config.json", "metrics.jsonl"})):
         with files_of_at_most(size), pytest.raises(DiskError, match=f"{place} can't be written"):
             train(config, root, console)
@@ -201,7 +203,7 @@ def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path, monkeypatch, 
 
 
 def test_the_lock_of_a_full_disk_is_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedbert_jax.workdir.os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr("fedbert_jax.workdir.paths.os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(DiskError, match="w can't be written: no space is left"):
         open_workdir(tmp_path / "w")
     monkeypatch.undo()

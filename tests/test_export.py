@@ -15,15 +15,15 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from test_main import load
 
+from fedbert_jax import experiment as run_lib
 from fedbert_jax import export as export_command
-from fedbert_jax import run as run_lib
-from fedbert_jax.checkpoint import Checkpoints
+from fedbert_jax.data.streams import secrets
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.federated import evaluation
-from fedbert_jax.resume import stamp
-from fedbert_jax.streams import secrets
 from fedbert_jax.train import train
-from fedbert_jax.workdir import Workdir
+from fedbert_jax.workdir.checkpoint import Checkpoints
+from fedbert_jax.workdir.paths import Workdir
+from fedbert_jax.workdir.resume import stamp
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -52,7 +52,7 @@ def test_torch_gives_the_runs_own_loss_on_the_same_masked_text(trained, tmp_path
         total = right = count = 0.0
         for n in np.flatnonzero(data.clients == c):
             one = jax.tree.map(lambda x, n=n: x[n], data)
-            batch = evaluation.masked(secrets(simulation.seeds), one, spec)
+            batch = evaluation.masked(secrets(simulation.feed.seeds), one, spec)
             tokens, positions, labels, weights = (np.array(x) for x in batch[:4])
             at_masked = np.take_along_axis(tokens, positions, axis=1)
             assert (at_masked[weights > 0] == spec.mask_id).all()
@@ -126,7 +126,7 @@ def test_the_export_command_takes_the_round_asked_for_and_says_what_is_wrong(tra
         (trained.root, trained.hf, (), "--out: .*a run's workdir"),
         (trained.root, "", (), "--out is empty"),
         (trained.root, tmp_path / "b", ("--license", "GPL 3"), r"export\.license='GPL 3': accepted"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=message):
             export(monkeypatch, workdir, tmp_path / out if out == "b" else out, *more)
     assert not (tmp_path / "b").exists()
@@ -192,9 +192,12 @@ def test_a_run_may_start_from_an_exported_model(trained, tmp_path):
     config = trained.read_config()
     source = config.data.source
     start = load(
-        tmp_path_config(tmp_path, source), model__init_from=str(trained.hf), data__tokenizer=str(trained.hf),
-        model__hidden_size=None, federated__rounds=1,
-    )  # fmt: skip
+        tmp_path_config(tmp_path, source),
+        model__init_from=str(trained.hf),
+        data__tokenizer=str(trained.hf),
+        model__hidden_size=None,
+        federated__rounds=1,
+    )
     workdir = Workdir(tmp_path / "next")
     assert train(start, workdir.root, Console(quiet=True)) == 0
     assert workdir.read_config().model.hidden_size == 16

@@ -17,14 +17,15 @@ import pytest
 from corpus import write_corpus
 from tiny import VOCAB, tiny_config
 
-from fedbert_jax import huggingface, run
+from fedbert_jax import experiment
 from fedbert_jax.config import PRESETS, ModelConfig, from_dict, resolve_model
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.tokenizer import load_tokenizer
 from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.models import huggingface
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.train import train
-from fedbert_jax.workdir import Workdir
+from fedbert_jax.workdir.paths import Workdir
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -92,9 +93,11 @@ def check_equal(directory: Path, reference, names=huggingface.CLIENT, outputs=No
     h, z, logits = map(np.asarray, apply(client, server, tokens, types, mask))
     with torch.no_grad():
         out = reference(
-            torch.tensor(tokens), attention_mask=torch.tensor(mask), token_type_ids=torch.tensor(types),
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            token_type_ids=torch.tensor(types),
             output_hidden_states=True,
-        )  # fmt: skip
+        )
     real = mask.astype(bool)
     np.testing.assert_allclose(h[real], out.hidden_states[0].numpy()[real], atol=1e-4)
     np.testing.assert_allclose(z[real], out.hidden_states[-1].numpy()[real], atol=1e-4)
@@ -144,8 +147,10 @@ def old_names(tensors):
 
 
 def with_decoder(tensors):
-    return tensors | {"cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"],
-                      "cls.predictions.decoder.bias": tensors["cls.predictions.bias"]}  # fmt: skip
+    return tensors | {
+        "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"],
+        "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
+    }
 
 
 def decoder_only(tensors):
@@ -402,9 +407,10 @@ def test_the_command_that_converts_pickled_weights_does(saved, tmp_path):
 
 def run_config(directory: Path, **changes):
     values = dict(
-        model=dict(init_from=str(directory), unroll_layers=False), data=dict(tokenizer="", seq_len=16),
+        model=dict(init_from=str(directory), unroll_layers=False),
+        data=dict(tokenizer="", seq_len=16),
         federated=dict(local_steps=1, batch_size=2, rounds=1),
-    )  # fmt: skip
+    )
     for section, keys in changes.items():
         values[section] = values.get(section, {}) | keys
     return from_dict(values)
@@ -416,10 +422,10 @@ def test_a_run_takes_sizes_and_tokenizer_and_names_what_is_missing(tmp_path):
     (directory / "vocab.txt").write_text("\n".join(WORDS))
     text = write_corpus(tmp_path / "corpus", clients=2, documents=6).parent / "text"
     config = run_config(directory, data=dict(source=f"text:{text}"))
-    built = run.build(config, Workdir(tmp_path / "w"))
+    built = experiment.build(config, Workdir(tmp_path / "w"))
     assert built.dataset.vocab_size == len(WORDS) and built.config.model.vocab_size == VOCAB
     assert (built.config.model.hidden_size, built.config.model.num_heads) == (16, 2)
-    state, missing = run.initial_state(built)
+    state, missing = experiment.initial_state(built)
     assert len(missing) == 1 and missing[0].startswith("the MLM head (5 tensors: ")
     client, server = built.simulation.model_of(state, 0)
     tensors, _ = huggingface.load_tensors(directory)
@@ -440,32 +446,32 @@ def test_what_can_t_be_started_from_is_refused_before_text_is_read(saved, tmp_pa
 
 
 def test_an_export_of_a_run_that_began_with_a_checkpoint_has_its_dropout(saved, tmp_path):
-    config = run.resolve(run_config(saved), VOCAB)
+    config = experiment.resolve(run_config(saved), VOCAB)
     assert (config.export.hidden_dropout, config.export.attention_dropout) == (0.1, 0.1)
     hf = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(hf | {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0}))
-    config = run.resolve(run_config(saved), VOCAB)
+    config = experiment.resolve(run_config(saved), VOCAB)
     assert (config.export.hidden_dropout, config.export.attention_dropout) == (0.3, None)
     assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.0, 0.0)  # the run's own is what was asked for
-    own = run.resolve(run_config(saved, model=dict(hidden_dropout=0.2), export=dict(attention_dropout=0.0)), VOCAB)
+    own = experiment.resolve(run_config(saved, model=dict(hidden_dropout=0.2), export=dict(attention_dropout=0.0)), VOCAB)
     assert (own.export.hidden_dropout, own.export.attention_dropout) == (None, 0.0)
     assert own.export.base_model == ""  # a directory
 
 
 def test_what_a_run_refuses_before_it_reads_weights(saved, tmp_path):
     (saved / "model.safetensors").unlink()
-    assert run.resolve(run_config(saved), VOCAB).model.hidden_size == 16
-    said = sentence(run.resolve, run_config(saved), VOCAB + 1)
+    assert experiment.resolve(run_config(saved), VOCAB).model.hidden_size == 16
+    said = sentence(experiment.resolve, run_config(saved), VOCAB + 1)
     assert "model.vocab_size=61" in said and str(saved) in said and "at least 62" in said
     with pytest.raises(ConfigError, match=r"model\.hidden_size=32: accepted with model\.init_from: 16"):
-        run.resolve(run_config(saved, model=dict(hidden_size=32)), VOCAB)
+        experiment.resolve(run_config(saved, model=dict(hidden_size=32)), VOCAB)
     with pytest.raises(ConfigError, match=r"data\.seq_len=32.*max_position_embeddings=16"):
-        run.resolve(run_config(saved, data=dict(seq_len=32)), VOCAB)
+        experiment.resolve(run_config(saved, data=dict(seq_len=32)), VOCAB)
     hf = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(hf | {"model_type": "distilbert"}))
-    assert f"{saved} is a DistilBERT checkpoint" in sentence(run.resolve, run_config(saved), VOCAB)
-    assert "is a file; accepted: its directory" in sentence(run.local, str(saved / "config.json"))
-    assert "no such directory" in sentence(run.local, str(tmp_path / "nowhere"))
+    assert f"{saved} is a DistilBERT checkpoint" in sentence(experiment.resolve, run_config(saved), VOCAB)
+    assert "is a file; accepted: its directory" in sentence(huggingface.local, str(saved / "config.json"))
+    assert "no such directory" in sentence(huggingface.local, str(tmp_path / "nowhere"))
 
 
 def test_a_hub_model_with_pickled_weights_only(saved, monkeypatch):
@@ -473,7 +479,7 @@ def test_a_hub_model_with_pickled_weights_only(saved, monkeypatch):
 
     (saved / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(saved))
-    said = sentence(run.local, "someone/bert-old")
+    said = sentence(huggingface.local, "someone/bert-old")
     assert "BertForMaskedLM.from_pretrained('someone/bert-old').save_pretrained('bert-old')" in said
     assert "AutoTokenizer.from_pretrained('someone/bert-old').save_pretrained('bert-old')" in said
 

@@ -28,7 +28,9 @@ LOG = r"""#!/bin/bash
 line=$(printf '%s\x1f' "${0##*/}" "$@"); printf '%s\n' "$line" >>"$FAKE/log"
 """
 
-PYTHON = LOG + r"""
+PYTHON = (
+    LOG
+    + r"""
 case "$1 $2" in
 "-c "*) [[ ( $2 != *"import jax"* || ! -e $FAKE/no-gpu ) && ( $2 != *version_info* || ! -e $FAKE/too-old ) ]] ;;
 "-m venv" | "-m uv") mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" ;;
@@ -41,9 +43,12 @@ case "$1 $2" in
     ;;
 esac
 """
+)
 
 # A TPU of $FAKE/hosts workers: their home directories are its disks, and go when it is deleted.
-GCLOUD = LOG + r"""
+GCLOUD = (
+    LOG
+    + r"""
 [[ $2 == tpus ]] || exit 9
 shift 2
 command='' workers=''
@@ -81,8 +86,11 @@ ssh)
     ;;
 esac
 """
+)
 
-SRUN = LOG + r"""
+SRUN = (
+    LOG
+    + r"""
 for ((task = 0; task < SLURM_JOB_NUM_NODES; task++)); do
     words=("$@")
     until [[ ${words[0]} == bash ]]; do words=("${words[@]:1}"); done
@@ -94,18 +102,28 @@ code=0
 for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
 exit "$code"
 """
+)
 
-SCANCEL = LOG + r"""
+SCANCEL = (
+    LOG
+    + r"""
 [[ $1 == --signal=TERM ]] && kill -TERM $(cat "$FAKE/tasks")
 """
+)
 
-SCONTROL = LOG + r"""
+SCONTROL = (
+    LOG
+    + r"""
 [[ $1 != show ]] || printf 'JobId=7\n   Command=%s/launch/slurm.sbatch --config x\n' "$FAKE_ROOT"
 """
+)
 
-NVIDIA_SMI = LOG + r"""
+NVIDIA_SMI = (
+    LOG
+    + r"""
 [[ ! -e $FAKE/gpus ]] || cat "$FAKE/gpus"
 """
+)
 
 # Stops as fedbert_jax.main does: after the round under way, with a checkpoint, and 128 + the signal.
 UNTIL_STOPPED = """
@@ -145,17 +163,27 @@ class Fake:
 
     def run(self, script: Path, *args: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(script), *map(str, args)], env=self.env | env, cwd=cwd or self.path, text=True, timeout=30,
-            capture_output=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            ["bash", str(script), *map(str, args)],
+            env=self.env | env,
+            cwd=cwd or self.path,
+            text=True,
+            timeout=30,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
 
     def start(self, script: Path, *args: object, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", str(script), *map(str, args)], env=self.env | env, cwd=self.path, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ["bash", str(script), *map(str, args)],
+            env=self.env | env,
+            cwd=self.path,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             # pytest may have been started with SIGINT ignored, which a shell could not undo.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture
@@ -331,9 +359,20 @@ def verbs(calls: list[list[str]]) -> list[str]:
 
 def test_tpu_dry_run(fake):
     done = fake.run(
-        LAUNCH / "tpu_vm.sh", *TPU, "--dry-run", "--project", "my project", "--spot", "--setup", "mount /shared",
-        "--env", "A=b c", "--create-flag=--network=n", "--connect-flag=--internal-ip", "--delete-after",
-    )  # fmt: skip
+        LAUNCH / "tpu_vm.sh",
+        *TPU,
+        "--dry-run",
+        "--project",
+        "my project",
+        "--spot",
+        "--setup",
+        "mount /shared",
+        "--env",
+        "A=b c",
+        "--create-flag=--network=n",
+        "--connect-flag=--internal-ip",
+        "--delete-after",
+    )
     assert done.returncode == 0 and fake.log() == []
     pack, *calls = commands(done.stdout)
     assert "git" in pack and "tar" in pack
@@ -346,9 +385,17 @@ def test_tpu_dry_run(fake):
     run = shlex.split(calls[-2][-1].removeprefix("--command="))
     assert run[:3] == ["bash", ".fedbert_jax/tree/launch/tpu_worker.sh", "run"]
     assert run[4:] == [
-        "env", "A=b c", "../venv/bin/python", "-m", "fedbert_jax.main", "--distributed", "--config", "configs/demo.py",
-        "--workdir", "/shared/w",
-    ]  # fmt: skip
+        "env",
+        "A=b c",
+        "../venv/bin/python",
+        "-m",
+        "fedbert_jax.main",
+        "--distributed",
+        "--config",
+        "configs/demo.py",
+        "--workdir",
+        "/shared/w",
+    ]
     assert "preempted" in done.stdout
 
 
@@ -433,8 +480,9 @@ def test_a_worker_whose_python_is_too_old(tpu, root):
     tree = tpu.path / "worker0/.fedbert_jax/tree"
     copied = {str(p.relative_to(tree)) for p in tree.rglob("*") if p.is_file()}
     assert copied == {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} - {
-        ".venv/bin/python", "runs/demo/metrics.jsonl",
-    }  # fmt: skip
+        ".venv/bin/python",
+        "runs/demo/metrics.jsonl",
+    }
     venv = str(tpu.path / "worker0/.fedbert_jax/venv")
     assert [c[1:] for c in tpu.log("python3") if c[1] == "-m"] == [
         ["-m", "pip", "install", "--quiet", "--user", "uv"],
@@ -616,7 +664,7 @@ def test_local_dry_run(local):
 def test_local_ends_the_others_if_one_fails(local, tmp_path, stubborn):
     """Also those that don't listen: they may wait for the one that failed."""
     other = UNTIL_STOPPED.replace("exit 143", ": ") if stubborn else UNTIL_STOPPED
-    local.train(f'if [[ $process == 1 ]]; then until [[ -e $workdir/started0 ]]; do :; done; exit 7; fi\n{other}')
+    local.train(f"if [[ $process == 1 ]]; then until [[ -e $workdir/started0 ]]; do :; done; exit 7; fi\n{other}")
     args = ["--config=configs/demo.py", "--workdir", tmp_path / "w", "--processes=2"]
     done = local.run(LAUNCH / "local.sh", *args, FEDBERT_GRACE="0.1")
     assert done.returncode == 7 and "exit code 7; the others have to end" in done.stderr
@@ -639,11 +687,14 @@ def test_local_passes_signals_on(local, tmp_path, number, code):
 
 def test_a_childs_exit_code_survives_a_signal_in_its_last_moment(fake):
     """Each child signals the script and ends at once. `wait` alone loses the exit code of about every fifth."""
-    script = fake.command("script", f"""#!/bin/bash
+    script = fake.command(
+        "script",
+        f"""#!/bin/bash
         source {shlex.quote(str(LAUNCH / "common.sh"))}
         trap 'SIGNALLED=1' TERM
         for n in 1 2 3 4 5; do run_child bash -c 'kill -s TERM "$PPID"; exit 7'; echo "$STATUS"; done
-    """)  # fmt: skip
+    """,
+    )
     ends = [job.communicate(timeout=20)[0].split() for job in [fake.start(script) for _ in range(8)]]
     assert ends == [["7"] * 5] * 8
 
@@ -718,9 +769,14 @@ def test_slurm_does_not_requeue_a_failure(slurm, code):
 def test_slurm_requeues_before_the_time_limit(slurm, tmp_path, late):
     """With a checkpoint if the round under way ends in time, without one if not."""
     slurm.env["SLURM_JOB_NUM_NODES"] = "1"
-    slurm.train(UNTIL_STOPPED.replace("exit 143", 'until [[ -e $FAKE/end ]]; do :; done; exit 0') if late else UNTIL_STOPPED)
-    job = slurm.start(slurm.path / "slurm_script", "--config=configs/demo.py", "--workdir", tmp_path / "w",
-                      FEDBERT_GRACE="0.1" if late else "20")  # fmt: skip
+    slurm.train(UNTIL_STOPPED.replace("exit 143", "until [[ -e $FAKE/end ]]; do :; done; exit 0") if late else UNTIL_STOPPED)
+    job = slurm.start(
+        slurm.path / "slurm_script",
+        "--config=configs/demo.py",
+        "--workdir",
+        tmp_path / "w",
+        FEDBERT_GRACE="0.1" if late else "20",
+    )
     wait_for(tmp_path / "w/started")
     job.send_signal(signal.SIGUSR1)
     if late:

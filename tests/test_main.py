@@ -18,15 +18,16 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import run as run_lib
-from fedbert_jax.checkpoint import Checkpoints
+from fedbert_jax import experiment as run_lib
 from fedbert_jax.config import MeshConfig, default_config, flatten, from_dict, to_dict
+from fedbert_jax.config.flags import read_config
+from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
-from fedbert_jax.flags import read_config
+from fedbert_jax.loop import Loop
 from fedbert_jax.runtime.simulation import Simulation
-from fedbert_jax.sharding import make_mesh
-from fedbert_jax.train import Loop, train
-from fedbert_jax.workdir import Workdir
+from fedbert_jax.train import Pretraining, train
+from fedbert_jax.workdir.checkpoint import Checkpoints
+from fedbert_jax.workdir.paths import Workdir
 
 QUIET = Console(quiet=True)
 
@@ -219,7 +220,7 @@ def test_a_workdir_that_cannot_be_written(config_file, tmp_path):
 
 
 def test_a_workdir_in_use(config_file, tmp_path):
-    from fedbert_jax.workdir import open_workdir
+    from fedbert_jax.workdir.paths import open_workdir
 
     _, lock = open_workdir(tmp_path / "w")
     with pytest.raises(UserError, match="in use by another run"):
@@ -228,9 +229,10 @@ def test_a_workdir_in_use(config_file, tmp_path):
 
 
 HUGE = {
-    f"{side}__{k}": v for side in ("client_optimizer", "server_optimizer")
+    f"{side}__{k}": v
+    for side in ("client_optimizer", "server_optimizer")
     for k, v in dict(learning_rate=1e30, warmup_steps=0, clip_norm=None, schedule="constant").items()
-}  # fmt: skip
+}
 
 
 def test_the_last_round_of_all_may_diverge_too(config_file, tmp_path):
@@ -249,9 +251,14 @@ def test_the_last_round_of_all_may_diverge_too(config_file, tmp_path):
 def test_what_is_not_finite_is_never_saved_and_the_last_checkpoint_is_whole(config_file, tmp_path, monkeypatch):
     """One client of many goes in round 4, where its loss doesn't show it yet, and nobody is evaluated."""
     config = load(
-        config_file, federated__strategy="local", federated__rounds=6, federated__local_steps=1, checkpoint__every_rounds=1,
-        eval__every_rounds=100, model__num_layers=1,
-    )  # fmt: skip
+        config_file,
+        federated__strategy="local",
+        federated__rounds=6,
+        federated__local_steps=1,
+        checkpoint__every_rounds=1,
+        eval__every_rounds=100,
+        model__num_layers=1,
+    )
     run_round = Simulation.run_round
 
     def poisoned(self, state, n):
@@ -284,16 +291,18 @@ def test_a_checkpoint_that_is_not_finite_is_no_start(tmp_path):
 
 def test_without_held_out_text_a_word_tells_whether_the_model_speaks(monkeypatch):
     monkeypatch.setattr("fedbert_jax.train.fill_mask", lambda *_: [[("the", float("nan")), ("a", 0.1)]])
-    loop = Loop.__new__(Loop)
-    loop.round, loop.scores, loop.sim, loop.run, loop.checkpoints = 7, {}, *(MagicMock() for _ in range(3))
+    loop, job = Loop.__new__(Loop), Pretraining.__new__(Pretraining)
+    job.scores, job.sim, job.run = {}, MagicMock(), MagicMock()
+    loop.job, loop.checkpoints = job, MagicMock()
     loop.checkpoints.rounds.return_value = [5]
-    with pytest.raises(DivergedError, match="round 7: what the model predicts is not finite; the checkpoint of round 5 is"):
-        loop._check_model(MagicMock())
-    loop.scores = {"eval_loss": 5.0}
-    loop._check_model(MagicMock())
-    loop.scores = {"eval_loss": float("nan")}
-    with pytest.raises(DivergedError, match="held-out loss"):
-        loop._check_model(MagicMock())
+    words = "^round 7: what the model predicts is not finite; the checkpoint of round 5 is"
+    with pytest.raises(DivergedError, match=words), loop.guard(7):
+        job._check_model(MagicMock())
+    job.scores = {"eval_loss": 5.0}
+    job._check_model(MagicMock())
+    job.scores = {"eval_loss": float("nan")}
+    with pytest.raises(DivergedError, match="held-out loss"), loop.guard(7):
+        job._check_model(MagicMock())
 
 
 def test_a_profile_of_some_rounds_is_written(config_file, tmp_path):

@@ -17,11 +17,12 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from test_main import load
 
+from fedbert_jax.console.progress import Stages
 from fedbert_jax.errors import ConfigError
-from fedbert_jax.resume import open_run
-from fedbert_jax.stages import Stages
-from fedbert_jax.train import Loop, train
-from fedbert_jax.workdir import Workdir
+from fedbert_jax.experiment import open_run
+from fedbert_jax.loop import Loop
+from fedbert_jax.train import train
+from fedbert_jax.workdir.paths import Workdir
 
 TIMES = {"seconds", "tokens_per_second"}
 
@@ -172,10 +173,10 @@ def test_a_run_that_goes_on_with_more_rounds_is_not_finished(undisturbed, tmp_pa
     rates = []
 
     def rounds(self, state, interrupts):
-        rates.append([float(self.sim.setting.client_tx.schedule(np.int32(n))) for n in (24, 27)])
+        rates.append([float(self.job.sim.setting.client_tx.schedule(np.int32(n))) for n in (24, 27)])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Loop, "rounds", rounds)
+    monkeypatch.setattr(Loop, "run", rounds)
     with pytest.raises(KeyboardInterrupt):
         train(load(config, federated__schedule_from=12, **more), tmp_path / "w", Console(quiet=True))
     assert json.loads((tmp_path / "w" / "run.json").read_text())["finished"] is False

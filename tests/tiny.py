@@ -12,11 +12,11 @@ import numpy as np
 
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
+from fedbert_jax.federated import setting as setting_lib
 from fedbert_jax.federated.rounds import make_strategy as _make
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Cohort, State, Strategy
 from fedbert_jax.models.bert import make_segments
-from fedbert_jax.optim import make_aggregator, make_optimizer
 
 VOCAB, LENGTH = 61, 12
 
@@ -24,8 +24,9 @@ VOCAB, LENGTH = 61, 12
 def tiny_config(**changes: Any) -> config_lib.Config:
     """A config of the tiny test model; `changes` are nested sections, `federated=dict(rounds=2)`."""
     values: dict[str, Any] = dict(
-        model=dict(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_position_embeddings=16,
-                   unroll_layers=False),
+        model=dict(
+            hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_position_embeddings=16, unroll_layers=False
+        ),
         data=dict(seq_len=LENGTH),
         federated=dict(num_clients=3, local_steps=2, batch_size=2, rounds=4),
         # The key's bias has no gradient but rounding (softmax ignores it). Adam would blow that up to a full step, and
@@ -51,15 +52,13 @@ def mask_spec(config: config_lib.Config) -> MaskSpec:
 def make_setting(config: config_lib.Config, total_steps: int = 100) -> Setting:
     f = config.federated
     assert f.num_clients is not None
-    return Setting(
-        config=config,
-        segments=make_segments(config.model),
-        prepare=functools.partial(mask_blocks, spec=mask_spec(config)),
-        client_tx=make_optimizer(config.client_optimizer, "client_optimizer", total_steps),
-        server_tx=make_optimizer(config.server_optimizer, "server_optimizer", total_steps),
-        outer=make_aggregator(config.aggregator),
-        num_clients=f.num_clients,
-        cohort=f.clients_per_round or f.num_clients,
+    return setting_lib.make_setting(
+        config,
+        make_segments(config.model),
+        functools.partial(mask_blocks, spec=mask_spec(config)),
+        f.num_clients,
+        f.clients_per_round or f.num_clients,
+        (total_steps, 0),
     )
 
 
@@ -98,16 +97,14 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: flo
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, a), b in pairs:
-        np.testing.assert_allclose(
-            np.asarray(a), np.asarray(b), rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path)
-        )
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 def make_simulation(config: config_lib.Config, clients: int = 3, blocks: int = 7) -> Any:
     """A `Simulation` on random blocks: client n has `blocks` + n % 10 of them, and 3 held out."""
     from fedbert_jax.data.blocks import TokenBlocks
+    from fedbert_jax.devices.mesh import make_mesh
     from fedbert_jax.runtime.simulation import Simulation
-    from fedbert_jax.sharding import make_mesh
 
     def store(sizes: list[int], seed: int) -> TokenBlocks:
         tokens = np.asarray(random_blocks(seed, sum(sizes)), np.uint16)

@@ -1,18 +1,14 @@
 """Configuration: frozen dataclasses, read from a ConfigDict and validated once, at the edge."""
 
 from fedbert_jax.config.arrangement import ARRANGEMENTS, Arrangement, register, strategy_title
+from fedbert_jax.config.changes import EXTENDABLE, FREE, HARMLESS, RESCHEDULED, WORKED_OUT
 from fedbert_jax.config.check import resolve_model, validate
 from fedbert_jax.config.extent import as_begun, choose, work_out
 from fedbert_jax.config.keys import all_keys, flatten, kind_of, listed, replace, to_dict, type_of, unknown_key
 from fedbert_jax.config.load import default_config, from_dict, from_text
 from fedbert_jax.config.schema import (
-    EXTENDABLE,
-    FREE,
-    HARMLESS,
     HUB_NAME,
     PRESETS,
-    RESCHEDULED,
-    WORKED_OUT,
     AggregatorConfig,
     CheckpointConfig,
     Config,
@@ -32,10 +28,47 @@ from fedbert_jax.config.schema import (
 )
 
 __all__ = [
-    "ARRANGEMENTS", "EXTENDABLE", "FREE", "HARMLESS", "HUB_NAME", "PRESETS", "RESCHEDULED", "WORKED_OUT", "AggregatorConfig",
-    "Arrangement", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "FederatedConfig",
-    "FinetuneConfig", "MeshConfig", "MlmConfig", "ModelConfig", "OptimizerConfig", "PartitionConfig", "PrecisionConfig",
-    "PrivacyConfig", "WireConfig", "all_keys", "as_begun", "choose", "default_config", "flatten", "from_dict", "from_text",
-    "kind_of", "listed", "register", "replace", "resolve_model", "strategy_title", "to_dict", "type_of", "unknown_key",
-    "validate", "work_out",
-]  # fmt: skip
+    "ARRANGEMENTS",
+    "EXTENDABLE",
+    "FREE",
+    "HARMLESS",
+    "HUB_NAME",
+    "PRESETS",
+    "RESCHEDULED",
+    "WORKED_OUT",
+    "AggregatorConfig",
+    "Arrangement",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "FederatedConfig",
+    "FinetuneConfig",
+    "MeshConfig",
+    "MlmConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PartitionConfig",
+    "PrecisionConfig",
+    "PrivacyConfig",
+    "WireConfig",
+    "all_keys",
+    "as_begun",
+    "choose",
+    "default_config",
+    "flatten",
+    "from_dict",
+    "from_text",
+    "kind_of",
+    "listed",
+    "register",
+    "replace",
+    "resolve_model",
+    "strategy_title",
+    "to_dict",
+    "type_of",
+    "unknown_key",
+    "validate",
+    "work_out",
+]

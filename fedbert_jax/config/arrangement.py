@@ -30,9 +30,11 @@ class Arrangement:
 
     def __post_init__(self) -> None:
         possible = {
-            "together": (("copies", "own"), ("one",)), "pooled": (("one",), ("one",)),
-            "apart": (("copies", "own"), ("copies", "own")), "in turn": (("one", "own"), ("one",)),
-        }  # fmt: skip
+            "together": (("copies", "own"), ("one",)),
+            "pooled": (("one",), ("one",)),
+            "apart": (("copies", "own"), ("copies", "own")),
+            "in turn": (("one", "own"), ("one",)),
+        }
         if self.clients not in possible:
             raise ValueError(f"clients={self.clients!r}: accepted: {', '.join(map(repr, possible))}")
         for name, held, accepted in zip(("client", "body"), (self.client, self.body), possible[self.clients], strict=True):
@@ -101,8 +103,11 @@ def rows() -> str:
     usual = ("pooled", "parameters")
     shown = []
     for strategy, *rest in ARRANGEMENTS:
-        named = [f"{key}={value!r}" for key, value, default in zip(("body", "average"), rest, usual, strict=True)
-                 if value != default]  # fmt: skip
+        named = [
+            f"{key}={value!r}"
+            for key, value, default in zip(("body", "average"), rest, usual, strict=True)
+            if value != default
+        ]
         shown.append(f"{strategy!r}" + (f" with {' and '.join(named)}" if named else ""))
     return ", ".join(shown)
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Collection
 from fractions import Fraction
 
+from fedbert_jax.config.changes import WORKED_OUT
 from fedbert_jax.config.keys import flatten, replace, to_dict
-from fedbert_jax.config.schema import WORKED_OUT, Config
+from fedbert_jax.config.schema import Config
 from fedbert_jax.errors import ConfigError
 
 

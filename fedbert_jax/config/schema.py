@@ -302,28 +302,3 @@ class Config:
 
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub
-# What no round knows of: an old workdir goes on with any change to these.
-FREE = frozenset({
-    "resume", "profile", "export.license", "export.language", "export.datasets", "export.base_model",
-    "export.hidden_dropout", "export.attention_dropout",
-})  # fmt: skip
-# A change to one of these leaves finished rounds as they were, so `resume=force` accepts it on an old workdir.
-HARMLESS = FREE | frozenset({
-    "fill_mask", "federated.rounds", "federated.epochs", "federated.schedule_rounds",
-    "federated.schedule_from", "federated.clients_at_once", "checkpoint.every_rounds",
-    "checkpoint.times", "checkpoint.keep", "eval.every_rounds", "eval.times", "mesh.data", "mesh.model", "data.store",
-    "data.cache_dir", "model.remat", "model.unroll_layers", "model.attention", "model.logits_at_once",
-})  # fmt: skip
-# The key on the left is worked out from the amount of text (`config/extent.py`) where the one on the right is set.
-WORKED_OUT = {
-    "federated.rounds": "federated.epochs", "federated.clients_per_round": "federated.max_clients_per_round",
-    "checkpoint.every_rounds": "checkpoint.times", "eval.every_rounds": "eval.times",
-    "client_optimizer.warmup_steps": "client_optimizer.warmup", "server_optimizer.warmup_steps": "server_optimizer.warmup",
-}  # fmt: skip
-# Nor does a change to one of these, if federated.schedule_from says that the schedules begin after the last finished round.
-RESCHEDULED = frozenset(
-    f"{side}_optimizer.{key}" for side in ("client", "server")
-    for key in ("learning_rate", "schedule", "warmup", "warmup_steps", "decay_steps", "end_learning_rate", "power")
-)  # fmt: skip
-# A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
-EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})

@@ -20,12 +20,12 @@ from fedbert_jax.data.encoded import Encoded, encode_documents, usual_tokens
 from fedbert_jax.data.partition import js_divergence
 from fedbert_jax.data.progress import Logged, Progress
 from fedbert_jax.data.rows import listed
+from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.data.summary import ClientSummary, describe_left_out, describe_unknown
 from fedbert_jax.data.text import Share, Text, read_text
 from fedbert_jax.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, token_dtype, vocab_size
 from fedbert_jax.data.vocabulary import train_tokenizer
 from fedbert_jax.errors import ConfigError, UserError
-from fedbert_jax.streams import seeds_of
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -57,9 +57,12 @@ class _Packed(NamedTuple):
 
 
 def prepare(
-    config: Config, directory: Path, *,
-    warn: Callable[[str], None] = log.warning, progress: Progress | None = None,
-) -> tuple[Dataset, PreTrainedTokenizerFast]:  # fmt: skip
+    config: Config,
+    directory: Path,
+    *,
+    warn: Callable[[str], None] = log.warning,
+    progress: Progress | None = None,
+) -> tuple[Dataset, PreTrainedTokenizerFast]:
     """Makes a run's token blocks and tokenizer, or takes those that `directory` holds.
 
     A finished directory is taken as it is, so a resumed run has the same data even if the text has changed since. It
@@ -177,9 +180,11 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
         warn(unknown)
     (directory / "documents.bin").unlink()
     meta = {
-        "origin": _origin(config), "special_ids": special, "unigram": unigram.tolist(),
+        "origin": _origin(config),
+        "special_ids": special,
+        "unigram": unigram.tolist(),
         "clients": [dataclasses.asdict(s) for s in summaries],
-    }  # fmt: skip
+    }
     (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -195,9 +200,13 @@ def _tokenizer(config: Config, text: Text, progress: Progress) -> PreTrainedToke
 
 
 def _write_blocks(
-    directory: Path, shares: Sequence[Share], encoded: Encoded, tokenizer: PreTrainedTokenizerFast, seq_len: int,
+    directory: Path,
+    shares: Sequence[Share],
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerFast,
+    seq_len: int,
     progress: Progress,
-) -> list[_Packed]:  # fmt: skip
+) -> list[_Packed]:
     """Writes train.npy and heldout.npy, a client after the other.
 
     Blocks go to the files as they fill. A client without a training block has none held out. A block of which no token may
@@ -230,11 +239,17 @@ def _summarise(
     left = text.words[mine] * encoded.kept[mine] / np.maximum(encoded.lengths[mine], 1)  # words, in proportion to tokens
     read = int((text.words[mine] + text.dropped[mine]).sum()) + share.emptied
     return ClientSummary(
-        name=share.name, documents=int(np.count_nonzero(encoded.kept[mine])), words=round(left.sum()),
-        train_blocks=sizes.train, heldout_blocks=sizes.heldout, tokens=sizes.train * config.data.seq_len,
-        share=sizes.train / all_blocks, js_divergence=divergence,
-        unknown=float(encoded.unknown[mine].sum() / encoded.lengths[mine].sum()), dropped_words=read - round(left.sum()),
-    )  # fmt: skip
+        name=share.name,
+        documents=int(np.count_nonzero(encoded.kept[mine])),
+        words=round(left.sum()),
+        train_blocks=sizes.train,
+        heldout_blocks=sizes.heldout,
+        tokens=sizes.train * config.data.seq_len,
+        share=sizes.train / all_blocks,
+        js_divergence=divergence,
+        unknown=float(encoded.unknown[mine].sum() / encoded.lengths[mine].sum()),
+        dropped_words=read - round(left.sum()),
+    )
 
 
 def _report_left_out(

@@ -41,9 +41,12 @@ class Encoded:
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], path: Path, deduplicate: bool,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str],
+    path: Path,
+    deduplicate: bool,
     count: Callable[[int], None],
-) -> Encoded:  # fmt: skip
+) -> Encoded:
     """Encodes documents into a file.
 
     Args:

@@ -16,9 +16,23 @@ from fedbert_jax.errors import UserError
 
 # What a folder is searched for, in any case. Not .json: folders hold metadata. But .json.gz is none.
 FOLDER_SUFFIXES = (
-    ".txt", ".text", ".md", ".jsonl", ".ndjson", ".csv", ".tsv",
-    ".txt.gz", ".text.gz", ".md.gz", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz", ".json.gz", ".parquet",
-)  # fmt: skip
+    ".txt",
+    ".text",
+    ".md",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".txt.gz",
+    ".text.gz",
+    ".md.gz",
+    ".jsonl.gz",
+    ".ndjson.gz",
+    ".csv.gz",
+    ".tsv.gz",
+    ".json.gz",
+    ".parquet",
+)
 _SUFFIXES = ".txt, .text, .md, .jsonl, .ndjson, .csv, .tsv, each also with .gz, .json.gz and .parquet"
 NAMED = 3  # of the things passed over for one reason, how many a warning names
 

@@ -21,6 +21,8 @@ from fedbert_jax.data.rows import LeftOut, Row, column, listed, texts_and_client
 from fedbert_jax.data.tables import table_format, table_rows
 from fedbert_jax.errors import UserError
 
+GLUE = "nyu-mll/glue"  # not its older name `glue`, which a folder of that name beside the user would take the place of
+
 # `datasets` is imported in functions: it takes a second, and only these sources need it.
 
 
@@ -41,9 +43,7 @@ def split_dataset_name(what: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
-def read_dataset(
-    what: str, data: DataConfig, left_out: LeftOut, warn: Callable[[str], None]
-) -> Iterator[tuple[str, str]]:
+def read_dataset(what: str, data: DataConfig, left_out: LeftOut, warn: Callable[[str], None]) -> Iterator[tuple[str, str]]:
     """Yields the text and client of each row of `data.split` of the dataset that `split_dataset_name` finds.
 
     Without `data.client_field` the client is the dataset: a local one goes by the name of its file or directory.
@@ -174,9 +174,7 @@ def _is_text(path: Path) -> bool:
     return path.name.lower().removesuffix(".gz").endswith(".txt")
 
 
-def _warn_of_others(
-    path: Path, splits: Mapping[str, Sequence[Path]], source: str, warn: Callable[[str], None]
-) -> None:
+def _warn_of_others(path: Path, splits: Mapping[str, Sequence[Path]], source: str, warn: Callable[[str], None]) -> None:
     """Tells of files that a search of the directory finds and the datasets library does not: behind links, in capitals."""
     taken = {os.path.realpath(file) for files in splits.values() for file in files}
     others = [file for file in find_files(str(path), lambda _: None) if os.path.realpath(file) not in taken]
@@ -186,9 +184,7 @@ def _warn_of_others(
         warn(f"{source} passes over {len(names):,} {things} in none of its splits: {listed(names)}.")
 
 
-def _pieces(
-    splits: Mapping[str, Sequence[Path]], data: DataConfig, source: str
-) -> Iterator[tuple[Path, int, int | None]]:
+def _pieces(splits: Mapping[str, Sequence[Path]], data: DataConfig, source: str) -> Iterator[tuple[Path, int, int | None]]:
     """Yields which rows of which files `data.split` asks for: file, first row and end; None is the file's end."""
     if data.split in splits:
         yield from ((file, 0, None) for file in splits[data.split])

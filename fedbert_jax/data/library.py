@@ -18,19 +18,25 @@ from fedbert_jax.errors import UserError
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 _CONFIGS = re.compile(r"BuilderConfig .* not found\. Available: \[(.*?)\]|available configs: \[(.*?)\]")
 _REASONS = (  # for the names of classes that an error or its causes have
-    ("ConnectionError OfflineModeIsEnabled TransportError LocalEntryNotFoundError",
-     "the Hugging Face hub cannot be reached, and no copy of this dataset is here"),
-    ("DatasetNotFoundError RepositoryNotFoundError HFValidationError",
-     "no file or folder here has this name, and no dataset of the Hugging Face hub (or none that you have been let into: "
-     "`hf auth login` tells it who you are)"),
+    (
+        "ConnectionError OfflineModeIsEnabled TransportError LocalEntryNotFoundError",
+        "the Hugging Face hub cannot be reached, and no copy of this dataset is here",
+    ),
+    (
+        "DatasetNotFoundError RepositoryNotFoundError HFValidationError",
+        "no file or folder here has this name, and no dataset of the Hugging Face hub (or none that you have been let into: "
+        "`hf auth login` tells it who you are)",
+    ),
     ("EmptyDatasetError DataFilesNotFoundError", "it has no data file of a format that is known"),
     ("CastError DatasetGenerationCastError", "its files do not have the same columns"),
     ("ChecksumVerificationError SplitsVerificationError", "what was downloaded is not what its description says"),
-    ("DatasetGenerationError ArrowException JSONDecodeError UnicodeDecodeError ParserError EmptyDataError"
-     " BadZipFile LZMAError EOFError",
-     "a file of it is damaged, or something else than its name says"),
+    (
+        "DatasetGenerationError ArrowException JSONDecodeError UnicodeDecodeError ParserError EmptyDataError"
+        " BadZipFile LZMAError EOFError",
+        "a file of it is damaged, or something else than its name says",
+    ),
     ("FileNotFoundError KeyError OSError", "a file of it is missing or damaged"),
-)  # fmt: skip
+)
 
 
 @contextlib.contextmanager

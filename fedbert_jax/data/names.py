@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fedbert_jax.console import shown as printable
+from fedbert_jax.console.output import shown as printable
 
 __all__ = ["ClientNames", "printable", "shortened"]
 LONGEST = 255  # characters of a client's name; a longer one is cut

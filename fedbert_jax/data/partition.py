@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fedbert_jax.config import PartitionConfig
+from fedbert_jax.data.streams import Seeds, Stream, generator
 from fedbert_jax.errors import ConfigError
-from fedbert_jax.streams import Seeds, Stream, generator
 
 
 def assign(
@@ -56,9 +56,7 @@ def assign(
     return names, _split_by(owner, num_clients)
 
 
-def _natural(
-    groups: Sequence[str], words: np.ndarray, num_clients: int | None
-) -> tuple[tuple[str, ...], list[np.ndarray]]:
+def _natural(groups: Sequence[str], words: np.ndarray, num_clients: int | None) -> tuple[tuple[str, ...], list[np.ndarray]]:
     names, members = _members(groups)
     if num_clients is not None and num_clients > len(names):
         raise ConfigError(

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedbert_jax.streams import Seeds, Stream, generator
+from fedbert_jax.data.streams import Seeds, Stream, generator
 
 
 def draw_cohort(seeds: Seeds, round: int, num_clients: int, cohort: int) -> np.ndarray:

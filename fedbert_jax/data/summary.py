@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fedbert_jax.console import Name
+from fedbert_jax.console.output import Name
 
 TABLE_ROWS, TABLE_LARGEST, TABLE_SMALLEST = 40, 10, 5
 MUCH_UNKNOWN = 0.01  # of a client's tokens, above which it is warned of
@@ -44,9 +44,13 @@ def client_table(clients: Sequence[ClientSummary]) -> Table:
         counts = {k: sum(getattr(c, k) for c in members) for k in ("documents", "train_blocks", "heldout_blocks")}
         means = {k: float(np.mean([getattr(c, k) for c in members])) for k in ("js_divergence", "unknown")}
         table.add_row(
-            Name(name), *(f"{n:,}" for n in counts.values()), f"{sum(c.share for c in members):.1%}",
-            f"{means['js_divergence']:.3f}", percent(means["unknown"]), f"{sum(c.dropped_words for c in members):,}",
-        )  # fmt: skip
+            Name(name),
+            *(f"{n:,}" for n in counts.values()),
+            f"{sum(c.share for c in members):.1%}",
+            f"{means['js_divergence']:.3f}",
+            percent(means["unknown"]),
+            f"{sum(c.dropped_words for c in members):,}",
+        )
 
     for place, client in enumerate(ranked):
         if not hidden or not TABLE_LARGEST <= place < TABLE_LARGEST + hidden:

@@ -59,9 +59,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _JSON = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=Number, parse_float=Number,
+    object_pairs_hook=_object,
+    parse_int=Number,
+    parse_float=Number,
     parse_constant=lambda name: None if name == "NaN" else Number(name),  # NaN: pandas' null
-)  # fmt: skip
+)
 
 
 def _json(path: Path, data: DataConfig) -> tuple[str, Iterator[Row]]:
@@ -135,7 +137,7 @@ def _csv_rows(path: Path, data: DataConfig) -> Iterator[Row]:
     except csv.Error as error:
         open_end = "unexpected end" in str(error)
         why = "begins a quoted cell that never ends" if open_end else "has a quotation mark where a quoted cell goes on"
-        raise UserError(f"{shown}: the row of line {start} {why}; accepted: \"\" for a quotation mark in quotes.") from error
+        raise UserError(f'{shown}: the row of line {start} {why}; accepted: "" for a quotation mark in quotes.') from error
 
 
 def _stripped(cells: list[str]) -> list[str]:

@@ -15,9 +15,9 @@ from fedbert_jax.data.docs import DOCS_MIN_WORDS
 from fedbert_jax.data.duplicates import drop_repeated_paragraphs
 from fedbert_jax.data.partition import assign, hold_out
 from fedbert_jax.data.progress import Progress
+from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.data.words import count_words
 from fedbert_jax.errors import UserError
-from fedbert_jax.streams import seeds_of
 
 
 class Share(NamedTuple):

@@ -31,9 +31,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     named = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id, "[MASK]": tokenizer.mask_token_id}
     missing = [name for name, index in named.items() if index is None]
     if missing:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; BERT's training needs it."
-        )
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}; BERT's training needs it.")
     return tuple(sorted(set(map(int, tokenizer.all_special_ids))))
 
 
@@ -80,9 +78,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         raise UserError(f"data.tokenizer={name_or_path!r} has no fast form; accepted: one with a tokenizer.json.")
     # For a BERT directory without vocab.txt and tokenizer.json, transformers 5 makes one that knows its specials only.
     if len(tokenizer) <= len(special_ids(tokenizer)):
-        raise UserError(
-            f"data.tokenizer={name_or_path!r} has no vocabulary: neither tokenizer.json nor vocab.txt is there."
-        )
+        raise UserError(f"data.tokenizer={name_or_path!r} has no vocabulary: neither tokenizer.json nor vocab.txt is there.")
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
 
@@ -134,9 +130,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 1_000_000,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str],
+    batch: int = 1_000_000,
     count: Callable[[int], None] = lambda _: None,
-) -> Iterator[np.ndarray]:  # fmt: skip
+) -> Iterator[np.ndarray]:
     """Yields the token ids of each text: [n] uint16 or int32 (`token_dtype`), without special tokens added.
 
     Text that spells a special token ("[MASK]" in documentation) is read as text, never as that token. Long text is encoded
@@ -213,7 +211,8 @@ def _is_like_bert(spec: dict[str, Any]) -> bool:
     return (
         spec["model"]["type"] == "WordPiece"
         and spec["model"]["max_input_chars_per_word"] <= LONGEST_WORD
-        and normalizer.get("type") == "BertNormalizer" and normalizer["handle_chinese_chars"]
+        and normalizer.get("type") == "BertNormalizer"
+        and normalizer["handle_chinese_chars"]
         and steps(spec["pre_tokenizer"], "pretokenizers")[-1].get("type") == "BertPreTokenizer"
         and all(token["special"] for token in spec["added_tokens"])
-    )  # fmt: skip
+    )

@@ -84,9 +84,13 @@ def train_tokenizer(
     trained.normalizer = normalizer
     trained.pre_tokenizer = splitter
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=reserved, initial_alphabet=alphabet, limit_alphabet=len(alphabet),
-        continuing_subword_prefix=CONTINUES, show_progress=False,
-    )  # fmt: skip
+        vocab_size=size,
+        special_tokens=reserved,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix=CONTINUES,
+        show_progress=False,
+    )
     trained.train_from_iterator(_counted(pieces, count), trainer)
     vocabulary = trained.get_vocab(with_added_tokens=False)
     in_order = {token: index for index, token in enumerate(sorted(vocabulary, key=vocabulary.__getitem__))}
@@ -118,20 +122,25 @@ def _wordpiece(
     """
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordPiece(
-        vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD, continuing_subword_prefix=CONTINUES
-    ))  # fmt: skip
+    backend = Tokenizer(
+        models.WordPiece(
+            vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD, continuing_subword_prefix=CONTINUES
+        )
+    )
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter
     backend.decoder = decoders.WordPiece(prefix=CONTINUES)
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )  # fmt: skip
+    )
     names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=MAX_LENGTH,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **names,
+    )
 
 
 # --- the alphabet ----------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedbert_jax import streams
+from fedbert_jax.data import streams
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
+from fedbert_jax.data.streams import Secrets, Seeds, Stream
 from fedbert_jax.federated.joined import joined_logits
 from fedbert_jax.federated.state import Pair
 from fedbert_jax.models.bert import Segments
-from fedbert_jax.streams import Secrets, Seeds, Stream
 
 
 class EvalPlan(NamedTuple):
@@ -101,9 +101,11 @@ def plan_evaluation(
             owners.append(c)
     shape = (len(rows), size)
     return EvalPlan(
-        np.array(rows, np.int64).reshape(shape), np.array(real, np.float32).reshape(shape),
-        np.array(numbers, np.int32).reshape(shape), np.array(owners, np.int32),
-    )  # fmt: skip
+        np.array(rows, np.int64).reshape(shape),
+        np.array(real, np.float32).reshape(shape),
+        np.array(numbers, np.int32).reshape(shape),
+        np.array(owners, np.int32),
+    )
 
 
 def masked(of: Secrets, batch: EvalSet, spec: MaskSpec) -> MaskedBatch:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from fedbert_jax.config import Arrangement
+from fedbert_jax.devices.mesh import constrain_clients
 from fedbert_jax.federated.average import replicate
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Pair, State, pick
-from fedbert_jax.sharding import constrain_clients
 
 
 class Holding(NamedTuple):

@@ -12,9 +12,12 @@ from fedbert_jax.models.layers import fold_in
 
 
 def joined_loss(
-    segments: Segments, client_params: ClientParams, server_params: ServerParams, batch: MaskedBatch,
+    segments: Segments,
+    client_params: ClientParams,
+    server_params: ServerParams,
+    batch: MaskedBatch,
     keys: StepKeys = NO_KEYS,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Returns the loss of the uncut model on one client's batch [B, ...].
 
     With the same keys, [G], dropout draws are those of `split_step`.

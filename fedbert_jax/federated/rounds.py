@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedbert_jax.devices.mesh import constrain, constrain_clients
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import add_up, add_up_with_feedback, outer_update, pool, weighted_average, weighted_sum
 from fedbert_jax.federated.holding import only
@@ -19,7 +20,6 @@ from fedbert_jax.federated.metrics import RoundMetrics, not_finite, of_steps, of
 from fedbert_jax.federated.setting import Setting, over_slices
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.state import Cohort, Pair, Rows, State, Strategy, clients_first, num_steps, pick
-from fedbert_jax.sharding import constrain, constrain_clients
 
 
 def make_strategy(s: Setting) -> Strategy:

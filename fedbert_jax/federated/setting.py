@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedbert_jax import streams
 from fedbert_jax.config import Arrangement, Config
+from fedbert_jax.data import streams
 from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.data.streams import Secrets, Stream, seeds_of
+from fedbert_jax.federated.optim import Optimizer, make_aggregator, make_optimizer
 from fedbert_jax.federated.state import Pair, Rows, pick
 from fedbert_jax.federated.wire import Cut, StepKeys, make_cut
 from fedbert_jax.models.bert import Segments
-from fedbert_jax.optim import Optimizer
-from fedbert_jax.streams import Secrets, Stream, seeds_of
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class Setting:
         return make_cut(self.segments, self.config.wire, self.config.privacy)
 
     @jax.named_scope("mask")
-    def draw(
-        self, rows: Rows, round: jax.Array, step: jax.Array, clients: jax.Array
-    ) -> tuple[MaskedBatch, StepKeys]:
+    def draw(self, rows: Rows, round: jax.Array, step: jax.Array, clients: jax.Array) -> tuple[MaskedBatch, StepKeys]:
         """Makes the batches [C, B, ...] of clients [C] and their keys: functions of (secrets, round, step, client) alone."""
         of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
         draws = lambda stream: jax.vmap(lambda c: streams.key(of, stream, round, step, c))(clients)  # noqa: E731
@@ -70,6 +68,30 @@ class Setting:
         client, client_opt, client_norm = self.client_tx.update(grads.client, opt.client, model.client, step)
         server, server_opt, server_norm = self.server_tx.update(grads.server, opt.server, model.server, step)
         return Pair(client, server), Pair(client_opt, server_opt), Pair(client_norm, server_norm)
+
+
+def make_setting(
+    config: Config,
+    segments: Segments,
+    prepare: Callable[[jax.Array, Rows], MaskedBatch],
+    num_clients: int,
+    cohort: int,
+    span: tuple[int, int],
+) -> Setting:
+    """Returns the setting of a config: its optimizers and its averaging, beside what depends on the text.
+
+    Args:
+      config: with `model` resolved.
+      segments: of that model.
+      prepare: see `Setting`.
+      num_clients: N.
+      cohort: C.
+      span: how many steps the optimizers' schedules last, and at which step they begin (`optim.schedule_span`).
+    """
+    client_tx = make_optimizer(config.client_optimizer, "client_optimizer", *span)
+    server_tx = make_optimizer(config.server_optimizer, "server_optimizer", *span)
+    outer = make_aggregator(config.aggregator)
+    return Setting(config, segments, prepare, client_tx, server_tx, outer, num_clients, cohort)
 
 
 def slices(cohort: int, at_once: int | None, devices: int) -> tuple[int, int]:

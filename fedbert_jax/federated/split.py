@@ -54,9 +54,7 @@ def client_begin(cut: Cut, params: ClientParams, batch: MaskedBatch, keys: StepK
         return Up(cut.channels.activations.send(h, keys.noise), positions, lengths), kept
 
 
-def server_forward(
-    cut: Cut, params: ServerParams, up: Up, weights: jax.Array, keys: StepKeys
-) -> tuple[Payload, Kept]:
+def server_forward(cut: Cut, params: ServerParams, up: Up, weights: jax.Array, keys: StepKeys) -> tuple[Payload, Kept]:
     """Runs the rows of C clients as one batch through the one body: one large matmul, where a map would make C.
 
     Args:
@@ -123,9 +121,15 @@ def client_finish(cut: Cut, kept: Kept, dh: Payload, head_grads: ClientParams) -
 
 
 def split_step(
-    cut: Cut, client_params: ClientParams, server_params: ServerParams, batch: MaskedBatch, weights: jax.Array,
-    keys: StepKeys = NO_KEYS, *, shared_client: bool = False,
-) -> StepResult:  # fmt: skip
+    cut: Cut,
+    client_params: ClientParams,
+    server_params: ServerParams,
+    batch: MaskedBatch,
+    weights: jax.Array,
+    keys: StepKeys = NO_KEYS,
+    *,
+    shared_client: bool = False,
+) -> StepResult:
     """Runs the five halves in one program, for C clients side by side.
 
     Args:
@@ -150,8 +154,14 @@ def split_step(
     loss, head_grads, dz = jax.vmap(head, (own, 0, 0, 0))(client_params, batch, z, mine)
     server_grads, dh = server_backward(cut, body_kept, dz, weights)
     client_grads = jax.vmap(finish)(kept, dh, head_grads)
-    named = {"activations": up.h, "positions": up.positions, "lengths": up.lengths, "hidden_states": z,
-             "head_gradient": dz, "input_gradient": dh}  # fmt: skip
+    named = {
+        "activations": up.h,
+        "positions": up.positions,
+        "lengths": up.lengths,
+        "hidden_states": z,
+        "head_gradient": dz,
+        "input_gradient": dh,
+    }
     messages = {name: payload for name, payload in named.items() if payload is not None}
     return StepResult(loss, client_grads, server_grads, messages)
 

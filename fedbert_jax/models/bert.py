@@ -41,9 +41,13 @@ class Transform(Protocol):
     """Maps h [B, T, D] to z [B, M, D] at positions [B, M], or without them to [B, T, D]; lengths [B] leave padding out."""
 
     def __call__(
-        self, params: ServerParams, h: jax.Array, positions: jax.Array | None = None, lengths: jax.Array | None = None,
+        self,
+        params: ServerParams,
+        h: jax.Array,
+        positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
         keys: Keys | None = None,
-    ) -> jax.Array: ...  # fmt: skip
+    ) -> jax.Array: ...
 
 
 class Predict(Protocol):
@@ -55,9 +59,7 @@ class Predict(Protocol):
 class Loss(Protocol):
     """Returns the mean loss of what `predict` makes of z [B, M, D], over the batch's positions of weight 1."""
 
-    def __call__(
-        self, params: ClientParams, z: jax.Array, batch: MaskedBatch, keys: Keys | None = None
-    ) -> jax.Array: ...
+    def __call__(self, params: ClientParams, z: jax.Array, batch: MaskedBatch, keys: Keys | None = None) -> jax.Array: ...
 
 
 class Segments(NamedTuple):
@@ -72,9 +74,7 @@ class Segments(NamedTuple):
     loss: Loss
 
 
-def make_segments(
-    config: ModelConfig, compute_dtype: DTypeLike = jnp.float32, outputs: int | None = None
-) -> Segments:
+def make_segments(config: ModelConfig, compute_dtype: DTypeLike = jnp.float32, outputs: int | None = None) -> Segments:
     """Builds the segments of a model.
 
     Args:
@@ -109,9 +109,14 @@ def make_segments(
         return client, {"layers": stack(jax.random.split(server_key, layers))}  # leaves [L, ...]
 
     def run(
-        definition: Any, stack: Params, count: int, x: jax.Array, lengths: jax.Array | None, keys: Keys | None,
+        definition: Any,
+        stack: Params,
+        count: int,
+        x: jax.Array,
+        lengths: jax.Array | None,
+        keys: Keys | None,
         positions: jax.Array | None,
-    ) -> jax.Array:  # fmt: skip
+    ) -> jax.Array:
         """Runs a stack of `count` layers on x [B, T, D]."""
         batch, length, size = x.shape
         mask = None if lengths is None else attention_mask(lengths, length)
@@ -144,9 +149,12 @@ def make_segments(
         return h
 
     def transform(
-        params: ServerParams, h: jax.Array, positions: jax.Array | None = None, lengths: jax.Array | None = None,
+        params: ServerParams,
+        h: jax.Array,
+        positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
         keys: Keys | None = None,
-    ) -> jax.Array:  # fmt: skip
+    ) -> jax.Array:
         return run(layer_def, params["layers"], layers, h, lengths, keys, positions)
 
     def predict(params: ClientParams, z: jax.Array, keys: Keys | None = None) -> jax.Array:

@@ -111,9 +111,7 @@ def test_blocks_spell_the_clients_own_documents(prepared: tuple[Dataset, Any, Pa
             assert len(pieces) > 2
 
 
-def test_no_document_is_both_held_out_and_trained_on(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_document_is_both_held_out_and_trained_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     encode = dataset_lib.encode_documents
     monkeypatch.setattr(dataset_lib, "encode_documents", lambda t, texts, *a: encode(t, seen.extend(texts) or texts, *a))

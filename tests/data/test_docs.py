@@ -83,9 +83,7 @@ def test_a_full_disk_leaves_nothing_in_the_cache(package: Path, tmp_path: Path, 
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_child_processes_find_what_one_process_finds(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_child_processes_find_what_one_process_finds(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = docs._package_files("dangerous_package")
     monkeypatch.setattr(docs, "_PARALLEL_BYTES", 0)
     monkeypatch.setattr(docs.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)

@@ -8,10 +8,11 @@ import pytest
 from tiny import tiny_config
 
 from fedbert_jax.config import PartitionConfig
-from fedbert_jax.data import dataset, partition, tasks
+from fedbert_jax.data import dataset, partition
 from fedbert_jax.data.partition import assign, hold_out
-from fedbert_jax.data.sequences import ExampleStream, Sequences
-from fedbert_jax.streams import Seeds, Stream
+from fedbert_jax.data.streams import Seeds, Stream
+from fedbert_jax.glue import examples as examples_lib
+from fedbert_jax.glue.sequences import ExampleStream, Sequences
 
 GROUPS = [name for name in "abcd" for _ in range(15)]
 
@@ -60,13 +61,13 @@ def test_a_tasks_examples_come_in_an_order_of_the_seed_the_client_and_the_epoch(
 
 def test_what_a_task_holds_out_follows_from_the_seed(monkeypatch):
     whole = Sequences(np.arange(40)[:, None], np.zeros((40, 1), np.int32), np.ones(40, np.int32), np.arange(40))
-    monkeypatch.setattr(tasks.glue, "load", lambda *_: {"train": tasks.glue.Examples([], None, None, [])})
-    monkeypatch.setattr(tasks, "encode", lambda *_: whole)
+    monkeypatch.setattr(examples_lib.files, "load", lambda *_: {"train": examples_lib.tasks.Examples([], None, None, [])})
+    monkeypatch.setattr(examples_lib, "encode", lambda *_: whole)
     found = []
     for seed in range(4):
         sections = dict(data=dict(source="glue:SST-2", tokenizer="one"), federated=dict(strategy="centralized"))
         config = tiny_config(seed=seed, task="finetune", finetune=dict(holdout=0.25), **sections)
-        data = tasks.read_task(config, None)
+        data = examples_lib.read_task(config, None)
         assert sorted([*data.train.labels, *data.dev["holdout"].labels]) == list(range(40))
         assert data.dev["holdout"].labels.tolist() == draws.generator("client", seed, 24).permutation(40)[:10].tolist()
         found.append(tuple(sorted(data.dev["holdout"].labels)))

@@ -55,9 +55,22 @@ def test_links_are_followed_and_suffixes_taken_in_any_case(folder: Path, pattern
     assert find(folder, pattern) == (expected, "")
 
 
-@pytest.mark.parametrize("name", [
-    "a.txt", "a.TEXT", "a.Md", "a.jsonl", "a.ndjson", "a.csv", "a.TSV", "a.parquet", "a.txt.gz", "a.jsonl.GZ", "a.json.gz",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        "a.TEXT",
+        "a.Md",
+        "a.jsonl",
+        "a.ndjson",
+        "a.csv",
+        "a.TSV",
+        "a.parquet",
+        "a.txt.gz",
+        "a.jsonl.GZ",
+        "a.json.gz",
+    ],
+)
 def test_suffixes_that_a_folder_is_searched_for(tmp_path: Path, name: str) -> None:
     write(tmp_path / "x" / "deep" / name, "")
     assert find(tmp_path) == ([f"x/deep/{name}"], "")
@@ -107,8 +120,14 @@ def test_a_folder_called_like_a_file_is_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_saved_dataset_is_found_as_a_whole(tmp_path: Path) -> None:
-    for name in ("one/state.json", "one/dataset_info.json", "one/data-00000-of-00001.arrow", "two/dataset_dict.json",
-                 "two/train/state.json", "three/state.json"):  # fmt: skip
+    for name in (
+        "one/state.json",
+        "one/dataset_info.json",
+        "one/data-00000-of-00001.arrow",
+        "two/dataset_dict.json",
+        "two/train/state.json",
+        "three/state.json",
+    ):
         write(tmp_path / name, "{}")
     found, told = find(tmp_path)
     assert found == ["one", "two"]

@@ -27,21 +27,34 @@ def test_lines_end_in_any_way_wherever_a_chunk_ends(tmp_path: Path, monkeypatch:
         assert list(read_lines(path)) == MIXED_LINES, size
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("", []), ("\n", [""]), ("\r", [""]), ("\r\n", [""]), ("a", ["a"]), ("a\r", ["a"]), ("a\r\n\r", ["a", ""]),
-    ("\ufeff", []), ("a\n\ufeffb", ["a", "\ufeffb"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("", []),
+        ("\n", [""]),
+        ("\r", [""]),
+        ("\r\n", [""]),
+        ("a", ["a"]),
+        ("a\r", ["a"]),
+        ("a\r\n\r", ["a", ""]),
+        ("\ufeff", []),
+        ("a\n\ufeffb", ["a", "\ufeffb"]),
+    ],
+)
 def test_a_files_last_line_may_have_an_end_or_none(tmp_path: Path, content: str, expected: list[str]) -> None:
     assert list(read_lines(write(tmp_path / "a.txt", content))) == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 1 << 20])
-@pytest.mark.parametrize("raw, byte, line", [
-    (b"ok\r\nn\xc3\xa9\rbad \xff here\n", 12, 3),
-    (b"\xff", 0, 1),
-    (b"one\r\ntwo \xc3", 9, 2),  # cut in the middle of a letter
-    (b"\xef\xbb\xbfone\n\r\xe9", 8, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "raw, byte, line",
+    [
+        (b"ok\r\nn\xc3\xa9\rbad \xff here\n", 12, 3),
+        (b"\xff", 0, 1),
+        (b"one\r\ntwo \xc3", 9, 2),  # cut in the middle of a letter
+        (b"\xef\xbb\xbfone\n\r\xe9", 8, 3),
+    ],
+)
 def test_what_is_not_utf8_is_refused_with_byte_and_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: bytes, byte: int, line: int, size: int
 ) -> None:

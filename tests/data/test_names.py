@@ -9,16 +9,19 @@ import pytest
 from fedbert_jax.data.names import ClientNames, printable, shortened
 
 
-@pytest.mark.parametrize("name, shown", [
-    ("caf\udce9", r"caf\xe9"),  # a byte that is not UTF-8, as Python reads folder names
-    ("a\x1b[31mb\x00\x7f\x85", r"a\x1b[31mb\x00\x7f\x85"),
-    ("two\nlines\tand\u2028more", r"two\nlines\tand\u2028more"),
-    ("evil\u202etxt.exe\u2066", r"evil\u202etxt.exe\u2066"),
-    ("\ud800", r"\ud800"),
-    ("[/i]bold [red]", "[/i]bold [red]"),
-    ("שלום مرحبا 北京 👩‍👩‍👧 café", "שלום مرحبا 北京 👩‍👩‍👧 café"),
-    (r"CORP\alice", r"CORP\alice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("caf\udce9", r"caf\xe9"),  # a byte that is not UTF-8, as Python reads folder names
+        ("a\x1b[31mb\x00\x7f\x85", r"a\x1b[31mb\x00\x7f\x85"),
+        ("two\nlines\tand\u2028more", r"two\nlines\tand\u2028more"),
+        ("evil\u202etxt.exe\u2066", r"evil\u202etxt.exe\u2066"),
+        ("\ud800", r"\ud800"),
+        ("[/i]bold [red]", "[/i]bold [red]"),
+        ("שלום مرحبا 北京 👩‍👩‍👧 café", "שלום مرحبا 北京 👩‍👩‍👧 café"),
+        (r"CORP\alice", r"CORP\alice"),
+    ],
+)
 def test_what_a_terminal_cannot_show_is_escaped_and_nothing_else(name: str, shown: str) -> None:
     assert printable(name) == shown
     shown.encode()
@@ -27,8 +30,11 @@ def test_what_a_terminal_cannot_show_is_escaped_and_nothing_else(name: str, show
 def test_two_clients_never_get_one_name() -> None:
     names = ClientNames()
     assert [names("caf\udce9"), names(r"caf\xe9"), names("caf\udce9"), names("b")] == [
-        r"caf\xe9", r"caf\xe9 (2)", r"caf\xe9", "b",
-    ]  # fmt: skip
+        r"caf\xe9",
+        r"caf\xe9 (2)",
+        r"caf\xe9",
+        "b",
+    ]
     assert names(r"caf\xe9 (2)") not in (r"caf\xe9", r"caf\xe9 (2)")
 
 

@@ -11,8 +11,8 @@ from scipy.spatial.distance import jensenshannon
 
 from fedbert_jax.config import PartitionConfig
 from fedbert_jax.data.partition import assign, hold_out, js_divergence
+from fedbert_jax.data.streams import Seeds
 from fedbert_jax.errors import UserError
-from fedbert_jax.streams import Seeds
 
 GROUPS = ["b", "a", "c", "a", "b", "b", "d"] * 30
 WORDS = np.random.default_rng(0).integers(1, 50, len(GROUPS))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedbert_jax.data.sampling import block_indices, client_weights, draw_cohort, turn_order
-from fedbert_jax.streams import Seeds
+from fedbert_jax.data.streams import Seeds
 
 
 def test_a_cohort_is_drawn_without_replacement_and_anew_each_round():

@@ -47,8 +47,10 @@ def test_many_clients_are_abridged() -> None:
     many = [summary(f"[c{i:02d}]", train_blocks=i + 1) for i in range(50)]
     rows = printed(many)
     assert [row[0] for row in rows[:-1]] == [
-        *(f"[c{i:02d}]" for i in range(49, 39, -1)), "... 35 more", *(f"[c{i:02d}]" for i in range(4, -1, -1)),
-    ]  # fmt: skip
+        *(f"[c{i:02d}]" for i in range(49, 39, -1)),
+        "... 35 more",
+        *(f"[c{i:02d}]" for i in range(4, -1, -1)),
+    ]
     assert rows[10][1:] == ["..."] * 7
     assert rows[-1][2] == f"{sum(range(1, 51)):,}"
 

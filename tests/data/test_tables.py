@@ -58,9 +58,17 @@ def test_every_format_holds_the_same_rows(tmp_path: Path, format: str, kind: str
 
 
 @pytest.mark.parametrize("format", ["jsonl", "array.json", "parquet", "arrow"])
-@pytest.mark.parametrize("value, name", [
-    (7, "7"), (-1.5, "-1.5"), (0, "0"), (True, "true"), (False, "false"), ("007", "007"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, name",
+    [
+        (7, "7"),
+        (-1.5, "-1.5"),
+        (0, "0"),
+        (True, "true"),
+        (False, "false"),
+        ("007", "007"),
+    ],
+)
 def test_numbers_true_and_false_name_clients_as_they_are_written(tmp_path: Path, format: str, value: Any, name: str) -> None:
     path = save(tmp_path, format, [{"text": "a", "site": value}])
     assert read(f"text:{path}", client_field="site") == [("a", name)]
@@ -171,9 +179,15 @@ def test_a_row_without_words_needs_no_client(tmp_path: Path) -> None:
     assert read(f"text:{path}", client_field="site") == [("a", "n")]
 
 
-@pytest.mark.parametrize("value, kind", [
-    (3, "a number"), (True, "true or false"), (["a"], "a list"), ({"a": 1}, "an object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, kind",
+    [
+        (3, "a number"),
+        (True, "true or false"),
+        (["a"], "a list"),
+        ({"a": 1}, "an object"),
+    ],
+)
 @pytest.mark.parametrize("format", ["jsonl", "array.json", "parquet"])
 def test_text_that_is_none_is_refused(tmp_path: Path, value: Any, kind: str, format: str) -> None:
     path = save(tmp_path, format, [{"text": value, "site": "n"}])
@@ -293,7 +307,7 @@ def test_an_empty_table_has_no_rows(tmp_path: Path) -> None:
 
 
 def test_a_long_cell_is_read_whole(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "text\n\"" + "word " * 200_000 + "\"\n")  # Python's csv stops at 131,072 unless told
+    path = write(tmp_path / "a.csv", 'text\n"' + "word " * 200_000 + '"\n')  # Python's csv stops at 131,072 unless told
     ((text, _),) = read(f"text:{path}")
     assert len(text) == 999_999
 

@@ -83,22 +83,26 @@ KINDS = {
     "bert": bert,
     "bert without ideographs": lambda: bert(tokenize_chinese_chars=False),
     "byte-level": lambda: trained_as(
-        models.BPE(), trainers.BpeTrainer(**BYTES),
+        models.BPE(),
+        trainers.BpeTrainer(**BYTES),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
     ),
     "byte-level with a space": lambda: trained_as(
-        models.BPE(), trainers.BpeTrainer(**BYTES),
+        models.BPE(),
+        trainers.BpeTrainer(**BYTES),
         pre_tokenizers.ByteLevel(add_prefix_space=True),
     ),
     "unigram": lambda: trained_as(
-        models.Unigram(), trainers.UnigramTrainer(unk_token="[UNK]", **TRAINING),
+        models.Unigram(),
+        trainers.UnigramTrainer(unk_token="[UNK]", **TRAINING),
         pre_tokenizers.Metaspace(),
     ),
     "one that can't be cut": lambda: trained_as(  # all text is one word
-        models.BPE(unk_token="[UNK]"), trainers.BpeTrainer(**TRAINING),
+        models.BPE(unk_token="[UNK]"),
+        trainers.BpeTrainer(**TRAINING),
         pre_tokenizers.Split("\x00", "removed"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,9 +110,25 @@ def test_a_long_text_has_the_ids_of_the_whole(kind: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(tokenizer_lib, "_PIECE", 60)
     rng = random.Random(1)
     units = [
-        "abc def ", "abcdef", "é", "e\u0301 ", "漢字語漢", "。", ", ", "\n\n", "  ", "\u3000", " and a.", "x\x1cy", "[MASK]",
-        "ß9-", "z" * 1200, " the lazy dog", "กำลังภาษาไทย", "😀👍🏽",
-    ]  # fmt: skip
+        "abc def ",
+        "abcdef",
+        "é",
+        "e\u0301 ",
+        "漢字語漢",
+        "。",
+        ", ",
+        "\n\n",
+        "  ",
+        "\u3000",
+        " and a.",
+        "x\x1cy",
+        "[MASK]",
+        "ß9-",
+        "z" * 1200,
+        " the lazy dog",
+        "กำลังภาษาไทย",
+        "😀👍🏽",
+    ]
     texts = ["漢字" * 100, *("".join(rng.choices(units, k=rng.randint(1, 400))) for _ in range(30))]
     made = KINDS[kind]()
     backend = Tokenizer.from_str(made.backend_tokenizer.to_str())

@@ -10,10 +10,10 @@ from tiny import tiny_config
 
 from fedbert_jax.config import AggregatorConfig, WireConfig
 from fedbert_jax.federated.average import outer_update, weighted_average
+from fedbert_jax.federated.optim import make_aggregator
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.wire import make_cut
 from fedbert_jax.models.bert import make_segments
-from fedbert_jax.optim import make_aggregator
 
 WEIGHTS = np.array([0.5, 0.0, 0.3, 0.2], np.float32)
 
@@ -28,8 +28,11 @@ def way(request, monkeypatch):
 
 def clients() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {"matrix": rng.standard_normal((4, 3, 5), np.float32), "scalar": rng.standard_normal(4, np.float32),
-            "count": np.full(4, 7, np.int32)}  # fmt: skip
+    return {
+        "matrix": rng.standard_normal((4, 3, 5), np.float32),
+        "scalar": rng.standard_normal(4, np.float32),
+        "count": np.full(4, 7, np.int32),
+    }
 
 
 def expected(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,15 +19,15 @@ from tiny import LENGTH, VOCAB, make_setting, mask_spec, random_blocks, tiny_con
 
 from fedbert_jax.config import WireConfig
 from fedbert_jax.data.masking import MaskedBatch, MaskSpec, mask_blocks
+from fedbert_jax.data.streams import Seeds, secrets
 from fedbert_jax.federated import setting as setting_lib
 from fedbert_jax.federated.evaluation import EvalSet
 from fedbert_jax.federated.evaluation import masked as masked_for_scoring
+from fedbert_jax.federated.optim import Optimizer
 from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Cohort, State, Strategy
 from fedbert_jax.models.bert import Segments
-from fedbert_jax.optim import Optimizer
-from fedbert_jax.streams import Seeds, secrets
 
 SEEDS = Seeds(server=11, client=12)  # in a run they are one number
 K, B, M = 2, 2, 4  # B * M is a power of two, so that dividing by it loses nothing
@@ -92,10 +92,12 @@ def record(name: str, clients: int = 3, **federated: Any) -> tuple[Setting, Stra
     strategy, _, kind = name.partition(" ")
     federated |= dict(average=kind) if kind == "gradients" else dict(body=kind or "pooled")
     config = tiny_config(
-        seed=SEEDS.server, model=dict(hidden_dropout=0.1), mlm=dict(mask_prob=M / LENGTH),
+        seed=SEEDS.server,
+        model=dict(hidden_dropout=0.1),
+        mlm=dict(mask_prob=M / LENGTH),
         wire=dict(noise=DEVIATION) if strategy in CUT else {},
         federated=dict(strategy=strategy, num_clients=clients, local_steps=K, batch_size=B, **federated),
-    )  # fmt: skip
+    )
     setting = dataclasses.replace(make_setting(config), segments=recorder(config), client_tx=WRITES, server_tx=WRITES)
     rule = make_strategy(setting)
     return setting, rule, rule.init(setting.fresh())
@@ -129,8 +131,12 @@ def expected(given: Cohort, n: int, k: int, seeds: Seeds = SEEDS) -> tuple[dict[
     own = draws.key("client", seeds.client, draws.SEGMENT_DROPOUT, *draw)
     body = draws.key("server", seeds.server, draws.BODY_DROPOUT, *draw)
     number = lambda key: words(key[None])[0]  # noqa: E731
-    client = {"tokens": batch.tokens, "embed_key": number(jax.random.fold_in(own, 0)),
-              "head_key": number(jax.random.fold_in(own, 1)), "labels": batch.labels}  # fmt: skip
+    client = {
+        "tokens": batch.tokens,
+        "embed_key": number(jax.random.fold_in(own, 0)),
+        "head_key": number(jax.random.fold_in(own, 1)),
+        "labels": batch.labels,
+    }
     return client, {"positions": batch.positions, "body_key": number(body)}
 
 
@@ -154,10 +160,17 @@ def of_client(tree: Any, n: int) -> Any:
 
 @pytest.mark.parametrize(
     "strategy, ids",
-    [("parallel", [4, 1, 7]), ("parallel gradients", [4, 1, 7]), ("parallel merged", [4, 1, 7]),
-     ("parallel private", [0, 1, 2]), ("sequential", [4, 1, 7]), ("centralized", [0]), ("local", [0, 1, 2]),
-     ("fedavg", [4, 1, 7])],
-)  # fmt: skip
+    [
+        ("parallel", [4, 1, 7]),
+        ("parallel gradients", [4, 1, 7]),
+        ("parallel merged", [4, 1, 7]),
+        ("parallel private", [0, 1, 2]),
+        ("sequential", [4, 1, 7]),
+        ("centralized", [0]),
+        ("local", [0, 1, 2]),
+        ("fedavg", [4, 1, 7]),
+    ],
+)
 def test_what_a_client_draws_and_what_its_numbers_weigh(strategy, ids):
     """Masks, dropout of both sides and noise are of the round, the step and the client; metrics are means by weight."""
     _, rule, state = record(strategy)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny import LENGTH, VOCAB, make_simulation, mask_spec, random_blocks, tiny_config
 
+from fedbert_jax.data.streams import Seeds, secrets
 from fedbert_jax.federated.evaluation import EvalSet, evaluation, log_frequencies, make_evaluate, masked, plan_evaluation
 from fedbert_jax.federated.state import Pair
 from fedbert_jax.models.layers import take_positions
-from fedbert_jax.streams import Seeds, secrets
 
 SEEDS = Seeds(0, 0)
 MASK = 4  # the tiny vocabulary's [MASK]
@@ -37,7 +37,7 @@ def batches(data: EvalSet) -> list[EvalSet]:
 def test_every_asked_position_is_masked_and_nothing_else_is_changed(simulation, spec):
     data = jax.device_get(simulation._eval_set)
     for batch in batches(data):
-        questions = ask(secrets(simulation.seeds), batch, spec)
+        questions = ask(secrets(simulation.feed.seeds), batch, spec)
         expected = np.array(batch.tokens, np.int32)
         assert np.array_equal(questions.labels, np.take_along_axis(expected, np.asarray(questions.positions), 1))
         np.put_along_axis(expected, np.asarray(questions.positions), MASK, 1)
@@ -79,7 +79,7 @@ def test_scores_and_guessing_by_hand(simulation, spec):
         for batch in batches(data):
             if batch.clients != c:
                 continue
-            questions = ask(secrets(simulation.seeds), batch, spec)
+            questions = ask(secrets(simulation.feed.seeds), batch, spec)
             log_probs = np.asarray(answer(*state.model, questions))
             for row in np.flatnonzero(batch.real):
                 for position, label in zip(questions.positions[row], questions.labels[row], strict=True):

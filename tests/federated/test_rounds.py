@@ -37,8 +37,14 @@ def tiny(strategy="parallel", sgd=False, model=None, **federated):
 
 def test_one_client_trains_alike_by_any_strategy():
     """Invariant 2, with Adam, warm-up, clipping, dropout and several rounds: with one client, all are ordinary training."""
-    kinds = [dict(strategy="centralized"), dict(), dict(average="gradients"), dict(strategy="sequential"),
-             dict(strategy="fedavg"), dict(body="merged")]  # fmt: skip
+    kinds = [
+        dict(strategy="centralized"),
+        dict(),
+        dict(average="gradients"),
+        dict(strategy="sequential"),
+        dict(strategy="fedavg"),
+        dict(body="merged"),
+    ]
     models = [
         run(tiny(**kind, num_clients=1, model=dict(hidden_dropout=0.1)), rounds=3, clients=1, weights=[1.0])[0].model
         for kind in kinds
@@ -77,9 +83,11 @@ OPTIMIZERS = [dict(), SGD, dict(name="lamb", learning_rate=0.01, warmup_steps=1,
 def test_averaged_gradients_are_training_on_the_weighted_pooled_batch(optimizer):
     """Invariant 3: clipping, schedule, dropout, unequal weights, a client that isn't there and has nonsense for text."""
     config = tiny_config(
-        federated=dict(average="gradients", num_clients=4), model=dict(num_layers=1, hidden_dropout=0.1),
-        client_optimizer=optimizer, server_optimizer=optimizer,
-    )  # fmt: skip
+        federated=dict(average="gradients", num_clients=4),
+        model=dict(num_layers=1, hidden_dropout=0.1),
+        client_optimizer=optimizer,
+        server_optimizer=optimizer,
+    )
     weights = [0.5, 0.2, 0.3, 0.0]
     setting, _, state, round = program(config)
 
@@ -279,9 +287,11 @@ def test_outer_update_against_its_formula(aggregator):
 def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body, at_once):
     """Positions beyond the blocks' length: averaging copies of them must make no difference, which Adam would scale up."""
     config = tiny_config(
-        federated=dict(strategy=strategy, body=body, num_clients=4, clients_at_once=at_once), model=dict(num_layers=1),
-        aggregator=dict(name="adam", learning_rate=0.01), client_optimizer=dict(weight_decay=0.0),
-    )  # fmt: skip
+        federated=dict(strategy=strategy, body=body, num_clients=4, clients_at_once=at_once),
+        model=dict(num_layers=1),
+        aggregator=dict(name="adam", learning_rate=0.01),
+        client_optimizer=dict(weight_decay=0.0),
+    )
     states = program(config)[2], run(config, rounds=2, clients=4, weights=[0.4, 0.1, 0.3, 0.2])[0]
     before, after = (state.model.client["embeddings"]["position"]["embedding"] for state in states)
     length = config.data.seq_len
@@ -293,9 +303,11 @@ def test_schedules_count_global_steps():
     """A client's fresh optimizer state (reset) doesn't set the learning rate back."""
     opt = dict(name="sgd", learning_rate=1.0, warmup_steps=0, schedule="linear", decay_steps=4, clip_norm=None, eps=None)
     config = tiny_config(
-        federated=dict(local_steps=2, client_optimizer_state="reset"), client_optimizer=opt, server_optimizer=opt,
+        federated=dict(local_steps=2, client_optimizer_state="reset"),
+        client_optimizer=opt,
+        server_optimizer=opt,
         model=dict(num_layers=1),
-    )  # fmt: skip
+    )
     _, _, state, round = program(config)
     moved, _ = round(state, cohort(config, round=0))
     stays, _ = round(state, cohort(config, round=2))
@@ -304,18 +316,26 @@ def test_schedules_count_global_steps():
 
 
 @pytest.mark.parametrize(
-    "kind", [dict(), dict(client_optimizer_state="reset"), dict(body="merged"), dict(strategy="fedavg",
-             client_optimizer_state="reset"), dict(average="gradients")], ids=str,
-)  # fmt: skip
+    "kind",
+    [
+        dict(),
+        dict(client_optimizer_state="reset"),
+        dict(body="merged"),
+        dict(strategy="fedavg", client_optimizer_state="reset"),
+        dict(average="gradients"),
+    ],
+    ids=str,
+)
 def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
     """Five clients, two at a time, padded to six by one of weight 0; the momentum of an outer update included."""
     ends = []
     outer = {} if "average" in kind else dict(momentum=0.9)
     for at_once in (None, 2) + ((1,) if not kind else ()):
         config = tiny_config(
-            federated=dict(num_clients=6, clients_at_once=at_once, **kind), model=dict(hidden_dropout=0.1, num_layers=1),
+            federated=dict(num_clients=6, clients_at_once=at_once, **kind),
+            model=dict(hidden_dropout=0.1, num_layers=1),
             aggregator=outer,
-        )  # fmt: skip
+        )
         ends.append(run(config, rounds=2, clients=6, weights=[0.1, 0.3, 0.2, 0.15, 0.25, 0.0]))
     for end in ends[1:]:
         assert_trees_close(end, ends[0], atol=3e-6)
@@ -323,9 +343,16 @@ def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [dict(), dict(average="gradients"), dict(body="merged"), dict(strategy="sequential"), dict(strategy="fedavg"),
-     dict(strategy="centralized")], ids=str,
-)  # fmt: skip
+    [
+        dict(),
+        dict(average="gradients"),
+        dict(body="merged"),
+        dict(strategy="sequential"),
+        dict(strategy="fedavg"),
+        dict(strategy="centralized"),
+    ],
+    ids=str,
+)
 def test_a_short_round_is_a_round_of_fewer_steps(kind):
     """The last round of fine-tuning has fewer steps; its schedules go on from where the round before ended."""
     models = []
@@ -360,8 +387,9 @@ def test_traffic_counts_messages_and_averaging():
     # A gradient up and the mean down in each step, and no moments; who was away is told what it missed.
     gradients = traffic(tiny(average="gradients"))
     assert set(gradients) - {"activations", "positions", "hidden_states", "head_gradient", "input_gradient"} == {
-        "segment_gradient", "mean_gradient"
-    }  # fmt: skip
+        "segment_gradient",
+        "mean_gradient",
+    }
     assert gradients["segment_gradient"] == gradients["mean_gradient"] == f.local_steps * 3 * client
     away = traffic(tiny(average="gradients", clients_per_round=2))
     assert away["segment"] == 2 * client and away["segment_optimizer"] == 2 * (2 * client + 4)
@@ -391,18 +419,21 @@ def test_what_a_client_does_to_its_own_gradient_is_the_same_however_gradients_ar
 def test_what_int8_has_yet_to_send_is_kept_by_client():
     """Of a cohort of some, in any order, padded by one who takes part anyway, and of one who is absent."""
     config = tiny_config(
-        federated=dict(average="gradients", num_clients=5, clients_per_round=3), model=dict(num_layers=1),
+        federated=dict(average="gradients", num_clients=5, clients_per_round=3),
+        model=dict(num_layers=1),
         wire=dict(gradient_codec="int8"),
-    )  # fmt: skip
+    )
     _, _, state, round = program(config)
     lost = jax.tree.map(lambda x: x + 1e-4 * (1 + jnp.arange(5.0)).reshape(-1, *(1,) * (x.ndim - 1)), state.outer)
     state = state._replace(outer=lost)
     data = cohort(config)._replace(clients=jnp.array([4, 1, 2]))
     first, _ = round(state, data)
     padded = Cohort(
-        jnp.concatenate([data.rows, data.rows[:, :1]], axis=1), jnp.array([4, 1, 2, 4]), jnp.append(data.weights, 0.0),
+        jnp.concatenate([data.rows, data.rows[:, :1]], axis=1),
+        jnp.array([4, 1, 2, 4]),
+        jnp.append(data.weights, 0.0),
         data.round,
-    )  # fmt: skip
+    )
     again, _ = round(state, padded)
     assert_trees_close(again, first)
     bias = lambda s: np.asarray(s.outer["head"]["dense"]["kernel"])  # noqa: E731
@@ -417,9 +448,12 @@ def test_the_mean_gradient_comes_back_in_bfloat16():
     """SGD shows it: the segment moves by numbers that bfloat16 has, the body by others."""
     opt = SGD | dict(learning_rate=1.0)
     config = tiny_config(
-        federated=dict(average="gradients", local_steps=1), model=dict(num_layers=1), wire=dict(gradient_codec="int8"),
-        client_optimizer=opt, server_optimizer=opt,
-    )  # fmt: skip
+        federated=dict(average="gradients", local_steps=1),
+        model=dict(num_layers=1),
+        wire=dict(gradient_codec="int8"),
+        client_optimizer=opt,
+        server_optimizer=opt,
+    )
     setting, _, state, _ = program(config)
     seen = {}
 
@@ -435,8 +469,13 @@ def test_the_mean_gradient_comes_back_in_bfloat16():
         return seen
 
     with pytest.MonkeyPatch.context() as patch:  # a loop of one step, as plain Python: what it sees can be returned
-        patch.setattr(jax.lax, "scan", lambda f, init, xs: (lambda end: (end[0], jax.tree.map(lambda x: x[None], end[1])))(
-            f(init, jax.tree.map(lambda x: x[0], xs))))  # fmt: skip
+        patch.setattr(
+            jax.lax,
+            "scan",
+            lambda f, init, xs: (lambda end: (end[0], jax.tree.map(lambda x: x[None], end[1])))(
+                f(init, jax.tree.map(lambda x: x[0], xs))
+            ),
+        )
         seen = round(state, cohort(config))
     exact = lambda tree: all(  # noqa: E731
         jnp.array_equal(x, x.astype(jnp.bfloat16).astype(jnp.float32)) for x in jax.tree.leaves(tree)
@@ -455,8 +494,11 @@ def test_traffic_of_each_row_by_what_travels():
     assert traffic(client_optimizer_state="keep") == step | both
     assert traffic(body="merged") == step | both | moments == traffic(body="private")
     assert traffic(average="gradients", clients_per_round=2) == step | {
-        "segment_gradient", "mean_gradient", "segment", "segment_optimizer"
-    }  # fmt: skip
+        "segment_gradient",
+        "mean_gradient",
+        "segment",
+        "segment_optimizer",
+    }
 
 
 def test_bytes_of_an_average_in_fixed_point_are_those_of_its_payload():

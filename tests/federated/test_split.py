@@ -250,8 +250,9 @@ def test_int8_is_off_by_half_a_scale_at_most(segments):
     x[0, 3] = 0.0
     sent = channel.send(jnp.asarray(x), None)
     assert {name: (a.dtype.name, a.shape) for name, a in sent.items()} == {
-        "int8": ("int8", (2, LENGTH, 16)), "scale": ("float32", (2, LENGTH, 1))
-    }  # fmt: skip
+        "int8": ("int8", (2, LENGTH, 16)),
+        "scale": ("float32", (2, LENGTH, 1)),
+    }
     received = channel.receive(sent)
     assert received.dtype == jnp.float32
     there = np.any(x, axis=-1)
@@ -315,10 +316,14 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize(  # every two settings meet
     "codec, downlink, drops, padded",
     [
-        ("float32", "masked", True, True), ("float32", "all", False, False), ("bfloat16", "masked", False, False),
-        ("bfloat16", "all", True, True), ("int8", "masked", True, False), ("int8", "all", False, True),
+        ("float32", "masked", True, True),
+        ("float32", "all", False, False),
+        ("bfloat16", "masked", False, False),
+        ("bfloat16", "all", True, True),
+        ("int8", "masked", True, False),
+        ("int8", "all", False, True),
     ],
-)  # fmt: skip
+)
 def test_the_halves_in_five_programs_are_the_one_step(dropping, config, batch, codec, downlink, drops, padded):
     """As in a network: clients one by one, and nothing but NumPy arrays between them and the server."""
     segments, own, server = dropping
@@ -341,8 +346,9 @@ def test_the_halves_in_five_programs_are_the_one_step(dropping, config, batch, c
 
     begun = [begin(cut, params, b, k) for params, b, k in clients]
     up = stack(*jax.device_get([up for up, _ in begun]))
-    sent = {name: x for name, x in (("activations", up.h), ("positions", up.positions), ("lengths", up.lengths))
-            if x is not None}  # fmt: skip
+    sent = {
+        name: x for name, x in (("activations", up.h), ("positions", up.positions), ("lengths", up.lengths)) if x is not None
+    }
     sent = cross(sent, *sent)
     up = split.Up(sent["activations"], sent.get("positions"), sent.get("lengths"))
     z, kept = forward(cut, server, up, weights, StepKeys(server=keys.server))

@@ -159,9 +159,15 @@ def test_an_average_in_fixed_point_is_the_average(kind):
 
 
 def test_noise_and_int8_change_what_is_learnt_and_not_the_draws():
-    losses = {name: end_of_two_rounds(wire=settings)[1] for name, settings in {
-        "plain": {}, "int8": dict(codec="int8"), "noise": dict(noise=0.5), "gradient": dict(gradient_noise=1e-3),
-    }.items()}  # fmt: skip
+    losses = {
+        name: end_of_two_rounds(wire=settings)[1]
+        for name, settings in {
+            "plain": {},
+            "int8": dict(codec="int8"),
+            "noise": dict(noise=0.5),
+            "gradient": dict(gradient_noise=1e-3),
+        }.items()
+    }
     first = [loss[0] for loss in losses.values()]
     assert len(set(first)) == 4
     np.testing.assert_allclose(first, first[0], rtol=0.05)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import assert_trees_close, tiny_config
 
-from fedbert_jax import huggingface
 from fedbert_jax.config import PRESETS, ModelConfig, resolve_model
 from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.models import huggingface
 from fedbert_jax.models.bert import count_parameters, make_segments
 from fedbert_jax.models.layers import dropout
 from fedbert_jax.models.losses import cross_entropy
@@ -70,9 +70,11 @@ def test_hidden_states_and_logits_equal_torchs_with_padding_and_two_segments(pai
     h, z, logits, z_asked = run(client, server)
     with torch.no_grad():
         out = model(
-            torch.tensor(tokens), attention_mask=torch.tensor(mask), token_type_ids=torch.tensor(types),
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            token_type_ids=torch.tensor(types),
             output_hidden_states=True,
-        )  # fmt: skip
+        )
     real = mask.astype(bool)
     np.testing.assert_allclose(np.asarray(h)[real], out.hidden_states[0].numpy()[real], atol=1e-5)
     np.testing.assert_allclose(np.asarray(z)[real], out.hidden_states[-1].numpy()[real], atol=1e-5)
@@ -179,8 +181,10 @@ def test_preset_sizes_are_the_published_ones(preset):
     shapes = jax.eval_shape(make_segments(config).init, *[jax.eval_shape(lambda: jax.random.key(0))] * 2)
     with torch.device("meta"):
         settings = dict(
-            hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, intermediate_size=config.intermediate_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            intermediate_size=config.intermediate_size,
             num_attention_heads=config.num_heads,
-        )  # fmt: skip
+        )
         theirs = transformers.BertForMaskedLM(transformers.BertConfig(**settings)).num_parameters()
     assert count_parameters(shapes) == theirs

@@ -12,9 +12,9 @@ from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.wire import make_cut
-from fedbert_jax.huggingface import from_tensors, to_tensors
 from fedbert_jax.models import bert
 from fedbert_jax.models.bert import make_segments
+from fedbert_jax.models.huggingface import from_tensors, to_tensors
 from fedbert_jax.models.layers import fold_in
 
 LAYERS = 3

@@ -12,8 +12,9 @@ from flax import nnx
 from tiny import VOCAB, tiny_config
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import huggingface, run
+from fedbert_jax import experiment
 from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.models import huggingface
 from fedbert_jax.models.bert import make_segments
 from fedbert_jax.models.layers import ClassifierSegment, ClientSegment, Layer, LayerNorm
 
@@ -65,7 +66,7 @@ def test_an_exported_models_epsilon_is_torchs_and_comes_back(tmp_path):
 
     sizes = dict(max_position_embeddings=16)
     started = config_lib.from_dict(dict(model=sizes | dict(init_from=str(tmp_path)), data=dict(tokenizer="", seq_len=12)))
-    assert run.resolve(started, VOCAB).model.layer_norm_eps == EPS
+    assert experiment.resolve(started, VOCAB).model.layer_norm_eps == EPS
 
 
 def test_a_checkpoint_that_doesnt_say_has_berts():

@@ -63,10 +63,16 @@ def test_bfloat16_features_and_float32_sums():
 
 def test_memory_is_that_of_a_chunk():
     """Read off the compiled program: 512 rows of 4,000 float32 logits are 8 MB."""
-    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (
-        ((512, 16), jnp.float32), ((4000, 16), jnp.float32), ((4000,), jnp.float32), ((512,), jnp.int32),
-        ((512,), jnp.float32),
-    )]  # fmt: skip
+    shapes = [
+        jax.ShapeDtypeStruct(s, t)
+        for s, t in (
+            ((512, 16), jnp.float32),
+            ((4000, 16), jnp.float32),
+            ((4000,), jnp.float32),
+            ((512,), jnp.int32),
+            ((512,), jnp.float32),
+        )
+    ]
 
     def bytes_needed(fn) -> int:
         return jax.jit(jax.value_and_grad(fn, (0, 1, 2))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes

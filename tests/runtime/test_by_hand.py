@@ -44,10 +44,12 @@ def test_two_rounds_of_parallel_training():
     """Two of four clients a round, with limits on both gradients that they exceed."""
     section = dict(learning_rate=0.01, warmup_steps=2, eps=1e-3, weight_decay=0.1)
     config = tiny_config(
-        seed=SEED, model=dict(num_layers=1),
+        seed=SEED,
+        model=dict(num_layers=1),
         federated=dict(num_clients=CLIENTS, clients_per_round=C, local_steps=K, batch_size=B, rounds=ROUNDS),
-        client_optimizer=section | dict(clip_norm=0.2), server_optimizer=section | dict(clip_norm=0.01),
-    )  # fmt: skip
+        client_optimizer=section | dict(clip_norm=0.2),
+        server_optimizer=section | dict(clip_norm=0.01),
+    )
     simulation = make_simulation(config, clients=CLIENTS, blocks=7)
     segments, stored = simulation.setting.segments, np.asarray(simulation.train.tokens)
     gradients = jax.jit(jax.value_and_grad(lambda *args: joined_loss(segments, *args), (0, 1)))

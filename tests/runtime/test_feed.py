@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from tiny import make_simulation, tiny_config
 
+from fedbert_jax.data.streams import Seeds
+from fedbert_jax.runtime import feed as feed_lib
 from fedbert_jax.runtime import simulation as simulation_lib
-from fedbert_jax.streams import Seeds
 
 SERVER, CLIENT = 5, 9  # the parties' seeds; in a run they are one number
 K, B, ROUNDS = 2, 3, 6
@@ -32,7 +33,8 @@ def simulate():
             federated = dict(num_clients=7, local_steps=K, batch_size=B, rounds=ROUNDS) | federated
             config = tiny_config(seed=SERVER, federated=federated, eval=eval or {}, **(optimizers or {}))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(simulation_lib, "seeds_of", lambda config: Seeds(config.seed, CLIENT))
+                for module in (feed_lib, simulation_lib):
+                    patch.setattr(module, "seeds_of", lambda config: Seeds(config.seed, CLIENT))
                 made[name] = make_simulation(config, clients=7, blocks=4)
         return made[name]
 
@@ -59,7 +61,7 @@ def test_cohorts_blocks_and_weights_round_by_round(simulate, average):
     """Three of seven clients, weighted by their text."""
     simulation, cohorts = simulate(clients_per_round=3, average=average), []
     for round in range(ROUNDS):
-        data, cohort = jax.device_get(simulation.round_data(round)), draws.cohort(SERVER, round, 7, 3)
+        data, cohort = jax.device_get(simulation.feed.draw(round)), draws.cohort(SERVER, round, 7, 3)
         assert data.clients.tolist() == cohort and data.round == round
         np.testing.assert_array_equal(data.rows, wanted(simulation, round, cohort))
         np.testing.assert_allclose(data.weights, shares(cohort), rtol=1e-6)
@@ -70,16 +72,16 @@ def test_cohorts_blocks_and_weights_round_by_round(simulate, average):
 @pytest.mark.parametrize("store", ["device", "memmap"])
 def test_padding_a_cohort_leaves_its_weights_alone(simulate, monkeypatch, store):
     simulation = simulate(clients_per_round=3)
-    monkeypatch.setattr(simulation, "padding", 2)
-    monkeypatch.setattr(simulation, "_on_device", store == "device")
-    data, cohort = jax.device_get(simulation.round_data(1)), draws.cohort(SERVER, 1, 7, 3)
+    monkeypatch.setattr(simulation.feed, "padding", 2)
+    monkeypatch.setattr(simulation.feed, "_on_device", store == "device")
+    data, cohort = jax.device_get(simulation.feed.draw(1)), draws.cohort(SERVER, 1, 7, 3)
     np.testing.assert_allclose(data.weights, shares(cohort) + [0, 0], rtol=1e-6)
     np.testing.assert_array_equal(data.rows[:, :3], wanted(simulation, 1, cohort))
 
 
 def test_clients_may_count_the_same(simulate):
     simulation = simulate(clients_per_round=3, weighting="uniform")
-    np.testing.assert_allclose(simulation.round_data(1).weights, [1 / 3] * 3, rtol=1e-6)
+    np.testing.assert_allclose(simulation.feed.draw(1).weights, [1 / 3] * 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "fixed"])
@@ -87,7 +89,7 @@ def test_turns_are_taken_in_the_order_drawn(simulate, order):
     """Blocks and weights go with the clients."""
     simulation, orders = simulate(strategy="sequential", clients_per_round=4, order=order), []
     for round in range(ROUNDS):
-        data, cohort = jax.device_get(simulation.round_data(round)), draws.cohort(SERVER, round, 7, 4)
+        data, cohort = jax.device_get(simulation.feed.draw(round)), draws.cohort(SERVER, round, 7, 4)
         turns = draws.turns(SERVER, round, cohort) if order == "shuffled" else cohort
         assert data.clients.tolist() == turns
         np.testing.assert_array_equal(data.rows, wanted(simulation, round, turns))
@@ -105,7 +107,7 @@ def test_pooled_text_is_one_stream(simulate, federated, cohort):
     simulation, rows = simulate(**federated), cohort * B
     stored = np.asarray(simulation.train.tokens)
     for round in range(ROUNDS):
-        data = jax.device_get(simulation.round_data(round))
+        data = jax.device_get(simulation.feed.draw(round))
         places = draws.blocks(CLIENT, 0, sum(SIZES), round * K * rows, K * rows)
         np.testing.assert_array_equal(data.rows, stored[places].reshape(K, 1, rows, -1))
         assert (data.weights, data.clients) == ([1], [0])
@@ -130,8 +132,10 @@ def test_a_round_gets_its_own_data_however_rounds_are_asked_for(simulate, monkey
 def test_each_segment_has_its_own_optimizer_and_limit(simulate, side, clip, rate):
     """A step of plain SGD is as long as the rate times the limit, and half as long for a gradient of half the limit."""
     sgd = dict(name="sgd", warmup_steps=0, schedule="constant", eps=None)
-    sections = {"client_optimizer": sgd | dict(clip_norm=0.5, learning_rate=0.25),
-                "server_optimizer": sgd | dict(clip_norm=2.0, learning_rate=0.125)}  # fmt: skip
+    sections = {
+        "client_optimizer": sgd | dict(clip_norm=0.5, learning_rate=0.25),
+        "server_optimizer": sgd | dict(clip_norm=2.0, learning_rate=0.125),
+    }
     tx = getattr(simulate(optimizers=sections).setting, f"{side}_tx")
     params = {"a": np.zeros(4, np.float32), "b": {"bias": np.zeros((2, 2), np.float32)}}
     for size, expected in ((100.0, rate * clip), (clip / 2, rate * clip / 2)):

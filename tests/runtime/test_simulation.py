@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 
-from fedbert_jax.checkpoint import Checkpoints
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.setting import slices
 from fedbert_jax.runtime.simulation import resolve_attention
+from fedbert_jax.workdir.checkpoint import Checkpoints
 
 ONE = dict(num_layers=1)  # where depth is not the subject
 
@@ -59,9 +59,9 @@ def test_averaged_gradients_go_on_bit_for_bit(codec, tmp_path):
 
 def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
     simulation = make_simulation(tiny_config(model=ONE, federated=dict(num_clients=5, clients_per_round=2)), clients=5)
-    wanted = jax.device_get(simulation.round_data(2))
+    wanted = jax.device_get(simulation.feed.draw(2))
     rounds(simulation)
-    again = jax.device_get(simulation.round_data(2))
+    again = jax.device_get(simulation.feed.draw(2))
     assert all(np.array_equal(a, b) for a, b in zip(wanted, again, strict=True))
 
 
@@ -93,20 +93,41 @@ def test_a_cohort_in_slices_of_any_size(strategy):
     """Five of nine clients, two at a time: three slices, the last filled up."""
     strategy, _, average = strategy.partition(" ")
     whole, sliced = (
-        rounds(make_simulation(tiny_config(model=ONE, federated=dict(
-            strategy=strategy, average=average or "parameters", num_clients=9, clients_per_round=5, clients_at_once=at_once
-        )), clients=9), 2)
+        rounds(
+            make_simulation(
+                tiny_config(
+                    model=ONE,
+                    federated=dict(
+                        strategy=strategy,
+                        average=average or "parameters",
+                        num_clients=9,
+                        clients_per_round=5,
+                        clients_at_once=at_once,
+                    ),
+                ),
+                clients=9,
+            ),
+            2,
+        )
         for at_once in (None, 2)
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(sliced[1], whole[1], rtol=1e-6)
     assert_trees_close(sliced[0], whole[0], atol=3e-6)
 
 
 @pytest.mark.parametrize(
     "cohort, at_once, devices, expected",
-    [(8, None, 1, (1, 8)), (5, None, 4, (1, 8)), (9, 8, 1, (2, 5)), (1000, 300, 1, (4, 250)), (8, 4, 8, (1, 8)),
-     (20, 3, 4, (5, 4)), (7, 1, 1, (7, 1)), (2, 8, 1, (1, 2))],
-)  # fmt: skip
+    [
+        (8, None, 1, (1, 8)),
+        (5, None, 4, (1, 8)),
+        (9, 8, 1, (2, 5)),
+        (1000, 300, 1, (4, 250)),
+        (8, 4, 8, (1, 8)),
+        (20, 3, 4, (5, 4)),
+        (7, 1, 1, (7, 1)),
+        (2, 8, 1, (1, 2)),
+    ],
+)
 def test_slices_are_few_and_shared_out_by_the_devices(cohort, at_once, devices, expected):
     assert slices(cohort, at_once, devices) == expected
     assert slices(expected[0] * expected[1], at_once, devices) == expected  # once padded, it stays as it is
@@ -126,8 +147,9 @@ def test_every_strategy_learns(strategy):
     config = tiny_config(
         model=ONE,
         federated=dict(strategy=strategy, average=average or "parameters", rounds=25, local_steps=4, batch_size=4),
-        client_optimizer=opt, server_optimizer=opt,
-    )  # fmt: skip
+        client_optimizer=opt,
+        server_optimizer=opt,
+    )
     simulation = make_simulation(config)
     # Two words only: a model that learns anything learns that.
     tokens = np.asarray(simulation.train.tokens)
@@ -143,7 +165,7 @@ def test_only_the_cohort_costs():
     for clients in (10, 10_000):
         config = tiny_config(federated=dict(num_clients=clients, clients_per_round=8), eval=dict(max_clients=4))
         simulation = make_simulation(config, clients=clients, blocks=1)
-        data = simulation.round_data(0)
+        data = simulation.feed.draw(0)
         shapes = [x.shape for x in jax.tree.leaves((simulation.state_shape, data))]
         sizes.append(shapes)
         assert len(np.unique(simulation._eval_set.clients)) <= 4
@@ -153,8 +175,8 @@ def test_only_the_cohort_costs():
 
 def test_a_cohort_that_devices_do_not_divide_is_padded_with_weight_0():
     simulation = make_simulation(tiny_config(federated=dict(num_clients=5)), clients=5)
-    simulation.padding = 3
-    data = simulation.round_data(0)
+    simulation.feed.padding = 3
+    data = simulation.feed.draw(0)
     assert data.rows.shape[1] == 8
     assert list(np.asarray(data.weights[5:])) == [0, 0, 0]
     assert np.isclose(data.weights.sum(), 1)

@@ -1,0 +1,135 @@
+"""The studies that `python -m benchmarks.study` knows, as data: which configs, with what changed, over how many seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Changes = Mapping[str, Any]  # of a config, by dotted key; "{model}", "{text}" in a value are what the command names
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared."""
+
+    config: str  # a file of configs/
+    changes: Changes = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """GLUE tasks that are fine-tuned with the same settings."""
+
+    names: tuple[str, ...]
+    epochs: float
+    rate: float
+    metric: str | None = None  # None: the mean of the task's metrics
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run, and beside which arm the others are put."""
+
+    about: str
+    arms: Mapping[str, Arm]
+    baseline: str  # an arm
+    changes: Changes = field(default_factory=dict)  # of every arm
+    seeds: int = 3
+    needs: tuple[str, ...] = ()  # which of --model, --text and --glue
+    tasks: tuple[
+        Tasks, ...
+    ] = ()  # what the first seed's models are fine-tuned on, beside a random start (and the checkpoint)
+
+
+QUIET = {"fill_mask": "()"}
+
+# What is tried for `parallel` that averages every eight steps: with uniform weights each client's AdamW sees as many rows as
+# the others', and a higher rate at the clients makes up for the noise of its few.
+EIGHT = {"federated.weighting": "uniform", "federated.local_steps": 8}
+HALF = {"federated.batch_size": 2, "federated.rounds": 280}  # twice the steps with the same tokens
+RECIPES = {
+    "demo": Arm("configs/demo.py"),
+    "uniform-3e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 3e-3}),
+    "uniform-4e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 4e-3}),
+    "uniform-6e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 6e-3}),
+    "uniform-6e-3-reset": Arm(
+        "configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 6e-3, "federated.client_optimizer_state": "reset"}
+    ),
+    "uniform-6e-3-half": Arm("configs/demo.py", EIGHT | HALF | {"client_optimizer.learning_rate": 6e-3}),
+    "gradients": Arm("configs/gradients.py", {"federated.weighting": "uniform"}),
+    "gradients-half": Arm("configs/gradients.py", {"federated.weighting": "uniform"} | HALF),
+    "size-half": Arm("configs/gradients.py", {"federated.batch_by": "size"} | HALF),
+}
+
+# BERT-tiny's GLUE. 3e-4 was chosen for the checkpoint of the study `continued`, on a tenth of the training examples.
+SMALL_GLUE = (
+    Tasks(("SST-2",), 1.0, 3e-4),
+    Tasks(("CoLA", "RTE"), 3.0, 3e-4),
+    Tasks(("STS-B",), 3.0, 3e-4, "pearson"),
+)
+
+# 64 clients, each the reviews of one film; 16 take part in a round, so each trains a quarter of the rounds on average.
+FILMS = {
+    "data.source": "text:{text}",
+    "data.text_field": "text",
+    "data.client_field": "movie",
+    "federated.num_clients": 64,
+}
+
+STRATEGIES = {
+    "demo": Arm("configs/demo.py"),
+    "gradients": Arm("configs/gradients.py"),
+    "size": Arm("configs/gradients.py", {"federated.batch_by": "size"}),
+    "sequential": Arm("configs/sequential.py"),
+    "centralized": Arm("configs/centralized.py"),
+    "local": Arm("configs/local.py"),
+    "fedavg": Arm("configs/fedavg.py"),
+}
+
+CONTINUED = {
+    "model.init_from": "{model}",
+    "federated.local_steps": 4,
+    "federated.batch_size": 4,
+    "client_optimizer.warmup_steps": 20,
+    "server_optimizer.warmup_steps": 20,
+}
+SIXTEEN = {"federated.clients_per_round": 16, "federated.rounds": 100}  # x 16 x 4 x 4 x 128 tokens: 3.28 million
+ALL = {"federated.rounds": 25, "eval.every_rounds": 5}  # `local` keeps a model a client, so all 64 take part in every round
+
+STUDIES = {
+    "strategies": Study(
+        about="Every strategy on the demo's data and tokens.", arms=STRATEGIES, baseline="centralized", changes=QUIET
+    ),
+    "bf16": Study(
+        about="Whether bfloat16 arithmetic trains as well as float32. A seed decides the tokenizer and what is held out, "
+        "too, so runs of one seed are pairs.",
+        arms={
+            "float32": Arm("configs/demo.py", {"precision.compute_dtype": "float32"}),
+            "bfloat16": Arm("configs/demo.py", {"precision.compute_dtype": "bfloat16"}),
+        },
+        baseline="float32",
+        changes=QUIET | {"federated.rounds": 100},
+    ),
+    "recipes": Study(
+        about="What makes `parallel` learn more from the demo's data and tokens.",
+        arms=RECIPES,
+        baseline="demo",
+        changes=QUIET,
+    ),
+    "continued": Study(
+        about="A checkpoint, pre-trained further on film reviews by several strategies with equal tokens, and fine-tuned "
+        "on GLUE beside itself and a random start.",
+        arms={
+            "centralized": Arm("configs/continue.py", SIXTEEN | {"federated.strategy": "centralized"}),
+            "parallel": Arm("configs/continue.py", SIXTEEN | {"federated.strategy": "parallel"}),
+            "sequential": Arm("configs/continue.py", SIXTEEN | {"federated.strategy": "sequential"}),
+            "local": Arm("configs/continue.py", ALL | {"federated.strategy": "local"}),
+        },
+        baseline="centralized",
+        changes=QUIET | FILMS | CONTINUED,
+        seeds=1,
+        needs=("model", "text", "glue"),
+        tasks=SMALL_GLUE,
+    ),
+}

@@ -1,0 +1,1 @@
+"""What a command shows: sentences and tables, bars, the stages of a preparation."""

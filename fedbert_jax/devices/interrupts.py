@@ -1,0 +1,64 @@
+"""Ctrl-C and termination, made into a question the round loop asks instead of an exception at any moment."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+
+from fedbert_jax.devices import processes
+
+
+class Interrupts:
+    """Within `with`, the first SIGINT or SIGTERM sets `received`; the second ends the process at once.
+
+    With several processes, `stop` and `settle` give all of them the same answer, wherever the signal came.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._own = False  # whether this process was sent it, or heard of it from another
+        self._old: dict[int, Any] = {}
+        self._consensus = processes.Consensus() if processes.several() else None
+        self._asked: jax.Array | None = None
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._own:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received, self._own = number, True
+
+    def stop(self) -> bool:
+        """Whether to begin no other round.
+
+        Several processes hear of a signal one call late: what is read here was asked before the round under way, so that
+        nobody waits for that round.
+        """
+        if self._consensus is None:
+            return self.received is not None
+        asked, self._asked = self._asked, self._consensus.ask(self.received or 0)
+        return asked is not None and int(asked) > 0
+
+    def settle(self) -> int | None:
+        """Returns the signal received by now, by any process, and sets `received` to it; waits for the rounds under way."""
+        if self._consensus is not None:
+            self.received = int(self._consensus.ask(self.received or 0)) or None
+        return self.received
+
+    @property
+    def exit_code(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM: 128 + the signal."""
+        return 128 + (self.received or 0)

@@ -1,0 +1,1 @@
+"""GLUE: its tasks and metrics, fine-tuning on them, and the table."""

@@ -1,0 +1,138 @@
+"""The numbers of a run: writing them down a round at a time, and reading them back.
+
+A killed run may leave half a line at the end of metrics.jsonl. Every function here takes such a torn line for one that
+was never written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fedbert_jax import disk
+from fedbert_jax.errors import UserError
+
+Record = dict[str, Any]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """metrics.jsonl, open for appending; one JSON object a line, on its way to the disk when `append` returns.
+
+    A resumed run calls `truncate` first, and opens the log after that: truncating replaces the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path = Path(path)
+        with disk.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.read_bytes().endswith(b"\n"):  # else the next line would join the torn one
+                _replace(path, [line for line, _ in _parsed_lines(path)])
+            self._file = path.open("ab", buffering=0)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one line; scalars and arrays of numpy and JAX become numbers and lists, NaN and infinities null.
+
+        Raises:
+          DiskError: if it can't be written whole; what is there of it is a torn line.
+        """
+        line = to_json(record).encode() + b"\n"
+        with disk.writing(self._path):
+            while line:  # a disk that has become full takes a part first
+                line = line[self._file.write(line) or 0 :]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Returns `value` as valid JSON; floats read back to the same bits, those that are not finite become null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy's and JAX's arrays and scalars
+        return _plain(np.asarray(value, np.float64).tolist() if value.dtype.kind in "fV" else value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def truncate(path: str | os.PathLike[str], round: int) -> None:
+    """Drops every line of a round after `round`, and a torn last line; the lines that stay keep their bytes.
+
+    A kill at any moment leaves either the old file or the new one. A file that does not exist stays so.
+    """
+    path = Path(path)
+    if path.exists():
+        with disk.writing(path):
+            _replace(path, [line for line, record in _parsed_lines(path) if record["round"] <= round])
+
+
+def _replace(path: Path, lines: Iterable[bytes]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(line + b"\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself is on the disk only when the directory is
+    finally:
+        os.close(directory)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
+    """Returns the records of a metrics.jsonl, oldest first; a torn last line is left out.
+
+    Raises:
+      UserError: for a line, not the last, that is not a JSON object with a `round`.
+      FileNotFoundError: if there is no such file.
+    """
+    return [record for _, record in _parsed_lines(Path(path))]
+
+
+def _parsed_lines(path: Path) -> list[tuple[bytes, Record]]:
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "round" in record:
+            parsed.append((line, record))
+        elif number < len(lines):
+            raise UserError(f"{path}: line {number} is not a JSON object with a round; mend or remove that line.")
+    return parsed

@@ -1,0 +1,167 @@
+"""Run by test_sharding.py in a process with eight devices: strategies over (data, model) meshes against one device."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from collectives import count_collectives
+from tiny import VOCAB, make_simulation, tiny_config
+
+from fedbert_jax.glue.examples import TaskData
+from fedbert_jax.glue.sequences import Sequences
+from fedbert_jax.glue.simulation import Finetuning
+from fedbert_jax.glue.tasks import TASKS
+from fedbert_jax.workdir.checkpoint import Checkpoints
+
+assert jax.device_count() == 8, jax.devices()
+
+CASES = [
+    ("parallel", "pooled", "parameters", 3),  # a first step and a loop, which XLA keeps where it goes round more than once
+    ("parallel", "pooled", "gradients", 2),
+    ("parallel", "merged", "parameters", 2),
+    ("sequential", "pooled", "parameters", 2),
+    ("local", "pooled", "parameters", 2),
+    ("fedavg", "pooled", "parameters", 2),
+]
+# One seed: each step's sequences lie apart. Four seeds on data=4: the seeds do.
+FINETUNING = [("centralized", (0,)), ("centralized", (0, 1, 2, 3)), ("parallel", (0,))]
+MESHES = [(4, 2), (8, 1)]  # the second for the first case only
+RESTORED = [(2, 4), (8, 1), (1, 1)]  # what was saved on the first mesh
+
+
+def build(strategy: str, body: str, average: str, local_steps: int, data: int, model: int):
+    config = tiny_config(
+        federated=dict(
+            strategy=strategy,
+            body=body,
+            average=average,
+            local_steps=local_steps,
+            num_clients=5,
+            batch_size=8,
+            rounds=2,
+            clients_at_once=4 if strategy == "fedavg" and data > 1 else None,  # on devices, two slices equal one
+        ),
+        mesh=dict(data=data, model=model),
+        model=dict(
+            hidden_dropout=0.1,
+            num_heads=4,
+            vocab_size=64,
+            num_layers=1,
+            logits_at_once=8 if strategy == "sequential" else None,  # whose rows lie on all devices
+        ),
+        eval=dict(batch_size=4),  # data=8 doesn't divide it
+        aggregator=dict(name="adam", learning_rate=0.01) if (strategy, body, average) == CASES[0][:3] else {},
+    )
+    return make_simulation(config, clients=5)
+
+
+def end_of_run(*case_and_mesh):
+    simulation = build(*case_and_mesh)
+    state = simulation.init_state()
+    for n in range(2):
+        state, metrics = simulation.run_round(state, n)
+    scores = simulation.evaluate(state)
+    simulation.close()
+    metrics = metrics._replace(failed=metrics.failed[: simulation.feed.cohort])  # without those that pad it
+    return simulation, state, jax.device_get((state, metrics)), scores
+
+
+def restore_elsewhere(state, case) -> None:
+    """A checkpoint of one mesh's shards is restored on others, each array where that mesh wants it."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), keep=1)
+        checkpoints.save(2, state, {})
+        checkpoints.close()
+        for mesh in RESTORED:
+            other = build(*case, *mesh)
+            again, _ = Checkpoints(Path(folder)).restore(2, other.state_shape, other.state_sharding)
+            leaves = (jax.tree.leaves(x) for x in (again, state, other.state_sharding))
+            for actual, expected, sharding in zip(*leaves, strict=True):
+                assert actual.sharding == sharding
+                np.testing.assert_array_equal(actual, expected)
+            other.close()
+    print("equal: restored on", *RESTORED, flush=True)
+
+
+def check_collectives(simulation) -> None:
+    """Devices that hold whole clients talk once a step, about the body's gradient, and once a round to average.
+
+    The round's other reduction hands out the optimizers' step counter, 4 bytes, and its one gather says at which clients
+    numbers were not finite, 4 bytes a client. Where the segment's gradient is averaged, too, it goes with the body's, and
+    nothing is left for the round's end; a step's other reduction, 4 bytes, adds up what all positions weigh. All else would
+    be data that moves about.
+    """
+    f = simulation.config.federated
+    data = simulation.feed.draw(0)
+    clients = simulation.feed.cohort + simulation.feed.padding
+    assert {s.data.shape[1] for s in data.rows.addressable_shards} == {clients // 8}  # [K, C, B, T]
+    with jax.set_mesh(simulation.mesh):
+        compiled = simulation._round.lower(simulation.init_state(), data).compile()
+    counts = count_collectives(compiled.as_text())
+    by_round = {"all-reduce": f.local_steps + 2, "all-gather": 1}
+    assert counts == (by_round if f.average == "parameters" else {"all-reduce": 2 * f.local_steps}), counts
+    simulation.close()
+    print("equal: collectives", f.average, flush=True)
+
+
+def end_of_finetuning(strategy: str, seeds: tuple[int, ...], data: int, model: int) -> list[np.ndarray]:
+    config = tiny_config(
+        task="finetune",
+        mesh=dict(data=data, model=model),
+        model=dict(num_heads=4, vocab_size=64, hidden_dropout=0.1, num_layers=1),
+        data=dict(source="glue:SST-2@unread", tokenizer="unread", partition=dict(kind="iid")),
+        federated=dict(strategy=strategy, num_clients=4, batch_size=4),
+        eval=dict(batch_size=6),  # data=4 doesn't divide 6
+    )
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 13, 40).astype(np.int32)
+    tokens = np.where(np.arange(12) < lengths[:, None], rng.integers(5, VOCAB, (40, 12)), 0).astype(np.int32)
+    examples = Sequences(tokens, np.zeros_like(tokens), lengths, rng.integers(0, 2, 40).astype(np.int32))
+    task = TaskData(TASKS["SST-2"], examples, {"dev": examples.take(np.arange(13))}, {}, {})
+    tuning = Finetuning(config, task, None, seeds)
+    state, _ = tuning.init_state()
+    for n in range(2):
+        state, metrics = tuning.step(state, n)
+    kernel = state.model.client["pooler"]["kernel"]
+    assert len(kernel.sharding.device_set) == data * model
+    shared_out = {shard.index[0].indices(len(seeds)) for shard in kernel.addressable_shards}
+    assert len(shared_out) == (data if len(seeds) % data == 0 else 1), shared_out  # the seeds really lie apart
+    return [*jax.tree.leaves(jax.device_get((state, metrics))), tuning.logits(state.model, task.dev["dev"])]
+
+
+def main() -> None:
+    for case in CASES:
+        _, _, expected, scores = end_of_run(*case, 1, 1)
+        for mesh in MESHES if case == CASES[0] else MESHES[:1]:
+            simulation, state, actual, same = end_of_run(*case, *mesh)
+            for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(
+                    a, b, rtol=1e-5, atol=2e-6, err_msg=f"{case} on {mesh}: {jax.tree_util.keystr(path)}"
+                )
+            np.testing.assert_allclose(same.by_text.loss, scores.by_text.loss, rtol=1e-5)
+            kernel = state.model.server["layers"]["attention"]["qkv"]["kernel"]
+            assert len(kernel.sharding.device_set) == 8
+            parts = {shard.index[-1].indices(16) for shard in kernel.addressable_shards}
+            assert len(parts) == mesh[1], (case, mesh, parts)  # the heads really lie apart
+            if case in CASES[:2]:
+                assert (simulation.feed.cohort + simulation.feed.padding) % mesh[0] == 0
+            if case == CASES[0]:
+                if mesh == MESHES[0]:
+                    restore_elsewhere(state, case)
+                else:
+                    check_collectives(simulation)
+            assert simulation.compiled() == 1, "the round was compiled again"
+        print("equal:", *case, flush=True)
+    check_collectives(build(*CASES[1], *MESHES[1]))
+    for strategy, seeds in FINETUNING:
+        expected = end_of_finetuning(strategy, seeds, 1, 1)
+        for a, b in zip(end_of_finetuning(strategy, seeds, 4, 2), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6, err_msg=f"{strategy}, seeds {seeds}")
+        print("equal: finetune", strategy, seeds, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What is not finite is found and named: the array, the client, the client with whom it began."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import make_strategy, random_blocks, tiny_config
+
+from fedbert_jax.config import ARRANGEMENTS, Arrangement
+from fedbert_jax.devices.mesh import has_client_axis
+from fedbert_jax.federated import finite
+from fedbert_jax.federated.finite import first_to_fail, in_round, in_scores, in_state, not_finite
+from fedbert_jax.federated.state import Cohort, Pair, State
+
+NAN, INF = float("nan"), float("inf")
+NAMES = ("north", "south", "west")
+
+
+def small_state(clients: int | None = None) -> dict:
+    """A state with a counter; `clients` of them have arrays of their own."""
+    lead = () if clients is None else (clients,)
+    params = {"head": {"bias": jnp.zeros((*lead, 7)), "dense": {"kernel": jnp.ones((*lead, 3, 3))}}}
+    return {"model": {"client": params}, "opt": {"count": jnp.full(lead, 2, jnp.int32), "mu": params}}
+
+
+def put(tree: dict, path: str, index: tuple[int, ...], value: float) -> dict:
+    def leaf(at, x):
+        return x.at[index].set(value) if "/".join(p.key for p in at) == path else x
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_the_array_that_is_not_finite_is_named(value):
+    assert not_finite(small_state()) is None and in_state(small_state(), NAMES) == ""
+    bad = put(small_state(), "opt/mu/head/dense/kernel", (2, 1), value)
+    assert not_finite(bad) == (("opt/mu/head/dense/kernel",), ())
+    assert in_state(bad, NAMES) == "not all numbers are finite of opt/mu/head/dense/kernel"
+
+
+def test_of_clients_arrays_the_client_is_named_too():
+    bad = put(small_state(3), "model/client/head/bias", (1, 6), NAN)
+    bad = put(bad, "opt/mu/head/bias", (2, 0), INF)
+    assert not_finite(bad) == (("model/client/head/bias", "opt/mu/head/bias"), (1, 2))
+    said = "not all numbers are finite of model/client/head/bias and 1 more array, of clients south, west"
+    assert in_state(bad, NAMES) == said
+    assert has_client_axis("model/client/head/bias", 2) and not has_client_axis("model/client/head/bias", 1)
+
+
+def test_scores_that_are_not_finite_name_their_clients():
+    each = {"north": {"loss": 5.0, "accuracy": 0.1}, "a.b [x]": {"loss": NAN, "accuracy": 0.0}}
+    said = in_scores({"round": 3, "eval_loss": NAN, "eval_clients": each})
+    assert said == "the held-out loss is not finite, of client a.b [x]"
+    assert in_scores({"eval_loss": INF, "eval_accuracy": 0.5}) == "the held-out loss is not finite"
+    fine = {"eval_loss": 5.0, "train_loss": NAN, "eval_clients": {"north": each["north"]}, "eval_clients_scored": 1}
+    assert in_scores(fine) == in_scores({}) == ""
+
+
+def test_a_round_that_is_not_finite_is_told_with_its_numbers():
+    said = in_round(5.0, INF, 0.5, ["east", "west"])
+    assert said == (
+        "the loss or a gradient is not finite (loss 5.0, gradient norms inf at the clients, 0.5 at the server), "
+        "first with clients east, west"
+    )
+    assert in_round(1.0, 2.0, 3.0, ["east"]) == ""
+    assert finite.listed(list("abcdefg")) == "clients a, b, c, d, e and 2 more"
+
+
+TOGETHER = ARRANGEMENTS["parallel", "pooled", "parameters"]
+PRIVATE = ARRANGEMENTS["parallel", "private", "parameters"]
+
+
+@pytest.mark.parametrize(
+    "failed, how, first",
+    [
+        ([0, 3, 5, 5], ARRANGEMENTS["sequential", "pooled", "parameters"], [1]),  # handed on
+        ([2, 3, 2, 2], TOGETHER, [1]),  # a step later it was everybody's
+        ([3, 3, 3, 3], TOGETHER, [0, 1, 2, 3]),
+        ([2, 3, 0, 0], ARRANGEMENTS["local", "pooled", "parameters"], [0, 1]),  # each for itself
+        ([2, 3, 0, 0], ARRANGEMENTS["fedavg", "pooled", "parameters"], [1]),  # shared at the end of a round
+        ([2, 3, 0, 0], PRIVATE, [1]),  # the segments are averaged
+        ([4], ARRANGEMENTS["centralized", "pooled", "parameters"], []),
+        ([4, 4, 4], ARRANGEMENTS["parallel", "pooled", "gradients"], []),  # one model, whose step is everybody's
+        ([0, 0, 0], TOGETHER, []),
+    ],
+)
+def test_with_whom_it_began(failed, how, first):
+    assert first_to_fail(np.array(failed, np.int32), how) == first
+
+
+def test_with_whom_it_began_is_asked_of_any_arrangement():
+    """Not of a strategy's name: nobody else's step is lost where bodies and segments are clients' own, cut or not."""
+    for cut in (True, False):
+        assert first_to_fail(np.array([1, 0, 2], np.int32), Arrangement("apart", "own", "own", cut)) == [0, 2]
+        assert first_to_fail(np.array([1, 0, 2], np.int32), Arrangement("apart", "own", "copies", cut)) == [2]
+
+
+def nan_for(client: int, tree):
+    """A tree [N, ...] in which a client's numbers are not finite."""
+    return jax.tree.map(lambda x: x.at[client].set(NAN) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+@pytest.mark.parametrize(
+    "strategy, mode, failed",
+    [
+        ("local", "average", [0, 3, 0]),  # client 1's model is gone from the start, and nobody else's
+        ("parallel", "keep", [1, 2, 1]),  # its moments are: so its second step, and then the body, everybody's
+        ("sequential", "keep", [0, 2, 3]),  # likewise, and whoever has the next turn
+    ],
+)
+def test_a_round_counts_the_steps_that_failed_by_client(strategy, mode, failed):
+    federated = dict(strategy=strategy, client_optimizer_state=mode, local_steps=3, batch_size=1)
+    config = tiny_config(federated=federated, model=dict(num_layers=1))
+    _, rule, state = make_strategy(config)
+    opt = Pair(nan_for(1, state.opt.client), state.opt.server)
+    state = State(nan_for(1, state.model) if strategy == "local" else state.model, opt, state.outer)
+    cohort = Cohort(random_blocks(0, 3, 3, 1), jnp.arange(3), jnp.full(3, 1 / 3), jnp.int32(0))
+    _, metrics = jax.jit(rule.round)(state, cohort)
+    assert metrics.failed.tolist() == failed
