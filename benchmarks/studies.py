@@ -49,17 +49,16 @@ QUIET = {"fill_mask": "()"}
 EIGHT = {"federated.weighting": "uniform", "federated.local_steps": 8}
 HALF = {"federated.batch_size": 2, "federated.rounds": 280}  # twice the steps with the same tokens
 RECIPES = {
-    "demo": Arm("configs/demo.py"),
-    "uniform-3e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 3e-3}),
-    "uniform-4e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 4e-3}),
     "uniform-6e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 6e-3}),
+    "gradients": Arm("configs/gradients.py", {"federated.weighting": "uniform"}),
+    "size-half": Arm("configs/gradients.py", {"federated.batch_by": "size"} | HALF),
+    "uniform-6e-3-half": Arm("configs/demo.py", EIGHT | HALF | {"client_optimizer.learning_rate": 6e-3}),
+    "uniform-4e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 4e-3}),
     "uniform-6e-3-reset": Arm(
         "configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 6e-3, "federated.client_optimizer_state": "reset"}
     ),
-    "uniform-6e-3-half": Arm("configs/demo.py", EIGHT | HALF | {"client_optimizer.learning_rate": 6e-3}),
-    "gradients": Arm("configs/gradients.py", {"federated.weighting": "uniform"}),
     "gradients-half": Arm("configs/gradients.py", {"federated.weighting": "uniform"} | HALF),
-    "size-half": Arm("configs/gradients.py", {"federated.batch_by": "size"} | HALF),
+    "uniform-3e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 3e-3}),
 }
 
 # BERT-tiny's GLUE. 3e-4 was chosen for the checkpoint of the study `continued`, on a tenth of the training examples.
