@@ -113,7 +113,7 @@ STUDIES = {
     "recipes": Study(
         about="What makes `parallel` learn more from the demo's data and tokens.",
         arms=RECIPES,
-        baseline="demo",
+        baseline="uniform-6e-3",
         changes=QUIET,
     ),
     "continued": Study(
