@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 
-from fedbert_jax.errors import ConfigError
 from fedbert_jax.federated.setting import slices
-from fedbert_jax.runtime.simulation import resolve_attention
 from fedbert_jax.workdir.checkpoint import Checkpoints
 
 ONE = dict(num_layers=1)  # where depth is not the subject
@@ -131,12 +129,6 @@ def test_a_cohort_in_slices_of_any_size(strategy):
 def test_slices_are_few_and_shared_out_by_the_devices(cohort, at_once, devices, expected):
     assert slices(cohort, at_once, devices) == expected
     assert slices(expected[0] * expected[1], at_once, devices) == expected  # once padded, it stays as it is
-
-
-def test_attention_is_the_compilers_where_cudnn_is_not():
-    assert resolve_attention(tiny_config()).model.attention == "xla"
-    with pytest.raises(ConfigError, match=r"model\.attention='cudnn': accepted here: 'auto' or 'xla' \("):
-        make_simulation(tiny_config(model=dict(attention="cudnn")))
 
 
 @pytest.mark.parametrize("strategy", ["parallel", "parallel gradients", "sequential", "centralized", "local", "fedavg"])
