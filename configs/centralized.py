@@ -1,6 +1,6 @@
 """The demo's data and budget without any federation: all text pooled, no cut. The upper bound.
 
-A step takes 8 x 4 sequences of the pooled text. About two minutes on two CPU cores.
+A step takes 8 x 4 sequences of the pooled text. A run takes about two minutes on two CPU cores.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""The demo's eight organisations train a BERT on that exists already, rather than one from nothing.
+"""The demo's eight organisations continue training an existing BERT rather than start from scratch.
 
-`--config.model.init_from=DIR` says which: a Hugging Face directory or hub name, whose sizes and tokenizer the run takes
-over; without it, BERT-tiny from the hub. Any strategy works, by `--config.federated.strategy=...`. The rate is a quarter
-of the demo's. Four to five minutes on two CPU cores for a 2 x 128 BERT with BERT's 30,522 words.
+`--config.model.init_from=DIR` names it: a Hugging Face directory or hub name, whose sizes and tokenizer the run takes
+over. The default is BERT-tiny from the hub. Any strategy works: `--config.federated.strategy=...`. The learning rate is a
+quarter of the demo's. It takes four to five minutes on two CPU cores for a 2 x 128 BERT with BERT's 30,522 tokens.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Eight organisations pre-train one BERT on the docstrings of eight installed packages.
 
-Every package is a client: different words, different style, very different sizes. FedBERT's parallel strategy, one
-body on the server, 2 x 128. Three to four minutes on two CPU cores; guesses 10% to 13% of the masked held-out tokens
-(seeds 0 and 1, mean by text), where always saying the commonest token guesses 6% at the same places. The other
+Every package is a client; their words, styles and sizes differ widely. The strategy is FedBERT's parallel one, with one
+2 x 128 body on the server. It takes three to four minutes on two CPU cores and guesses 10% to 13% of the masked held-out
+tokens (seeds 0 and 1, mean by text); always guessing the commonest token gets 6% at the same positions. The other
 configs/{sequential,centralized,local,fedavg}.py train on the same data with the same number of tokens.
 """
 

@@ -1,7 +1,7 @@
 """The demo's data and budget with FedAvg of the whole model (McMahan et al. 2017): federation without a cut.
 
-Each client trains all of BERT on its own text for eight steps, then all eight models are averaged. About four minutes
-on two CPU cores.
+Each client trains all of BERT on its own text for eight steps, then all eight models are averaged. It takes about four
+minutes on two CPU cores.
 """
 
 from pathlib import Path

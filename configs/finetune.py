@@ -1,13 +1,15 @@
-"""Fine-tunes a BERT on one GLUE task: the ordinary way, all examples in one place.
+"""Fine-tunes a BERT on one GLUE task in the ordinary way, with all examples in one place.
 
-Three epochs with batches of 32, AdamW at 1e-4 with dropout 0.1 (try 2e-5 to 5e-5 for BERT-base, more for tiny models). Name
-the model and the task on the command line, the task from the hub or from a folder in the official TSV layout:
+It runs three epochs with batches of 32, using AdamW at 1e-4 with dropout 0.1 (try 2e-5 to 5e-5 for BERT-base, more for tiny
+models). Name the model and the task on the command line; the task comes from the hub or from a folder in the official TSV
+layout:
 
     .venv/bin/python -m fedbert_jax.main --config configs/finetune.py --workdir runs/sst2 \\
         --config.model.init_from=runs/demo/hf --config.data.source=glue:SST-2@GLUE/SST-2 --config.finetune.seeds=5
 
-Across clients, examples dealt by label: --config.federated.strategy=parallel --config.federated.num_clients=8
---config.data.partition.kind=dirichlet. `.venv/bin/python -m fedbert_jax.glue` does all tasks and prints GLUE's table.
+To train across clients with examples dealt by label, add --config.federated.strategy=parallel
+--config.federated.num_clients=8 --config.data.partition.kind=dirichlet. `.venv/bin/python -m fedbert_jax.glue` runs all
+tasks and prints GLUE's table.
 """
 
 import ml_collections
@@ -30,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.federated.strategy = "centralized"
     config.federated.batch_size = 32
     config.federated.local_steps = 8
-    config.data.partition.kind = "iid"  # where num_clients are asked for
+    config.data.partition.kind = "iid"  # for strategies with several clients
     config.federated.num_clients = 8
 
     for optimizer in (config.client_optimizer, config.server_optimizer):

@@ -1,7 +1,7 @@
 """The demo's data and budget with the clients' gradients averaged at every step: training on all their batches as one.
 
-What `configs/demo.py` is in all else. It learns what one trainer with these batches would, and costs more bytes:
-docs/strategies.md. About two minutes on two CPU cores.
+Everything else is as in `configs/demo.py`. It learns what a single trainer with these batches would learn, and sends more
+bytes (docs/strategies.md). It takes about two minutes on two CPU cores.
 """
 
 from pathlib import Path

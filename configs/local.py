@@ -1,7 +1,7 @@
 """The demo's data and budget with every organisation on its own: eight models, never mixed. The lower bound.
 
-Each client trains a whole model on its own text; the evaluation asks each model about its own client's held-out text.
-About four minutes on two CPU cores.
+Each client trains a whole model on its own text; each model is evaluated on its own client's held-out text. It takes about
+four minutes on two CPU cores.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The demo's data and budget with FedBERT's sequential strategy: clients take turns and hand the client segment on.
 
-A round is eight turns of eight steps of four sequences: as many tokens as the demo's, in eight times as many optimizer
-steps, each an eighth of the size. So the warm-up is eight times as many steps, and the rate is lower. About five
-minutes on two CPU cores.
+A round is eight turns of eight steps of four sequences: as many tokens as in the demo, in eight times as many optimizer
+steps, each an eighth of the size. So the warm-up has eight times as many steps, and the learning rate is lower. It takes
+about five minutes on two CPU cores.
 """
 
 from pathlib import Path

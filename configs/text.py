@@ -1,10 +1,10 @@
 """Your own text: `--config configs/text.py --workdir DIR --config.data.source=text:FOLDER`, and nothing else is needed.
 
 Every folder below FOLDER is a client (`hf:NAME` reads a dataset; docs/bringing-your-own-text.md has other arrangements). A
-BERT of 2 x 128 with a vocabulary of 4,096 is trained from nothing, by FedBERT's parallel strategy, until each block of text
-has been seen ten times (`federated.epochs`). At most 16 clients take part in a round. How often it is evaluated and saved
-follows from the number of rounds. Two CPU cores train on some 40,000 tokens a second, so ten times a megabyte of English
-takes a minute or two, ten times 100 MB some two hours. Give larger machines a larger model (`model.preset`).
+2 x 128 BERT with a vocabulary of 4,096 is trained from scratch, by FedBERT's parallel strategy, until each block of text has
+been seen ten times (`federated.epochs`). At most 16 clients take part in a round. How often it is evaluated and saved
+follows from the number of rounds. Two CPU cores train on some 40,000 tokens a second, so ten passes over a megabyte of
+English take a minute or two, and ten over 100 MB some two hours. Give larger machines a larger model (`model.preset`).
 """
 
 import ml_collections

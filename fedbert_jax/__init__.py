@@ -10,20 +10,20 @@ __version__ = "0.1.0"
 
 
 def register(name: str, *, clients: str, client: str, body: str, cut: bool = True) -> None:
-    """Makes `federated.strategy=name` a strategy, in this process: a row of who steps with whom, and who holds what.
+    """Adds the strategy `federated.strategy=name` in this process: who steps with whom, and who holds what.
 
-    Call it before the config is read, in a config file for example. `fedbert_jax.config.Arrangement` says what each argument
-    means and takes.
+    Call it before the config is read, for example in a config file. `fedbert_jax.config.Arrangement` explains the arguments
+    and what they accept.
 
     Raises:
-      ValueError: if no round goes by such a row, or there is another strategy of that name.
+      ValueError: if no round can follow such a row, the name can't be printed, or another strategy has it.
     """
-    config = importlib.import_module("fedbert_jax.config")  # which, like all modules, may import this one
+    config = importlib.import_module("fedbert_jax.config")  # imported here, since any module may import this one
     config.register(name, config.Arrangement(clients, client, body, cut))
 
 
 def exit_on_interrupt() -> None:
-    """Makes Ctrl-C end the process there and then: for imports, in which an exception gets lost or ends in a traceback."""
+    """Makes Ctrl-C end the process at once: for imports, where an exception would get lost or end in a traceback."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         os.write(2, b"interrupted\n")
@@ -32,5 +32,5 @@ def exit_on_interrupt() -> None:
     signal.signal(signal.SIGINT, stop)
 
 
-if sys.argv[0] == "-m":  # `python -m fedbert_jax.main` is looking for `main`, and its imports come next
+if sys.argv[0] == "-m":  # `python -m fedbert_jax.main` is looking for `main`, whose imports come next
     exit_on_interrupt()

@@ -1,4 +1,4 @@
-"""The edge of every command: a user's mistake becomes one sentence and an exit code, and Ctrl-C one word."""
+"""The outer edge of every command: a user's mistake becomes one sentence and an exit code, and Ctrl-C one word."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def run(command: Callable[[], int | None]) -> None:
-    """Runs a command and ends the process: 0 or what the command returns, 2 for a user's mistake, 130 for Ctrl-C.
+    """Runs a command and ends the process with its exit code, the `UserError`'s (2 for most), or 130 for Ctrl-C.
 
-    A traceback is for errors that nobody foresaw.
+    Only an unforeseen error gets a traceback.
     """
     exit_on_interrupt()
     lenient_streams()
@@ -30,9 +30,9 @@ def run(command: Callable[[], int | None]) -> None:
         with foreseen():
             try:
                 code = command() or 0
-            except SystemExit as e:  # argparse's, after --help or a mistake
+            except SystemExit as e:  # from argparse, after --help or a mistake
                 code = _code_of(e)
-            say(end="")  # what is left in the buffer
+            say(end="")  # writes out what is left in the buffer
     except (UserError, KeyboardInterrupt, BrokenPipeError) as e:
         code = tell(e)
     sys.exit(code)
@@ -40,7 +40,7 @@ def run(command: Callable[[], int | None]) -> None:
 
 @contextlib.contextmanager
 def foreseen() -> Iterator[None]:
-    """Within `with`, what a machine refuses becomes one sentence: a full disk, a platform of JAX's that isn't there."""
+    """Within `with`, turns a failure of the machine into one sentence: a full disk, a JAX platform that isn't there."""
     try:
         yield
     except BrokenPipeError:
@@ -52,24 +52,24 @@ def foreseen() -> Iterator[None]:
 
 
 def tell(error: BaseException) -> int:
-    """Prints what ended a command and returns its exit code; only an error that nobody foresaw gets a traceback."""
+    """Prints what ended a command and returns its exit code; only an unforeseen error gets a traceback."""
     if isinstance(error, UserError):
         _tell_no_more()
         for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {shown(str(error))}\n")):
             try:
                 stream.write(text)
                 stream.flush()
-            except OSError:  # full, or closed: Python would try again at its end, and complain
+            except OSError:  # full or closed: Python would try again at exit, and complain
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            except (AttributeError, ValueError):  # there is no such stream, or no longer
+            except (AttributeError, ValueError):  # the stream is missing, or already closed
                 pass
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one while threads and files are closed: at once, silently
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C during cleanup ends the process silently
         _tell_no_more()
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone: nobody to tell
+    if isinstance(error, BrokenPipeError):  # the pipe's reader has gone: there is nobody to tell
         _close_stdout()
     else:
         traceback.print_exception(error)
@@ -77,13 +77,13 @@ def tell(error: BaseException) -> int:
 
 
 def raise_on_interrupt() -> None:
-    """Makes Ctrl-C raise KeyboardInterrupt, so that what is under way is undone and the terminal's cursor comes back.
+    """Makes Ctrl-C raise KeyboardInterrupt, so that work under way is undone and the terminal's cursor comes back.
 
-    Until a command says so, Ctrl-C ends the process at once (`exit_on_interrupt`): it has only imported modules.
+    Until a command calls this, Ctrl-C ends the process at once (`exit_on_interrupt`): it has only imported modules so far.
     """
 
     def lost(what: sys.UnraisableHookArgs) -> None:
-        if isinstance(what.exc_value, KeyboardInterrupt):  # it came in a callback, from which it can't get any further
+        if isinstance(what.exc_value, KeyboardInterrupt):  # raised in a callback, from which it can't propagate
             os.write(2, b"interrupted\n")
             os._exit(INTERRUPTED)
         sys.__unraisablehook__(what)
@@ -103,11 +103,11 @@ def _code_of(stop: SystemExit) -> int:
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Prints something and writes it out at once, while what goes wrong with that can still be told.
+    """Prints text and flushes it at once, while a failure can still be reported.
 
     Raises:
       UserError: if it can't be written.
-      BrokenPipeError: if nobody reads it any more.
+      BrokenPipeError: if nobody reads the output any more.
     """
     try:
         print(text, end=end, flush=True)
@@ -119,19 +119,19 @@ def say(text: str = "", end: str = "\n") -> None:
 
 
 def _close_stdout() -> None:
-    """Lets go of what could not be written; Python would try again at the end, and complain."""
+    """Discards what could not be written; Python would try again at exit, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell_no_more() -> None:
-    """Silences what ends with the process: of a damaged checkpoint, the reads of its other arrays."""
+    """Silences what fails while the process ends, such as the reads of a damaged checkpoint's other arrays."""
     sys.excepthook = lambda *_: None
     sys.unraisablehook = lambda _: None
     logging.disable()
 
 
 def _quieten() -> None:
-    """Leaves the terminal to the run: libraries speak up from errors on."""
+    """Leaves the terminal to the run: libraries log errors only."""
     import warnings
 
     from absl import logging as absl_logging
@@ -142,6 +142,6 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     platforms.tell_what_is_unused()
     warnings.filterwarnings("ignore", module="orbax")
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # a cache can do without
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # works without the cache
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,4 +1,4 @@
-"""The command that puts runs side by side.
+"""The command that compares runs side by side.
 
     python -m fedbert_jax.compare DIR DIR ... [--out DIR] [--json FILE] [--markdown]
 
@@ -19,10 +19,10 @@ from fedbert_jax.workdir.log import to_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code.
+    """Runs the command and returns its exit code.
 
     Raises:
-      UserError: for a directory that is no run, or a file that can't be written.
+      UserError: for a directory that is not a run, or a file that can't be written.
     """
     parser = argparse.ArgumentParser(prog="python -m fedbert_jax.compare", description="Compares runs.")
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="the workdir of a run")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n\n".join([comparison.to_markdown(groups), *scope, *warned]))
         return 0
     console = make_console()
-    console.width = max(console.width, 112)  # a narrower terminal folds whole lines, where rich would drop columns
+    console.width = max(console.width, 112)  # a narrower terminal folds whole lines; rich would drop columns
     print_table(console, comparison.to_table(groups))
     if said := comparison.scope(groups):
         console.print(said, style="dim")

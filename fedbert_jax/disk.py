@@ -1,6 +1,6 @@
-"""What a disk refuses: whoever was writing, it becomes one sentence that names the place and the reason, and exit code 2.
+"""Disk errors: whoever was writing, one becomes a sentence that names the place and the reason, with exit code 2.
 
-Libraries in other languages raise errors of their own, with the system's number in the text: they are understood, too.
+Libraries in other languages raise errors of their own with the system's error number in the text; these are recognised, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from fedbert_jax.errors import DiskError, UserError
 
 AGAIN = "and run the same command again"
-# What the system says, for people, and what mends it.
+# The system's error numbers: the reason in plain words, and the remedy.
 FULL = {
     errno.ENOSPC: ("no space is left there", "make room"),
     errno.EDQUOT: ("the quota there is used up", "make room"),
@@ -38,7 +38,7 @@ NUMBERED = re.compile(r"os[ _]error(?:_code)?[ =:']+(\d+)", re.IGNORECASE)
 
 @contextlib.contextmanager
 def writing(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Within `with`, an error that is the disk's becomes a `DiskError` that names `place`; others pass."""
+    """Within `with`, turns a disk error into a `DiskError` that names `place`; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -48,11 +48,11 @@ def writing(place: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def explain(error: BaseException, place: str | os.PathLike[str] | None = None) -> DiskError | None:
-    """Returns an error that is the disk's as a sentence; None for any other, and for one that is a sentence already.
+    """Returns a disk error as a sentence; None for any other error, and for one that already is a sentence (`UserError`).
 
     Args:
-      error: as it was raised; those that it was raised from are looked at, too.
-      place: what was being written; None if that isn't known. A file that the error names elsewhere is named instead.
+      error: as it was raised; the errors that it was raised from are looked at, too.
+      place: what was being written; None if that is not known. If the error names a file elsewhere, that is named instead.
     """
     chain = _chain(error)
     if any(isinstance(e, UserError) for e in chain):
@@ -72,12 +72,12 @@ def explain(error: BaseException, place: str | os.PathLike[str] | None = None) -
 
 
 def _beside(file: str, place: str | os.PathLike[str]) -> bool:
-    """Whether a file lies in a place, or in the directory that holds it (as temporary names do)."""
+    """Whether a file lies in a place, or in the directory that holds it (as temporary files do)."""
     return Path(place).absolute().parent in Path(file).absolute().parents
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Returns the error, those in it if it is a group, and those from which or in whose handling it was raised."""
+    """Returns the error, its members if it is a group, and the errors that it was raised from or while handling."""
     found: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
@@ -89,7 +89,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _number(error: BaseException) -> int | None:
-    """Returns the system's number for what went wrong, where that is the disk's affair."""
+    """Returns the system's error number if the disk is to blame, else None."""
     if isinstance(error, OSError):
         return error.errno if error.errno in REASONS else None
     text = str(error)

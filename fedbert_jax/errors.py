@@ -1,4 +1,4 @@
-"""The errors a person can mend: printed as one sentence, never as a traceback."""
+"""The errors that a user can fix, printed as one sentence and never as a traceback."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A mistake in the configuration, the data or the files given; its text is one sentence for the person who made it."""
+    """A mistake in the given configuration, data or files; its text is one sentence for the user."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A configuration value that cannot be used; names the key, the value and what is accepted."""
+    """A configuration value that cannot be used; the text names the key, the value and what is accepted."""
 
 
 class DivergedError(UserError):
-    """Something is not finite: a loss, a gradient, a score, a parameter. What was kept before it stays."""
+    """A loss, a gradient, a score or a parameter is not finite. Whatever was saved before stays."""
 
     exit_code = 3
 
 
 class DiskError(UserError):
-    """A file could not be written (or read), because of the disk; its text says which, why, and what to do."""
+    """A file could not be written (or read) because of the disk; the text says which file, why, and what to do."""
 
 
 @contextlib.contextmanager
 def about(what: str) -> Iterator[None]:
-    """Puts what a person set ("config key model.init_from", "--tasks") before an error of theirs that doesn't name it."""
+    """Prefixes a `UserError` with the setting at fault ("config key model.init_from", "--tasks"), unless it names that."""
     try:
         yield
     except UserError as error:

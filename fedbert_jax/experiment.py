@@ -1,4 +1,4 @@
-"""What a run is made of: its data, its model, its simulation. Built the same way to train, to resume and to export."""
+"""Builds a run's data, model and simulation, in the same way to train, to resume and to export."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Run:
 
 
 def open_run(config: Config, workdir: Workdir, progress: Progress, warn: Callable[[str], None]) -> Run:
-    """Makes a run ready for its next round, and writes its config down once nothing about it was refused.
+    """Makes a run ready for its next round, and writes its config once everything about it is accepted.
 
     Args:
-      config: as the command gives it.
-      workdir: its place, locked.
-      progress: is told how far the preparation of the data is.
-      warn: is told what looks wrong, and can be done nevertheless.
+      config: as given on the command line.
+      workdir: the run's, locked.
+      progress: called with the progress of the data's preparation.
+      warn: called with whatever looks wrong but can still be run.
 
     Raises:
-      UserError: for what the user can mend.
+      UserError: for what the user can fix.
     """
     made = resume.newest(workdir.checkpoints)
     if processes.share(lambda: resume.put_back(workdir, made)):
@@ -85,8 +85,8 @@ def build(
 ) -> Run:
     """Prepares the data (or takes what the workdir has) and compiles nothing yet.
 
-    Of several processes the first prepares it; the others map the same files into memory. With `begun` the config is the
-    workdir's own, and the checkpoint that the run started from need not be there any more.
+    With several processes, the first one prepares the data and the others map the same files into memory. With `begun`, the
+    config is the workdir's own, and the checkpoint that the run started from need not be there any more.
     """
     mesh = make_mesh(config.mesh)
     old = workdir.read_config() if workdir.exists() else None
@@ -125,10 +125,10 @@ def build(
 
 
 def check_before_reading(config: Config) -> None:
-    """Refuses what can be refused before any text is read, which may take long.
+    """Refuses what can be refused before any text is read, since reading may take long.
 
     Raises:
-      UserError: for a tokenizer or a checkpoint that isn't there or doesn't fit, and what depends on devices.
+      UserError: for a tokenizer or a checkpoint that isn't there or doesn't fit, or a setting that the devices don't allow.
     """
     if config.data.store == "device" and jax.process_count() > 1:
         raise ConfigError("config key data.store='device': accepted with several processes: 'auto' or 'memmap'.")
@@ -147,13 +147,13 @@ def check_before_reading(config: Config) -> None:
 
 
 def resolve(config: Config, vocab_size: int) -> Config:
-    """Fills in the model's sizes: those set, then those of the checkpoint it starts from, then the preset's.
+    """Fills in the model's sizes: those set, else those of the checkpoint it starts from, else the preset's.
 
-    What an export says of the checkpoint and the text is filled in, too, since a later one may find neither of them.
+    What an export says about the checkpoint and the text is filled in, too, since a later export may find neither of them.
 
     Raises:
-      UserError: if the vocabulary doesn't fit the embedding, a size set differs from the checkpoint's, or the checkpoint
-        is no BERT.
+      UserError: if the vocabulary doesn't fit the embedding, a size that is set differs from the checkpoint's, or the
+        checkpoint is not a BERT.
     """
     model = config.model
     hf: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def resolve(config: Config, vocab_size: int) -> Config:
 
 
 def _said_of(config: Config, hf: dict[str, Any]) -> config_lib.ExportConfig:
-    """Returns `export` with what is known of a run's origins; `hf` is its starting checkpoint's config.json, or empty."""
+    """Returns `export` with what is known about a run's origins; `hf` is its starting checkpoint's config.json, or empty."""
     export, model = config.export, config.model
     kind, _, what = config.data.source.partition(":")
     text = "/".join(what.split("/")[:2]) if kind == "hf" else hub.GLUE if kind == "glue" else ""
@@ -195,14 +195,14 @@ def _said_of(config: Config, hf: dict[str, Any]) -> config_lib.ExportConfig:
 
 
 def _hub_name(name: str) -> str:
-    """Returns a name if it is one of the hub's, "" if it is a path: one that is there, or that no name can be."""
+    """Returns a name if it is a hub name, "" if it is a path: one that exists, or that can't be a hub name."""
     path = Path(name).expanduser()
     here = any(place.exists() for place in (path, *path.parents) if place != Path("."))
     return name if re.fullmatch(HUB_NAME, name) and not here else ""
 
 
 def check_start(config: Config) -> None:
-    """Raises UserError if a run can't start from its checkpoint, which is known before any text is read."""
+    """Raises UserError if a run can't start from its checkpoint, before any text is read."""
     if config.model.init_from:
         with about("config key model.init_from"):
             tensors, hf = huggingface.load_tensors(huggingface.local(config.model.init_from))
@@ -223,24 +223,24 @@ def initial_state(run: Run) -> tuple[State, list[str]]:
 
 
 def restore(run: Run, checkpoints: Checkpoints, round: int) -> tuple[State, dict[str, Any]]:
-    """Restores the state after `round` finished rounds, and what was saved beside it."""
+    """Restores the state after `round` finished rounds, and the metadata saved beside it."""
     return checkpoints.restore(round, run.simulation.state_shape, run.simulation.state_sharding)
 
 
 def export(run: Run, state: State, directory: Path, facts: dict[str, Any], client: str = "") -> str:
     """Writes a Hugging Face directory of the model that a client would use.
 
-    Every process has to call it, since the model may be spread over them; the first writes.
+    Every process has to call it, since the model may be spread over them; only the first one writes.
 
     Args:
       run: the run.
       state: its state.
       directory: a new or empty one, or an earlier export, which is replaced.
       facts: for the model card.
-      client: a client's name; needed only where each has a model of its own (`local`, `private` body).
+      client: a client's name; needed only if each has a model of its own (`local`, `private` body).
 
     Returns:
-      The name of the client whose model it is; "" where all share one.
+      The name of the client whose model it is; "" if all share one.
 
     Raises:
       UserError: if there is no such client, or the directory is anything else or can't be written.
@@ -262,7 +262,7 @@ def export(run: Run, state: State, directory: Path, facts: dict[str, Any], clien
 
 
 def _evaluated(workdir: Workdir, round: int | None, client: str) -> dict[str, Any]:
-    """Returns what the metrics add to a model card's facts: when the scores are of, and a client's own."""
+    """Returns what the metrics add to a model card's facts: the round of the scores, and the client's own scores."""
     records = read_metrics(workdir.metrics) if workdir.metrics.is_file() and round is not None else []
     scored = [r for r in records if r["round"] <= round and "eval_loss" in r]
     facts: dict[str, Any] = {"eval_round": scored[-1]["round"]} if scored else {}

@@ -15,7 +15,7 @@ from fedbert_jax import cli
 from fedbert_jax.console.output import shown
 from fedbert_jax.errors import UserError, about
 
-# What the card says beyond what the run knows: flags for the keys of the config's `export` section.
+# What the model card says beyond what the run knows: each is a flag for a key of the config's `export` section.
 CARD = ("license", "language", "datasets", "base_model")
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, help=f"for the model card, in place of the run's config key export.{name}")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which clears up, as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as Ctrl-C does
 
     from fedbert_jax.config import MeshConfig, from_dict, to_dict
     from fedbert_jax.experiment import build, export, restore
@@ -51,7 +51,7 @@ def main() -> None:
         huggingface.check_target(out)
     given = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
     config = from_dict(to_dict(config) | {"export": to_dict(config)["export"] | given})
-    # The parameters are the same on whatever devices, which this machine need not have in the run's number and kind.
+    # Parameters don't depend on devices, and this machine need not have the run's number and kind of them.
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(),
@@ -79,10 +79,10 @@ def main() -> None:
 
 
 def check_place(out: Path, workdir: Path) -> None:
-    """Raises UserError if a directory is a run's workdir, lies in one, or has this run's workdir in it.
+    """Raises UserError if a directory is a run's workdir, lies in one, or contains this run's workdir.
 
-    Links are followed, and a directory is known by what it is, not by what it is called. All that lies in a workdir is its
-    run's alone, `hf/` too, of which the run's report speaks.
+    Links are followed, and directories are compared by identity, not by name. Everything in a workdir belongs to its run
+    alone, including `hf/`, which the run's report describes.
     """
     try:
         place, root = out.resolve(), workdir.resolve()
@@ -93,7 +93,7 @@ def check_place(out: Path, workdir: Path) -> None:
                 raise UserError(f"{out} {where} a run's workdir, in which its run alone writes; give another place.")
         if place in above and any(path.samefile(place) for path in root.parents):
             raise UserError(f"{out} holds {workdir}, the run's workdir; give another place.")
-    except (OSError, RuntimeError) as error:  # a name too long, or links that go round in a circle
+    except (OSError, RuntimeError) as error:  # a name too long, or links in a circle
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{out} can't be written ({reason}); give another place.") from error
 

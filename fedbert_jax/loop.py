@@ -1,7 +1,7 @@
-"""The one loop of rounds, for pre-training and fine-tuning alike: what goes on around a round, whatever it trains.
+"""The one loop of rounds, for pre-training and fine-tuning alike: everything around a round, whatever it trains.
 
-Where it begins (anew, or after the newest checkpoint), which rounds are evaluated and saved, the progress bar, the metrics
-log, signals, and what happens when numbers stop being finite.
+It starts afresh or after the newest checkpoint, evaluates and saves the state, keeps the progress bar and the metrics log,
+handles signals, and ends the run when numbers stop being finite.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from fedbert_jax.workdir.log import MetricsLog, Record, truncate
 
 
 class Job(Protocol):
-    """What the loop trains. Rounds are counted from 1, but for `run_round`, which counts from 0.
+    """What the loop trains. Rounds are counted from 1, except in `run_round`, which counts from 0.
 
     A method that finds a number that is not finite raises `finite.NotFiniteError`.
     """
 
-    name: str  # beside the progress bar
-    what: str  # is trained, where a sentence about a round has to say it; "" for the run
+    name: str  # shown beside the progress bar
+    what: str  # names what is trained, in sentences about a round; "" for the run itself
     total: int  # rounds
-    state_shape: Any  # of a state: what a checkpoint is restored to
+    state_shape: Any  # the shapes that a checkpoint is restored to
     state_sharding: Any
-    remedy: str  # what may help if its numbers stop being finite
+    remedy: str  # what may help if numbers stop being finite
 
     def begin(self) -> tuple[State, Record]:
-        """Returns the state before the first round, and the log's line of it; {} for no line."""
+        """Returns the state before the first round, and its line in the log; {} for no line."""
         ...
 
     def resume(self, round: int, meta: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class Job(Protocol):
         ...
 
     def run_round(self, state: State, round: int) -> tuple[State, RoundMetrics]:
-        """Dispatches a round and returns at once; `state` is used up."""
+        """Dispatches a round and returns at once; `state` is donated."""
         ...
 
     def evaluates(self, round: int) -> bool:
@@ -61,15 +61,15 @@ class Job(Protocol):
         ...
 
     def record(self, round: int, done: Done) -> Record:
-        """Takes a round's numbers; returns the log's line, {} for none."""
+        """Takes a round's numbers and returns its line in the log; {} for no line."""
         ...
 
     def evaluate(self, state: State) -> Record:
-        """Returns what an evaluation adds to the line."""
+        """Returns what an evaluation adds to the log's line."""
         ...
 
     def say(self, record: Record) -> None:
-        """Prints a line with an evaluation: it stays when the progress bar has gone, and in a log file."""
+        """Prints a line with an evaluation, which outlasts the progress bar and also appears in a log file."""
         ...
 
     def show(self, done: Done) -> str:
@@ -77,7 +77,7 @@ class Job(Protocol):
         ...
 
     def check(self, state: State) -> None:
-        """Looks at every number of a state that is about to be saved."""
+        """Checks every number of a state that is about to be saved."""
         ...
 
     def meta(self, round: int) -> dict[str, Any]:
@@ -86,21 +86,21 @@ class Job(Protocol):
 
 
 class Loop:
-    """A job's rounds, with its open files: the metrics log and the checkpoints.
+    """Runs a job's rounds and keeps its open files: the metrics log and the checkpoints.
 
-    Of several processes each goes through all of it, and the first alone writes the log.
+    With several processes, each one goes through all of it, and only the first one writes the log.
 
     Args:
       job: what is trained.
       checkpoints: its checkpoints.
       log: the file of its metrics.
-      console: where to speak.
+      console: where to print.
       profile: which rounds to trace.
     """
 
     def __init__(self, job: Job, checkpoints: Checkpoints, log: Path, console: Console, profile: Profile | None = None):
         self.job, self.checkpoints, self.console = job, checkpoints, console
-        self.round = 0  # rounds finished, whose lines are in the log
+        self.round = 0  # finished rounds, whose lines are in the log
         self._path = log
         self._log: MetricsLog | None = None
         self._profile = profile or Profile("", log.parent)
@@ -124,7 +124,7 @@ class Loop:
         return state
 
     def run(self, state: State, interrupts: Interrupts) -> State:
-        """Runs the rounds that are left; a signal stops it after the round under way, with a checkpoint."""
+        """Runs the remaining rounds; a signal stops it after the round under way, with a checkpoint."""
         job = self.job
         with progress.bar(self.console, "numbers") as bar:
             task = bar.add_task("compiling", total=job.total, completed=self.round, numbers="")
@@ -176,7 +176,7 @@ class Loop:
 
     @contextlib.contextmanager
     def guard(self, round: int) -> Iterator[None]:
-        """Within `with`, numbers that are not finite end the run, in a sentence that says what is left of it."""
+        """Within `with`, numbers that are not finite end the run with a sentence that says what is left of it."""
         try:
             yield
         except finite.NotFiniteError as error:
@@ -191,7 +191,7 @@ class Loop:
     # --- one round's end ---
 
     def _collect(self, dispatched: Dispatched, state: State | None) -> str:
-        """Waits for a round and writes its line, with an evaluation of `state` if that is given; returns what to show."""
+        """Waits for a round and writes its line, with an evaluation of `state` if given; returns what the bar shows."""
         round, done = dispatched.round, self._dispatcher.collect(dispatched)
         with self.guard(round):
             record = self.job.record(round, done)
@@ -206,13 +206,13 @@ class Loop:
         return self.job.show(done)
 
     def _save(self, state: State) -> None:
-        """Begins to save the state after the rounds recorded; one whose numbers aren't all finite is never kept."""
+        """Begins to save the state after the recorded rounds; a state whose numbers aren't all finite is never saved."""
         with self.guard(self.round):
             self.job.check(state)
         self.checkpoints.save(self.round, state, self.job.meta(self.round))
 
     def _open(self, after: int | None) -> None:
-        """Opens the log: what it says of rounds later than `after` is dropped; None drops all of it."""
+        """Opens the log and drops its lines about rounds later than `after`; None drops all of them."""
         if not processes.first():
             return
         if after is None:

@@ -1,10 +1,10 @@
 """python -m fedbert_jax.main --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]
 
-Trains what the config says, in DIR; the same command again goes on where it stopped.
+Trains what the config says, in DIR; the same command again resumes where it stopped.
 
-On several machines, the same command on each, with --distributed and the same DIR on a file system that all of them see.
-TPU pods, SLURM and Open MPI are found out; elsewhere --coordinator HOST:PORT --processes P --process I say where process 0
-is, how many there are, and which this is. --join_timeout SECONDS (300) is how long they wait for one another.
+On several machines, run the same command on each, with --distributed and the same DIR on a file system that all of them see.
+TPU pods, SLURM and Open MPI are detected; elsewhere --coordinator HOST:PORT --processes P --process I say where process 0
+is, how many there are, and which one this is. --join_timeout SECONDS (300) is how long they wait for one another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from fedbert_jax import cli  # and nothing else yet: what takes long to import comes when Ctrl-C is seen to
+from fedbert_jax import cli  # nothing else yet: slow imports come once Ctrl-C is handled
 from fedbert_jax.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def main() -> int:
         return 0
     config = flags.load_config(given)
     workdir = Path(given.need("workdir"))
-    # JAX and its devices start here, after the config was found good.
+    # JAX and its devices start only here, after the config was validated.
     from fedbert_jax.devices import processes
 
     which = given.flags
@@ -47,7 +47,7 @@ def main() -> int:
         from fedbert_jax.train import train as command
 
     cli.raise_on_interrupt()
-    # `foreseen` is the inner one, since a process that has joined others is ended there.
+    # `foreseen` is the inner one, since `joined` ends the process on any error that reaches it.
     with processes.joined(join, cli.tell) if join else contextlib.nullcontext(), cli.foreseen():
         return command(config, workdir)
 

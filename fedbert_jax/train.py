@@ -1,4 +1,4 @@
-"""Pre-training: a run's data and model, put into the loop of rounds; then export and report."""
+"""Pre-training: runs the loop of rounds on a run's data and model, then exports and reports."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from fedbert_jax.workdir.paths import open_workdir
 
 
 def train(config: Config, root: Path, console: Console | None = None) -> int:
-    """Trains a run to its last round, from wherever its workdir stands.
+    """Trains a run to its last round, starting from the state of its workdir.
 
     Args:
       config: validated.
       root: the workdir.
-      console: where to speak; the terminal by default, and of several processes only the first's.
+      console: where to print; by default the terminal and, with several processes, only that of the first one.
 
     Returns:
       The exit code: 0, or 128 + the signal that interrupted it.
 
     Raises:
-      UserError: for what the user can mend.
+      UserError: for what the user can fix.
     """
     console = console or make_console(quiet=not processes.first())
     optim.check(config)
@@ -84,7 +84,7 @@ class Pretraining:
 
     Args:
       run: ready for its next round.
-      console: where to speak.
+      console: where to print.
     """
 
     name, what = "rounds", ""
@@ -95,15 +95,15 @@ class Pretraining:
         self.total = run.config.federated.rounds
         self.state_shape, self.state_sharding = self.sim.state_shape, self.sim.state_sharding
         self.scores: dict[str, Any] = {}  # the last evaluation's numbers, and the best loss so far
-        self.messages = self.sim.traffic()  # bytes a round
+        self.messages = self.sim.traffic()  # bytes per round
 
     # --- before the first round ---
 
     def introduce(self) -> None:
-        """Prints who takes part and what has to be beaten, and writes the run's facts."""
+        """Prints who takes part and the baseline to beat, and writes the run's facts."""
         run, f, sim = self.run, self.run.config.federated, self.sim
         self.guessing = sim.evaluate_frequencies(run.dataset.unigram, run.dataset.special_ids)
-        # Which mean the held-out numbers are, and over how many clients: said wherever they stand.
+        # Which mean the held-out numbers are, and over how many clients: stated wherever they appear.
         self.scope = self.guessing.scope(f.weighting, sim.feed.num_clients) if self.guessing else ""
         if not processes.first():
             return
@@ -153,19 +153,19 @@ class Pretraining:
     # --- the rounds ---
 
     def run_round(self, state: State, round: int) -> tuple[State, RoundMetrics]:
-        """Dispatches a round, from 0."""
+        """Dispatches a round, counted from 0."""
         return self.sim.run_round(state, round)
 
     def evaluates(self, round: int) -> bool:
-        """Every so many rounds, and after the last."""
+        """True every `eval.every_rounds` rounds, and after the last."""
         return round % self.run.config.eval.every_rounds == 0 or round == self.total
 
     def saves(self, round: int) -> bool:
-        """Every so many rounds, and after the last."""
+        """True every `checkpoint.every_rounds` rounds, and after the last."""
         return round % self.run.config.checkpoint.every_rounds == 0 or round == self.total
 
     def record(self, round: int, done: Done) -> Record:
-        """Returns the line of a round."""
+        """Returns a round's line in the log."""
         loss, client_norm, server_norm = map(float, done.metrics[:-1])
         failed = self.sim.first_to_fail(round - 1, np.asarray(done.metrics.failed))
         names = [self.run.dataset.client_names[c] for c in failed]
@@ -186,18 +186,18 @@ class Pretraining:
         }
 
     def _rate(self, done: Done) -> float:
-        return self.sim.feed.tokens_per_round / done.running  # compiling is no part of a round's speed
+        return self.sim.feed.tokens_per_round / done.running  # compiling is not part of a round's speed
 
     def show(self, done: Done) -> str:
         """Returns the numbers beside the progress bar."""
         return f"loss {float(done.metrics.loss):.3f}  {self._rate(done):,.0f} tokens/s"
 
     def check(self, state: State) -> None:
-        """Looks at every number of a state."""
+        """Checks every number of a state."""
         finite.require(finite.in_state(state, self.run.dataset.client_names))
 
     def evaluate(self, state: State) -> dict[str, Any]:
-        """Returns the eval fields of a metrics line; none if no client has held-out text."""
+        """Returns the eval fields of a metrics line; {} if no client has held-out text."""
         found = self.sim.evaluate(state)
         if found is None:
             return {}
@@ -209,13 +209,13 @@ class Pretraining:
         return fields | {"eval_clients": {names[c]: score._asdict() for c, score in found.clients.items()}}
 
     def _baselines(self) -> dict[str, float]:
-        """Returns what guessing by frequency reaches, for run.json and the model card; nothing without held-out text."""
+        """Returns what guessing by frequency reaches, for run.json and the model card; {} without held-out text."""
         if self.guessing is None:
             return {}
         return self.guessing.fields("unigram_loss", "commonest_accuracy", self.run.config.federated.weighting)
 
     def say(self, record: dict[str, Any]) -> None:
-        """Prints an evaluation: a line that stays when the progress bar has gone, and in a log file."""
+        """Prints a line with an evaluation, which outlasts the progress bar and also appears in a log file."""
         width = len(str(self.run.config.federated.rounds))
         parts = [f"round {record['round']:>{width}}", f"{record['tokens'] / 1e6:7.2f}M tokens"]
         if "train_loss" in record:
@@ -229,7 +229,7 @@ class Pretraining:
         self.console.print("  ".join(parts))
 
     def meta(self, round: int) -> dict[str, Any]:
-        """Returns what a checkpoint holds beside the state: what the model card says, and the config it was made with."""
+        """Returns what a checkpoint holds beside the state: the model card's facts, and the config it was made with."""
         return self._facts(round) | {"config": resume.stamp(self.run.config)}
 
     def _facts(self, round: int) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class Pretraining:
     # --- after the last round ---
 
     def finish(self, state: State) -> None:
-        """Exports the model, fills in the examples, writes the report, and says where everything is."""
+        """Exports the model, fills in the examples, writes the report, and prints where everything is."""
         run, workdir, config = self.run, self.run.workdir, self.run.config
         model = self.sim.model_of(state)
         self._check_model(model)
@@ -282,7 +282,7 @@ class Pretraining:
             )
 
     def _check_model(self, model: Pair) -> None:
-        """Requires that what the model says be finite: by the last evaluation, or without one by one word."""
+        """Requires finite predictions: those of the last evaluation or, without one, the prediction of one word."""
         problem = finite.in_scores(self.scores)
         if "eval_loss" not in self.scores:
             segments, tokenizer = self.sim.setting.segments, self.run.tokenizer

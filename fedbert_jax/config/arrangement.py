@@ -1,4 +1,4 @@
-"""What a strategy is: who steps with whom, and who holds what. A row of one table; the rest of the package asks the row."""
+"""The table of strategies: who steps with whom, and who holds what. The rest of the package asks the row, not the name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Arrangement:
     """How the clients of a round train.
 
     Args:
-      clients: `together`, side by side in each step, against one body; `pooled`, side by side, all their gradients making
-        one step of one model; `apart`, each for itself; `in turn`, one after another, who hand on what they end with.
-      client: how the client segment is held. `one`: a single copy, which every step moves. `copies`: one when a round
-        begins, in it each client's own, averaged when it ends. `own`: each client's for good.
+      clients: `together`, side by side in each step, against one body; `pooled`, side by side, with all their gradients
+        making one step of one model; `apart`, each by itself; `in turn`, one after another, each handing its result on.
+      client: how the client segment is held. `one`: a single copy, which every step updates. `copies`: a round begins with
+        one, each client trains its own, and they are averaged at the end. `own`: each client has its own for good.
       body: how the server's layers are held.
-      cut: whether the four messages of a step cross between clients and server. Pooled without a cut is one client who
+      cut: whether the four messages of a step cross between clients and server. Pooled without a cut is one client that
         holds all text.
     """
 
@@ -51,17 +51,17 @@ class Arrangement:
 
     @property
     def keeps_own(self) -> bool:
-        """Whether a client has a part of the model for good, so that each has a model of its own."""
+        """Whether clients keep a part of the model for good, so that each has a model of its own."""
         return "own" in (self.client, self.body)
 
     @property
     def pools_text(self) -> bool:
-        """Whether all text is one client's."""
+        """Whether one client holds all text."""
         return self.clients == "pooled" and not self.cut
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether clients' gradients of their segment are averaged, at every step."""
+        """Whether the clients' gradients of their segment are averaged at every step."""
         return self.clients == "pooled" and self.cut
 
     @property
@@ -76,7 +76,7 @@ ARRANGEMENTS: dict[tuple[str, str, str], Arrangement] = {
     ("parallel", "pooled", "gradients"): Arrangement("pooled", "one", "one"),
     ("parallel", "merged", "parameters"): Arrangement("apart", "copies", "copies"),  # SplitFed V1
     ("parallel", "private", "parameters"): Arrangement("apart", "copies", "own"),
-    ("sequential", "pooled", "parameters"): Arrangement("in turn", "one", "one"),  # SplitFed V2, the segment handed on
+    ("sequential", "pooled", "parameters"): Arrangement("in turn", "one", "one"),  # SplitFed V2, with the segment handed on
     ("centralized", "pooled", "parameters"): Arrangement("pooled", "one", "one", cut=False),
     ("fedavg", "pooled", "parameters"): Arrangement("apart", "copies", "copies", cut=False),
     ("local", "pooled", "parameters"): Arrangement("apart", "own", "own", cut=False),
@@ -84,10 +84,10 @@ ARRANGEMENTS: dict[tuple[str, str, str], Arrangement] = {
 
 
 def register(name: str, arrangement: Arrangement) -> None:
-    """Makes `federated.strategy=name` a strategy, in this process; call it before the config is read.
+    """Adds the strategy `federated.strategy=name` in this process; call it before the config is read.
 
     Raises:
-      ValueError: if there is another strategy of that name.
+      ValueError: if the name can't be printed, or another strategy has it.
     """
     if not (isinstance(name, str) and name.strip() == name != "" and name.isprintable()):
         raise ValueError(f"a strategy's name is {name!r}: accepted: text that can be printed, without spaces around it")
@@ -99,7 +99,7 @@ def register(name: str, arrangement: Arrangement) -> None:
 
 
 def rows() -> str:
-    """Lists what is accepted, a row a combination."""
+    """Lists the accepted combinations, one per row."""
     usual = ("pooled", "parameters")
     shown = []
     for strategy, *rest in ARRANGEMENTS:
@@ -113,7 +113,7 @@ def rows() -> str:
 
 
 def strategy_title(strategy: str, body: str, average: str) -> str:
-    """Returns what tables call a strategy: its name, and, where it has several rows, which one it is."""
+    """Returns what tables call a strategy: its name and, if it has several rows, which one it is."""
     if sum(name == strategy for name, _, _ in ARRANGEMENTS) < 2:
         return strategy
     return f"{strategy} ({body} body)" if average == "parameters" else f"{strategy} ({average} averaged)"

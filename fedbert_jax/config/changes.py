@@ -1,8 +1,8 @@
-"""Which keys an old workdir may change, and which are worked out from others."""
+"""Which keys may change in an old workdir, and which are worked out from others."""
 
 from __future__ import annotations
 
-# What no round knows of: an old workdir goes on with any change to these.
+# No round depends on these: an old workdir accepts any change to them.
 FREE = frozenset(
     {
         "resume",
@@ -39,7 +39,7 @@ HARMLESS = FREE | frozenset(
         "model.logits_at_once",
     }
 )
-# The key on the left is worked out from the amount of text (`config/extent.py`) where the one on the right is set.
+# The key on the left is worked out from the amount of text (`config/extent.py`) if the one on the right is set.
 WORKED_OUT = {
     "federated.rounds": "federated.epochs",
     "federated.clients_per_round": "federated.max_clients_per_round",
@@ -48,11 +48,11 @@ WORKED_OUT = {
     "client_optimizer.warmup_steps": "client_optimizer.warmup",
     "server_optimizer.warmup_steps": "server_optimizer.warmup",
 }
-# Nor does a change to one of these, if federated.schedule_from says that the schedules begin after the last finished round.
+# These are as harmless if federated.schedule_from says that the schedules begin after the last finished round.
 RESCHEDULED = frozenset(
     f"{side}_optimizer.{key}"
     for side in ("client", "server")
     for key in ("learning_rate", "schedule", "warmup", "warmup_steps", "decay_steps", "end_learning_rate", "power")
 )
-# A workdir of fine-tuning takes any change to these: finished seeds stay, and others are trained.
+# A fine-tuning workdir accepts any change to these: finished seeds stay, and others are trained.
 EXTENDABLE = frozenset({"finetune.seeds", "finetune.seeds_at_once", "finetune.predict"})

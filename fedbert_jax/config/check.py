@@ -1,4 +1,4 @@
-"""What cannot run: values and combinations of them that are refused before anything is read."""
+"""Refuses values, and combinations of them, that cannot run, before anything is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedbert_jax.errors import ConfigError
 
 
 def resolve_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """Fills in the sizes that the preset gives and the tokenizer's vocabulary size."""
+    """Fills in the preset's sizes and the tokenizer's vocabulary size."""
     sizes = dict(PRESETS[model.preset])
     for name in ("num_layers", "hidden_size", "num_heads"):
         sizes[name] = getattr(model, name) or sizes[name]
@@ -48,7 +48,7 @@ def validate(config: Config) -> None:
 
 
 def _check_text(config: Config, need: Need) -> None:
-    """Where text and tokenizer come from."""
+    """Checks where text and tokenizer come from."""
     m, d = config.model, config.data
     kind, _, rest = d.source.partition(":")
     tuning = config.task == "finetune"
@@ -80,7 +80,7 @@ def _check_text(config: Config, need: Need) -> None:
 
 
 def _check_model(config: Config, need: Need) -> None:
-    """Sizes that fit one another, and attention that the round can use."""
+    """Checks that sizes fit one another, and that the round can use the attention."""
     m, how = config.model, config.federated.arrangement
     known = m.init_from == "" or m.vocab_size is not None  # a checkpoint's sizes are filled in later, and checked again
     sizes = resolve_model(m, vocab_size=1)
@@ -106,7 +106,7 @@ def _check_model(config: Config, need: Need) -> None:
 
 
 def _check_cohort(config: Config, need: Need) -> None:
-    """Who takes part, and what each client keeps."""
+    """Checks who takes part, and what each client keeps."""
     d, f, how = config.data, config.federated, config.federated.arrangement
     need(
         d.partition.kind == "natural" or f.num_clients is not None,
@@ -164,7 +164,7 @@ def _named(f: FederatedConfig) -> str:
 
 
 def _check_wire(config: Config, need: Need) -> None:
-    """What crosses the cut, and what is averaged: only where there is one, and copies or gradients to average."""
+    """Checks what crosses the cut, if there is one, and what is averaged, if there are copies or gradients to average."""
     f, w, how = config.federated, config.wire, config.federated.arrangement
     named, flat = _named(f), flatten(to_dict(config))
     for section, made, ok, why in (
@@ -193,7 +193,7 @@ def _check_wire(config: Config, need: Need) -> None:
 
 
 def _check_schedules(config: Config, need: Need) -> None:
-    """How long training takes, and how rates change in it."""
+    """Checks how long training takes, and how learning rates change meanwhile."""
     f, flat = config.federated, flatten(to_dict(config))
     need(f.epochs is None or f.epochs > 0, "federated.epochs", f.epochs, "a number above 0, or None where rounds decides")
     need(f.schedule_from >= 0, "federated.schedule_from", f.schedule_from, "an integer of at least 0")

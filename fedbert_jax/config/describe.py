@@ -1,4 +1,4 @@
-"""What each key is for, in the schema's own words: its comments are the help text, so that they are written once."""
+"""The help text of each key, taken from the schema's comments so that it is written only once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Key(NamedTuple):
 
 
 def describe() -> Iterator[tuple[str, str, list[Key]]]:
-    """Yields each section's dotted name ("" for the outermost), what it is about, and its keys, in the schema's order."""
+    """Yields each section's dotted name ("" for the outermost), its description, and its keys, in the schema's order."""
     defaults = flatten(to_dict(Config()))
     for section, cls in sections().items():
         dot = section + "." * bool(section)
@@ -41,10 +41,10 @@ def show_default(key: str) -> str:
 
 
 def show_help(width: int | None = None) -> str:
-    """Returns every section with its keys, one to a line and what is accepted and meant behind it.
+    """Returns every section with its keys: one per line, followed by what it accepts and what it means.
 
     Args:
-      width: where to fold lines, which then go on indented; None is nowhere.
+      width: where to fold lines, which then continue indented; None: nowhere.
     """
     lines = []
     for section, about, keys in describe():
@@ -66,7 +66,7 @@ def _quoted(value: Any, kind: Any) -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Returns the comment of each field of a dataclass: the lines just above it, then what stands behind it."""
+    """Returns the comment of each field of a dataclass: the lines just above it, then the comment behind it."""
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}

@@ -1,4 +1,4 @@
-"""How long a run is and how often it is saved and judged, worked out from how much text there is."""
+"""How long a run is and how often it is saved and evaluated, worked out from the amount of text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fedbert_jax.errors import ConfigError
 
 
 def choose(config: Config, given: Collection[str]) -> Config:
-    """Settles which of two keys decides, where one is worked out from the other (`WORKED_OUT`).
+    """Settles which of two keys decides, if one is worked out from the other (`WORKED_OUT`).
 
-    What the command line says comes before what the config file says.
+    The command line takes precedence over the config file.
 
     Args:
-      config: as the file and the command line together have it.
+      config: the config file's, changed by the command line.
       given: the dotted keys that the command line sets.
 
     Returns:
-      The config, in which a key that decides nothing is None.
+      The config, in which a key still to be worked out has its default, and one that nothing is worked out from is None.
 
     Raises:
       ConfigError: if the file sets both, or the command line does.
@@ -45,7 +45,7 @@ def choose(config: Config, given: Collection[str]) -> Config:
 
 
 def as_begun(config: Config, old: Config) -> Config:
-    """Returns the config with what was worked out when a workdir was begun, where the key that decides is the same.
+    """Returns the config with the values worked out when the workdir was begun, for deciding keys that haven't changed.
 
     Args:
       config: the one to go on with.
@@ -57,16 +57,16 @@ def as_begun(config: Config, old: Config) -> Config:
 
 
 def work_out(config: Config, blocks: int, clients: int, old: Config | None = None) -> Config:
-    """Works out rounds, the cohort, the warm-up and how often to save and to judge, where the text decides about them.
+    """Works out rounds, the cohort, the warm-up and how often to save and evaluate, if the amount of text decides them.
 
     Args:
-      config: of the run.
+      config: the run's.
       blocks: how many training blocks all clients have together.
       clients: how many clients there are.
       old: the config that the workdir was begun with, if it was: what it worked out stays.
 
     Returns:
-      The config with numbers; itself where it has them already.
+      The config with the numbers filled in; those that it has already stay.
     """
     f = config.federated
     cohort = min(f.clients_per_round or clients, clients)
@@ -74,7 +74,7 @@ def work_out(config: Config, blocks: int, clients: int, old: Config | None = Non
         cohort = min(f.max_clients_per_round, clients)
     rounds = f.rounds
     if f.epochs is not None:
-        # By fractions: 0.07 of 100 blocks are 7, and no hair more.
+        # As fractions, so that 0.07 of 100 blocks is exactly 7; in floats it is slightly more.
         rounds = math.ceil(Fraction(repr(f.epochs)) * blocks / (cohort * f.local_steps * f.batch_size))
     steps = rounds * f.steps_per_round(cohort)
     found = {

@@ -1,4 +1,4 @@
-"""What cannot be fine-tuned: settings that fine-tuning doesn't have, and combinations that it doesn't run."""
+"""Refuses settings that fine-tuning doesn't have, and combinations that it can't run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fedbert_jax.config.keys import flatten, to_dict
 from fedbert_jax.config.ranges import Need
 from fedbert_jax.config.schema import Config
 
-# Settings that fine-tuning doesn't have: refused, rather than passed over. By what it has or does instead.
+# Settings that fine-tuning doesn't have, by what it has or does instead. They are refused rather than ignored.
 UNUSED_IN_FINETUNING = {
     "goes by finetune.epochs and finetune.warmup, and judges and saves once an epoch": (
         "federated.rounds",
@@ -50,7 +50,7 @@ UNUSED_IN_FINETUNING = {
 
 
 def check_finetuning(config: Config, need: Need) -> None:
-    """Asks of a config with task='finetune' what its task needs."""
+    """Checks what a config with task='finetune' needs."""
     f, t = config.federated, config.finetune
     need(
         f.clients_at_once is None or (f.num_clients or 1) % f.clients_at_once == 0,

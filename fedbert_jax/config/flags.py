@@ -1,6 +1,7 @@
 """main's command line: its flags and `--config.KEY=VALUE` in any order, and the config file they change.
 
-The arguments are read here rather than by ml_collections' config_flags, which wants an order and says little of a mistake.
+The arguments are read here rather than by ml_collections' config_flags, which requires an order and says little about a
+mistake.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ YES, NO = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 @dataclass(frozen=True)
 class Given:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     flags: dict[str, Any] = field(default_factory=dict)  # by name; only those that were given
-    keys: dict[str, Any] = field(default_factory=dict)  # the config's, dotted, with their values
+    keys: dict[str, Any] = field(default_factory=dict)  # config keys, dotted, with their values
 
     def need(self, name: str) -> str:
-        """Returns the value of a flag that has to be there.
+        """Returns the value of a required flag.
 
         Raises:
-          ConfigError: if it isn't.
+          ConfigError: if it is missing.
         """
         if not self.flags.get(name):
             raise ConfigError(f"no {name} given; accepted: --{name} {EXAMPLE[name]}.")
@@ -63,7 +64,7 @@ class Given:
 
 
 def parse(arguments: Sequence[str]) -> Given:
-    """Takes a command line apart; what comes first doesn't matter, and of what comes twice the last counts.
+    """Parses a command line; order doesn't matter, and of repeated arguments the last one counts.
 
     Args:
       arguments: without the command's name. `--flag VALUE` is `--flag=VALUE`, and `--nokey` is `--key=false`.
@@ -99,13 +100,13 @@ def parse(arguments: Sequence[str]) -> Given:
 
 
 def load_config(given: Given) -> Config:
-    """Reads the config file, changes what the command line changes, and validates the whole.
+    """Reads the config file, applies the command line's changes, and validates the result.
 
     Raises:
       ConfigError: if the file is missing, fails, or has a key or value that can't be used.
     """
     values = read_config(given.need("config"))
-    with values.unlocked(), values.ignore_type():  # what the type is, the schema says
+    with values.unlocked(), values.ignore_type():  # the schema decides the types
         for key, value in given.keys.items():
             *sections, name = key.split(".")
             node = values
@@ -118,7 +119,7 @@ def load_config(given: Given) -> Config:
 
 
 def tell_about(given: Given, usage: str) -> str | None:
-    """Returns what --help, --list_keys or --version prints, None if none of them was asked for.
+    """Returns what --help, --list_keys or --version prints; None if none of them was given.
 
     Args:
       given: the command line.
@@ -146,12 +147,12 @@ def _is_switch(name: str) -> bool:
 
 
 def _without_no(name: str) -> tuple[str, bool]:
-    """Tells `--nodistributed` and `--noconfig.data.lowercase` from what only begins with "no"."""
+    """Strips the "no" of a switch (`--nodistributed`, `--noconfig.data.lowercase`); returns the name and whether it did."""
     return (name[2:], True) if name.startswith("no") and _is_switch(name[2:]) else (name, False)
 
 
 def _next_value(argument: str, switch: bool, rest: list[str]) -> str:
-    """Takes the value of a flag without "=" from the arguments that follow."""
+    """Takes the value of a flag without "=" from the arguments that follow it."""
     there = bool(rest) and not rest[0].startswith("--")
     if switch:
         return rest.pop(0) if there and rest[0].lower() in YES + NO else "true"
@@ -221,13 +222,13 @@ def _unknown_flag(argument: str, name: str) -> ConfigError:
 
 
 def read_config(file: str | Path) -> ConfigDict:
-    """Runs a config file and returns what its `get_config()` does; a config that is another's plus a difference begins so.
+    """Runs a config file and returns what its `get_config()` returns; config files call it, too, to build on another one.
 
     Raises:
       ConfigError: if there is no such file, it fails, or it returns no config.
     """
     path = Path(file).expanduser()
-    if not os.path.isfile(path):  # no error for a name that is too long
+    if not os.path.isfile(path):  # raises no error for a name that is too long
         kind = "is a directory" if os.path.isdir(path) else "is no file"
         what = kind if os.path.lexists(path) else "does not exist"
         raise ConfigError(f"config file {file} {what}; accepted: --config FILE.py, such as configs/demo.py.")

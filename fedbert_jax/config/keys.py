@@ -1,4 +1,4 @@
-"""The keys as dotted names: which there are, what they accept, and a configuration flattened to them."""
+"""The keys as dotted names: which ones exist, what they accept, and a configuration flattened to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the nested plain dict that `from_dict` takes back; JSON can hold it."""
+    """Returns a nested plain dict that `from_dict` reads back and JSON can hold."""
     return dataclasses.asdict(config)
 
 
@@ -35,7 +35,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Returns the config with other values for dotted keys; nothing is validated."""
+    """Returns the config with new values for dotted keys; validates nothing."""
 
     def inner(node: Any, changes: Mapping[str, Any]) -> Any:
         fields: dict[str, Any] = {}
@@ -48,12 +48,12 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def listed(text: str | None) -> list[str]:
-    """Returns the parts of a value that holds several, with commas between."""
+    """Returns the parts of a comma-separated value."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def sections(cls: type = Config, prefix: str = "") -> dict[str, type]:
-    """Returns every section's class by its dotted name, the outermost's being ""."""
+    """Returns every section's class by its dotted name, which is "" for the outermost."""
     found = {prefix: cls}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -87,7 +87,7 @@ def kind_of(key: str) -> str:
 
 
 def unknown_key(key: str) -> ConfigError:
-    """Returns the error for what is no key: which part of it is wrong, what is meant perhaps, and what is accepted there."""
+    """Returns the error for an unknown key: which part of it is wrong, what may be meant, and what is accepted there."""
     known, path, names = sections(), "", key.split(".")
     while names and _join(path, names[0]) in known:
         path = _join(path, names.pop(0))
@@ -104,7 +104,7 @@ def unknown_key(key: str) -> ConfigError:
 
 
 def _meant(key: str, path: str, names: list[str]) -> str:
-    """Returns the key or section that a wrong one resembles, "" if none; `names` are those below `path`, the first wrong."""
+    """Returns the key or section that a wrong one resembles, or ""; `names` are its parts below `path`, the first wrong."""
     here = list(typing.get_type_hints(sections()[path]))
     for name in difflib.get_close_matches(names[0].lower(), here, n=1):
         mended = ".".join([_join(path, name), *names[1:]])

@@ -1,4 +1,4 @@
-"""From a ConfigDict or a plain mapping to a `Config`: the only way in, which refuses unknown keys and wrong types."""
+"""Builds a `Config` from a ConfigDict or a plain mapping: the only way in, which refuses unknown keys and wrong types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedbert_jax.errors import ConfigError
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Returns every key with its default, as a ConfigDict for a `configs/*.py` to change and return."""
+    """Returns every key with its default, as a ConfigDict that a `configs/*.py` changes and returns."""
     return _to_config_dict(Config)
 
 
@@ -56,10 +56,10 @@ def from_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
 
 
 def from_text(key: str, text: str) -> Any:
-    """Returns the value that a command line's text means for a key.
+    """Returns the value that a text on the command line means for a key.
 
     Raises:
-      ConfigError: if the key does not exist, or the text is no value of its type.
+      ConfigError: if the key does not exist, or the text is not a value of its type.
     """
     if key not in all_keys():
         raise unknown_key(key)
@@ -79,7 +79,7 @@ def from_text(key: str, text: str) -> Any:
 
 
 def _sentences(key: str, text: str) -> tuple[str, ...]:
-    """Reads a sentence as it stands, or the text of a tuple or list of sentences."""
+    """Reads a single sentence, or the text of a tuple or list of sentences."""
     try:
         found = ast.literal_eval(text) if text.strip().startswith(("(", "[")) else None
     except (ValueError, SyntaxError):  # a sentence that begins with a bracket

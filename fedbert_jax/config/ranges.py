@@ -1,4 +1,4 @@
-"""What a key accepts by itself: ranges and patterns of single values."""
+"""What each key accepts by itself: ranges and patterns of single values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ AT_LEAST_1 = (
     "eval.times",
 )
 
-# What an exported model's card may say, and what is accepted for it.
+# What an exported model's card may say, and what each field accepts.
 CARD = {
     "export.license": (r"[a-z0-9][a-z0-9.-]*", "a license as the hub names it, such as apache-2.0, mit or other"),
     "export.language": (r"[a-z]{2,3}(-\w+)*|code|multilingual", "language codes with commas between, such as en,de"),
@@ -51,7 +51,7 @@ CARD = {
 
 
 def check_each(config: Config, flat: dict[str, Any], need: Need) -> None:
-    """Asks of every value what can be asked without the others; `flat` is the config by dotted key."""
+    """Checks what can be checked of each value by itself; `flat` is the config by dotted key."""
     m, d, f = config.model, config.data, config.federated
     for key, value in flat.items():
         need(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
@@ -107,7 +107,7 @@ def check_each(config: Config, flat: dict[str, Any], need: Need) -> None:
 
 
 def _groups(pattern: str) -> int | None:
-    """Returns how many groups a regular expression has, None if it is none."""
+    """Returns how many groups a regular expression has; None if it is not one."""
     try:
         return re.compile(pattern).groups
     except (re.error, RecursionError, OverflowError):

@@ -1,7 +1,7 @@
-"""Every key a user can set, with its default and what it does: frozen dataclasses.
+"""Every key a user can set, with its default and what it does, as frozen dataclasses.
 
-Nothing else in the package invents a key. Code past the configuration receives a `Config` and trusts it. The comment at a
-key, above it or behind it, and the docstring of a section are what `python -m fedbert_jax.main --help` prints.
+No other module adds a key. Code past the configuration receives a `Config` and trusts it. The comment at a key, above it or
+behind it, and the docstring of a section are what `python -m fedbert_jax.main --help` prints.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ class ModelConfig:
 
     # Layers x hidden size: tiny 2 x 128, mini 4 x 256, small 4 x 512, medium 8 x 512, base 12 x 768, large 24 x 1024.
     preset: Literal["tiny", "mini", "small", "medium", "base", "large"] = "tiny"
-    init_from: str = ""  # a Hugging Face directory or hub name to start from, with data.tokenizer=""; "" is from scratch
-    vocab_size: int | None = None  # the tokenizer's, unless set (larger is allowed: padding of the table)
-    hidden_size: int | None = None  # the preset's, unless set; a multiple of num_heads
-    num_layers: int | None = None  # the preset's, unless set
-    num_heads: int | None = None  # the preset's, unless set
-    client_layers: int = 0  # how many of the layers, the first ones, are the client's: where the cut is
-    intermediate_size: int | None = None  # of the feed-forward layers: 4 * hidden_size, unless set
-    max_position_embeddings: int = 512  # the longest sequence that the model can ever be given
-    type_vocab_size: int = 2  # kinds of segments, as in sentence A and sentence B; pre-training uses the first
-    hidden_dropout: float = 0.0  # of the embeddings and of what each layer adds to them
-    attention_dropout: float = 0.0  # non-zero leaves the fused attention for an explicit one
-    # cudnn: flash attention on NVIDIA GPUs, in bfloat16; auto takes it where it compiles, if clients have no own bodies.
+    init_from: str = ""  # a Hugging Face directory or hub name to start from, with data.tokenizer=""; "" starts from scratch
+    vocab_size: int | None = None  # the tokenizer's unless set; a larger one pads the table
+    hidden_size: int | None = None  # the preset's unless set; a multiple of num_heads
+    num_layers: int | None = None  # the preset's unless set
+    num_heads: int | None = None  # the preset's unless set
+    client_layers: int = 0  # how many of the first layers belong to the client: where the cut is
+    intermediate_size: int | None = None  # size of the feed-forward layers; 4 * hidden_size unless set
+    max_position_embeddings: int = 512  # the longest sequence that the model can ever take
+    type_vocab_size: int = 2  # kinds of segments, such as sentence A and sentence B; pre-training uses the first
+    hidden_dropout: float = 0.0  # dropout rate of the embeddings and of what each layer adds to them
+    attention_dropout: float = 0.0  # dropout rate of the attention weights; above 0, attention is explicit, not fused
+    # cudnn: flash attention on NVIDIA GPUs, in bfloat16; auto uses it if it compiles and no client has a body of its own.
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     layer_norm_eps: float = 1e-12  # added to LayerNorm's variance
     initializer_range: float = 0.02  # standard deviation of the weights at the start
     unroll_layers: bool = True  # False scans over the layers: smaller programs, quicker compiles, slower steps on CPU
-    # What the body's backward pass computes again to save memory: nothing, all but matrix products, or everything.
+    # What the body's backward pass recomputes to save memory: nothing, all but matrix products, or everything.
     remat: Literal["none", "dots", "full"] = "none"
-    logits_at_once: int | None = None  # at how many of a client's masked positions logits exist at a time; None: at all
+    logits_at_once: int | None = None  # how many of a client's masked positions have logits at a time; None: all of them
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ class DataConfig:
 
     source: str = "docs:"  # docs:[PACKAGE,...] | text:GLOB | hf:NAME[/CONFIG]
     tokenizer: str = "train:4096"  # a Hugging Face directory or hub name, or train:SIZE
-    lowercase: bool = True  # of a tokenizer trained here: fold case, and drop accents that a reader may leave out
-    seq_len: int = 128  # tokens of a block, [CLS] and [SEP] included
-    eval_fraction: float = 0.05  # of each client's words, held out in whole documents
+    lowercase: bool = True  # for a tokenizer trained here: fold case, and drop accents that writers may leave out
+    seq_len: int = 128  # tokens of a block, including [CLS] and [SEP]
+    eval_fraction: float = 0.05  # share of each client's words that is held out, in whole documents
     documents: Literal["blank_lines", "file"] = "blank_lines"  # text: a document ends at a blank line, or with its file
     document_start: str = ""  # a regular expression; a line or row that matches begins a new document
     text_field: str = "text"  # JSON, CSV, parquet and hf: the field or column of text
     client_field: str = ""  # JSON, CSV, parquet and hf: the field or column that names the client
     client_pattern: str = ""  # text: a regular expression on the file name; its first group names the client
-    missing_client: Literal["error", "drop"] = "error"  # a row, or file, in which client_field or client_pattern has no name
+    missing_client: Literal["error", "drop"] = "error"  # a row or file in which client_field or client_pattern finds no name
     split: str = "train"  # hf and save_to_disk: the split to read, or a part of it as in train[:10%]
-    deduplicate: bool = True  # drop paragraphs, and 32 tokens in a row, seen before: what is held out isn't trained on
-    small_clients: Literal["drop", "error"] = "drop"  # a client with less than one training block of text that is known
-    store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks lie during training
+    deduplicate: bool = True  # drop paragraphs, and runs of 32 tokens, seen before: no held-out text is trained on
+    small_clients: Literal["drop", "error"] = "drop"  # a client with less than one training block of known text
+    store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks are kept during training
     cache_dir: str = ""  # "" is ~/.cache/fedbert_jax
     partition: PartitionConfig = field(default_factory=PartitionConfig)
 
@@ -86,35 +86,36 @@ class DataConfig:
 class FederatedConfig:
     """The strategy, and the shape of a round."""
 
-    # parallel: all clients of a round against one server; sequential: they take turns; centralized: all text pooled;
-    # local: each alone; fedavg: whole models, averaged.
+    # parallel: all clients of a round train with one server; sequential: they take turns; centralized: all text is pooled;
+    # local: each client trains alone; fedavg: whole models are averaged.
     strategy: str = "parallel"
     # parallel, the server's layers: pooled is one body for all clients, trained at every step; merged a copy a client,
-    # averaged with the round; private a copy a client for good.
+    # averaged with the round; private a copy a client, never averaged.
     body: Literal["pooled", "merged", "private"] = "pooled"
-    # parallel with a pooled body. parameters: the clients' segments, at the end of a round, as published; gradients: of one
-    # segment, at every step, which is training on all clients' batches as one.
+    # What parallel with a pooled body averages. parameters: the clients' segments, at the end of a round, as published;
+    # gradients: those of one shared segment, at every step, which is the same as training on all clients' batches as one.
     average: Literal["parameters", "gradients"] = "parameters"
-    # gradients: client gives each client of a round batch_size rows a step; size draws as many rows in all, from each client
-    # in proportion to its text, whatever federated.weighting is, which then is of scores alone.
+    # average=gradients: client gives each client of a round batch_size rows a step; size draws as many rows in all, from
+    # each client in proportion to its text, whatever federated.weighting is; that then weights scores only.
     batch_by: Literal["client", "size"] = "client"
     num_clients: int | None = None  # None: as many as the natural partition has
     clients_per_round: int | None = None  # None: all of them
-    # parallel, fedavg: how many of the cohort are computed side by side; None is all. The result is the same. What is
-    # saved: activations and logits, and but for a pooled body the clients' copies of what they train.
+    # parallel, fedavg: how many clients of the cohort are computed side by side; None: all of them. The result is the same.
+    # Fewer save the memory of activations and logits and, unless the body is pooled, of the copies that clients train.
     clients_at_once: int | None = None
-    # At most so many where clients_per_round is None and there are more; no limit where each has state of its own.
+    # The most clients in a round if clients_per_round is None; no limit if each client has state of its own.
     max_clients_per_round: int | None = None
     local_steps: int = 8  # optimizer steps of each client in a round, before the average
-    rounds: int = 140  # how long the run is; worked out from the text where epochs is set
+    rounds: int = 140  # how long the run is; worked out from the text if epochs is set
     # How often, on average, each block of training text is seen; takes the place of rounds. None: rounds decides.
     epochs: float | None = None
-    schedule_rounds: int | None = None  # for how many rounds the learning rates' schedules are made; None: all there are
-    schedule_from: int = 0  # after which round the schedules begin, with their warm-up: to anneal a finished run again
+    schedule_rounds: int | None = None  # how many rounds the learning rates' schedules span; None: all after schedule_from
+    schedule_from: int = 0  # the round after which the schedules begin, with their warm-up: to anneal a finished run again
     batch_size: int = 4  # sequences per client per step
-    weighting: Literal["examples", "uniform"] = "examples"  # of clients in means: by their training text, or alike
+    weighting: Literal["examples", "uniform"] = "examples"  # of clients in means: by their training text, or equally
     order: Literal["shuffled", "fixed"] = "shuffled"  # sequential: the order of turns
-    # At the start of a round (of bodies, too, where these are copies). In `sequential`, average means handed on.
+    # What becomes of the state at the start of a round (and of the bodies' states, if bodies are copies). In `sequential`,
+    # average means handed on.
     client_optimizer_state: Literal["average", "reset", "keep"] = "average"
 
     @property
@@ -126,12 +127,12 @@ class FederatedConfig:
         return strategy_title(self.strategy, self.body, self.average)
 
     def steps_per_round(self, cohort: int) -> int:
-        """Returns the global steps of a round of so many clients: how far the schedules move in it."""
+        """Returns the global steps of a round with a cohort of this size: how far the schedules move in it."""
         return self.local_steps * (cohort if self.arrangement.clients == "in turn" else 1)
 
     @property
     def own_state(self) -> bool:
-        """Whether each client keeps state of its own from round to round, so that all take part in each."""
+        """Whether each client keeps state of its own from round to round, so that all clients take part in each round."""
         return self.client_optimizer_state == "keep" or self.arrangement.keeps_own
 
 
@@ -147,11 +148,11 @@ class OptimizerConfig:
     decay_steps: int | None = None  # the step at which the schedule ends; None is the end of the run
     end_learning_rate: float = 0.0  # what the rate falls to
     power: float = 1.0  # polynomial: 1 is a straight line
-    clip_norm: float | None = 1.0  # per segment: in a real federation nobody sees the other's gradient
-    b1: float | None = None  # Adam's kin: decay of the mean of gradients
-    b2: float | None = None  # Adam's kin: decay of the mean of their squares
-    eps: float | None = None  # Adam's kin: what keeps a division from being one by zero
-    weight_decay: float | None = None  # never of biases or LayerNorm
+    clip_norm: float | None = 1.0  # of each segment's gradient: in a real federation nobody sees the other's gradient
+    b1: float | None = None  # Adam family: decay of the mean of gradients
+    b2: float | None = None  # Adam family: decay of the mean of their squares
+    eps: float | None = None  # Adam family: keeps a denominator from being zero
+    weight_decay: float | None = None  # never applied to biases or LayerNorm
     momentum: float | None = None  # sgd
     nesterov: bool | None = None  # sgd, adam and adamw: Nesterov's momentum
 
@@ -162,9 +163,9 @@ class AggregatorConfig:
 
     name: Literal["sgd", "adam", "adamw", "adagrad", "yogi"] = "sgd"  # optax's
     learning_rate: float = 1.0  # 1 with sgd takes the average as it is
-    b1: float | None = None  # Adam's kin: decay of the mean of changes
-    b2: float | None = None  # Adam's kin: decay of the mean of their squares
-    eps: float | None = None  # Adam's kin: what keeps a division from being one by zero
+    b1: float | None = None  # Adam family: decay of the mean of changes
+    b2: float | None = None  # Adam family: decay of the mean of their squares
+    eps: float | None = None  # Adam family: keeps a denominator from being zero
     weight_decay: float | None = None  # adamw
     momentum: float | None = None  # sgd
     nesterov: bool | None = None  # sgd, adam and adamw: Nesterov's momentum
@@ -172,7 +173,7 @@ class AggregatorConfig:
 
 @dataclass(frozen=True)
 class MlmConfig:
-    """Masked language modelling: ceil(mask_prob * seq_len) positions a block, replaced 80/10/10."""
+    """Masked language modelling: ceil(mask_prob * seq_len) positions per block, replaced 80/10/10."""
 
     mask_prob: float = 0.15  # share of a block's positions that are predicted
     whole_word: bool = False  # choose words, and mask all tokens of each (WordPiece tokenizers)
@@ -182,36 +183,36 @@ class MlmConfig:
 class WireConfig:
     """What crosses between client and server."""
 
-    # What activations and their gradients are on their way. float32: as they were computed, in bfloat16 at most where
+    # How activations and their gradients are sent. float32: as they were computed, which is bfloat16 if
     # precision.compute_dtype is; bfloat16; int8: whole numbers, with a float32 scale for each row.
     codec: Literal["float32", "bfloat16", "int8"] = "float32"
     downlink: Literal["masked", "all"] = "masked"  # which positions' hidden states come back to the client
-    clip: float | None = None  # to what norm each row of a client's activations is cut down before it leaves; None: not
-    # Standard deviation of what the client adds to each number of its activations. Whoever knows privacy.client_seed, or
-    # seed where that is None, can compute it and take it away again.
+    clip: float | None = None  # clips each row of a client's activations to this norm before it leaves; None: no clipping
+    # Standard deviation of the noise that the client adds to each number of its activations. Whoever knows
+    # privacy.client_seed, or seed if that is None, can compute the noise and subtract it again.
     noise: float = 0.0
-    gradient_clip: float | None = None  # as clip, of the gradient by the hidden states that the client sends back
-    gradient_noise: float = 0.0  # as noise, of the gradient by the hidden states that the client sends back
-    # average=gradients: the clients' segment gradients on their way up; float32 and bfloat16 come back as they went, and
-    # of int8 (a scale for each row, what a step loses being added to the next) the mean comes back in bfloat16.
+    gradient_clip: float | None = None  # as clip, for the gradient of the hidden states, which the client sends back
+    gradient_noise: float = 0.0  # as noise, for the gradient of the hidden states, which the client sends back
+    # average=gradients: how the clients' segment gradients are sent. With float32 and bfloat16, the mean comes back in the
+    # same type; with int8 (a scale for each row, and what a step loses is added to the next), it comes back in bfloat16.
     gradient_codec: Literal["float32", "bfloat16", "int8"] = "float32"
 
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """What the server can't work out for itself. docs/architecture.md says what it sees nevertheless."""
+    """What the server can't work out by itself. docs/architecture.md says what it sees nevertheless."""
 
-    # The clients' secret, from which their segment's first values, masks, dropout, noise and the order of their text follow;
-    # the server's seed doesn't give it away. None: it follows from `seed`.
+    # The clients' secret, which decides their segment's initial values, masks, dropout, noise and the order of their text;
+    # the server's seed doesn't reveal it. None: it follows from `seed`.
     client_seed: int | None = None
-    # How copies are averaged, of the client segment and of bodies. fixed_point: as whole numbers modulo 2**32, which
-    # one-time pads would hide and leave the sum as it is; it hides nothing, and optimizer states are averaged beside it.
+    # How copies of the client segment and of bodies are averaged. fixed_point: as whole numbers modulo 2**32, which one-time
+    # pads could hide without changing the sum; by itself it hides nothing, and optimizer states are averaged without it.
     averaging: Literal["plain", "fixed_point"] = "plain"
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Types of parameters and of the arithmetic; LayerNorm, softmax and loss are float32 always."""
+    """Types of parameters and of the arithmetic; LayerNorm, softmax and loss are always float32."""
 
     param_dtype: Literal["float32"] = "float32"  # of the parameters and the optimizers' moments
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
@@ -219,9 +220,9 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices: clients and batch lie on `data`, the body's and the tables' wide dimensions on `model`."""
+    """Devices: clients and batch lie on `data`, the wide dimensions of the body and the tables on `model`."""
 
-    data: int = -1  # devices along this axis; -1 takes what is left
+    data: int = -1  # devices along this axis; -1 takes all that are left
     model: int = 1  # devices along this axis
 
 
@@ -231,7 +232,7 @@ class CheckpointConfig:
 
     every_rounds: int = 50  # rounds between two saves; there is one at the end, too
     times: int | None = None  # saves in the whole run; takes the place of every_rounds
-    keep: int = 3  # how many stay, the newest
+    keep: int = 3  # how many of the newest saves stay
 
 
 @dataclass(frozen=True)
@@ -240,42 +241,42 @@ class EvalConfig:
 
     every_rounds: int = 20  # rounds between two evaluations; there is one at the start and one at the end, too
     times: int | None = None  # evaluations in the whole run; takes the place of every_rounds
-    batch_size: int = 32  # blocks that are evaluated at a time
-    max_clients: int = 64  # evaluated clients (drawn once, by seed), so that cost does not grow with num_clients
-    max_blocks: int = 64  # held-out blocks of a client that are evaluated
+    batch_size: int = 32  # blocks evaluated at a time
+    max_clients: int = 64  # the most clients evaluated (drawn once, by seed), so that cost does not grow with num_clients
+    max_blocks: int = 64  # the most held-out blocks evaluated per client
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What an exported model says of itself beyond what the run knows; nothing is claimed that isn't set."""
+    """What an exported model says about itself beyond what the run knows; it claims nothing that isn't set."""
 
     license: str = ""  # of the model, as the hub names it: apache-2.0, mit, other, ...
-    language: str = ""  # of the text, codes with commas between: en,de
-    datasets: str | None = None  # the text's hub names, with commas between; None: NAME of hf:NAME, if it is the hub's
+    language: str = ""  # of the text, as codes with commas between: en,de
+    datasets: str | None = None  # the text's hub names, with commas between; None: NAME of hf:NAME, if it is on the hub
     base_model: str | None = None  # a hub name; None: model.init_from, if it is one
-    # config.json's hidden_dropout_prob, for whoever trains the model on. None: the first that is above 0 of the run's own,
-    # the starting checkpoint's and BERT's 0.1.
+    # config.json's hidden_dropout_prob, for further training of the model. None: the run's own, the starting checkpoint's
+    # or BERT's 0.1, whichever comes first and is above 0.
     hidden_dropout: float | None = None
     attention_dropout: float | None = None  # the same for attention_probs_dropout_prob
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """task=finetune: how long, and how often again. What is reported is the last epoch's, never the best one's."""
+    """task=finetune: how long, and with how many seeds. The scores reported are the last epoch's, never the best one's."""
 
     epochs: float = 3.0  # how often each training example is seen
-    # Runs of the task, with seeds seed, seed + 1, ...: of the order, of dropout, and of what the checkpoint lacks, as a
-    # rule the classifier.
+    # How many runs of the task, with seeds seed, seed + 1, ... for the order, for dropout, and for what the checkpoint lacks
+    # (usually the classifier).
     seeds: int = 1
     seeds_at_once: int = 0  # how many are trained in one program; 0 is all of them on accelerators and one on CPU
     warmup: float = 0.1  # share of the steps in which the rates rise; takes the place of *_optimizer.warmup_steps
-    holdout: float = 0.0  # share of the training examples to judge by in place of the dev set: to choose settings by
-    predict: bool = False  # write the test files' predictions as GLUE's site takes them
+    holdout: float = 0.0  # share of the training examples to evaluate on instead of the dev set; for choosing settings
+    predict: bool = False  # write predictions for the test files in the form that GLUE's site takes
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run, entirely."""
+    """All settings of one run."""
 
     task: Literal["pretrain", "finetune"] = "pretrain"  # masked language modelling, or one of GLUE's tasks
     seed: int = 0  # of everything drawn: held-out text, initial weights, batches, masks, dropout

@@ -1,1 +1,1 @@
-"""What a command shows: sentences and tables, bars, the stages of a preparation."""
+"""Console output: sentences and tables, progress bars, the stages of a preparation."""

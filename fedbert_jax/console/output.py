@@ -1,4 +1,4 @@
-"""What a command says, on a terminal and in a file: names and libraries' sentences are data, and nothing is cut off."""
+"""Output on a terminal and in a file: names and libraries' messages are printed as data, and nothing is cut off."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-# A file has no edge to fold at. Rich wants a number; nothing is padded to it.
+# A file has no edge to fold at, but rich needs a number; nothing is padded to it.
 FILE_WIDTH = 1_000_000
 ALIGNED = 60  # columns of a table in a file are padded to at most this, so that one endless name stretches its own row only
-ON_TERMINAL, FOLDED = 120, 12  # letters of a name on a terminal; and how narrow a column may be folded there
-# What moves the cursor, ends a line, or turns the text after it around.
+ON_TERMINAL, FOLDED = 120, 12  # on a terminal: letters of a name, and how narrow a column may be folded
+# Characters that move the cursor, end a line, or reverse the text after them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    r"""Returns a name or a path fit to print: itself, but for what would move the cursor or cannot be encoded.
+    r"""Returns a name or a path made fit to print: what would move the cursor or cannot be encoded is escaped.
 
-    Control characters become escapes (\n, \x1b), and so do marks that only turn the direction of text; bytes of a file
-    name that are not UTF-8 become \xe9.
+    Control characters become escapes (\n, \x1b), and so do marks that only change the direction of text; bytes of a file
+    name that are not UTF-8 become escapes such as \xe9.
     """
 
     def escape(found: re.Match[str]) -> str:
         code = ord(found[0])
-        if 0xDC80 <= code <= 0xDCFF:  # a byte, as Python passes it on from the system
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that Python passes on from the system
             return f"\\x{code - 0xDC00:02x}"
         return found[0].encode("unicode_escape", "backslashreplace").decode("ascii")
 
@@ -38,20 +38,20 @@ def shown(name: str | os.PathLike[str]) -> str:
 
 
 def lenient_streams() -> None:
-    """Lets stdout and stderr escape what their encoding lacks (LANG=C, PYTHONIOENCODING=ascii), rather than fail."""
+    """Makes stdout and stderr escape what their encoding lacks (LANG=C, PYTHONIOENCODING=ascii) rather than fail."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a test's stand-in may have none
             stream.reconfigure(errors="backslashreplace")
 
 
 def make_console(**options: Any) -> Console:
-    """Returns the console that commands speak through.
+    """Returns the console that commands print through.
 
-    What is printed is never read as markup, emoji codes or something to highlight. Lines are folded by the terminal, so
-    that a path can be copied, and in a file they are whole. Tables go through `print_table`.
+    Printed text is never read as markup, emoji codes or something to highlight. The terminal itself folds lines, so that a
+    path can be copied; in a file they are whole. Tables go through `print_table`.
 
     Args:
-      options: of rich's Console, such as quiet.
+      options: for rich's Console, such as quiet.
     """
     from rich.console import Console
 
@@ -62,7 +62,7 @@ def make_console(**options: Any) -> Console:
 
 
 class Name:
-    """A name in a table: whole in a file, and on a terminal without its middle if it would fill the screen."""
+    """A name in a table: whole in a file; on a terminal, without its middle if it would fill the screen."""
 
     def __init__(self, name: str) -> None:
         self.plain = shown(name)
@@ -75,9 +75,9 @@ class Name:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Prints a table: folded to a terminal's width; in a file as plain columns, each cell whole.
+    """Prints a table, folded to the width of a terminal or, in a file, as plain columns with each cell whole.
 
-    On a terminal too narrow for the columns that do not fold, the plain columns are printed, too: rich would drop some.
+    A terminal too narrow for the columns that do not fold also gets the plain columns, since rich would drop some.
     """
     from rich.cells import cell_len
 
@@ -91,13 +91,13 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def plain_table(table: Table) -> list[str]:
-    """Returns the lines of a table: its title, its header and its rows in columns that are two spaces apart.
+    """Returns the lines of a table: its title, its header and its rows, in columns that are two spaces apart.
 
-    A cell that is wider than `ALIGNED` is whole, and moves the rest of its row to the right.
+    A cell that is wider than `ALIGNED` stays whole, and moves the rest of its row to the right.
     """
     from rich.cells import cell_len
 
-    # A cell may have several lines; those of the same number stand side by side.
+    # A cell may have several lines; the n-th lines of a row's cells stand side by side.
     cells = [[_plain(cell).split("\n") for cell in (column.header, *column.cells)] for column in table.columns]
     lengths = [[cell_len(line) for cell in column for line in cell] for column in cells]
     widths = [max((n for n in column if n <= ALIGNED), default=0) for column in lengths]

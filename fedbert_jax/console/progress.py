@@ -20,11 +20,11 @@ from rich.progress import (
 
 from fedbert_jax.console.output import shown
 
-LIVE_SECONDS, PLAIN_SECONDS = 0.1, 30.0  # between two counts that are shown
+LIVE_SECONDS, PLAIN_SECONDS = 0.1, 30.0  # between two counts shown
 
 
 def bar(console: Console, *fields: str) -> Progress:
-    """Returns a bar that counts; `fields` are columns of text, to be given to its tasks. It leaves nothing behind."""
+    """Returns a counting bar that leaves nothing behind; `fields` are text columns, which its tasks fill."""
     columns = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in fields]
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -42,7 +42,7 @@ def bar(console: Console, *fields: str) -> Progress:
 
 @contextlib.contextmanager
 def waiting(console: Console, text: str) -> Iterator[None]:
-    """Shows a text with the time since it appeared, on a terminal, until `with` ends."""
+    """Shows a text with the elapsed time on a terminal, until `with` ends."""
     columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         shown.add_task(text, total=None)
@@ -50,10 +50,10 @@ def waiting(console: Console, text: str) -> Iterator[None]:
 
 
 class Stages:
-    """A `data.progress.Progress`, and a context manager, since a live count has to be cleared away in the end.
+    """A `data.progress.Progress`, and a context manager, since a live count has to be cleared at the end.
 
-    A stage is a line that stays. Below it a terminal shows how much of it is done; a log file gets a line of that every
-    `PLAIN_SECONDS`.
+    A stage is a line that stays. Below it, a terminal shows how much of it is done; a log file gets a line with the count
+    every `PLAIN_SECONDS`.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
@@ -63,7 +63,7 @@ class Stages:
         self._shown = 0.0  # when a count was last shown
 
     def stage(self, text: str, unit: str = "", total: int | None = None) -> None:
-        """Begins a stage, see `data.progress.Progress`."""
+        """Begins a stage; see `data.progress.Progress`."""
         self._clear()
         self._console.print(shown(text), style="dim", markup=False, highlight=False, soft_wrap=True)
         self._unit, self._total, self._shown = unit, total or 0, self._clock()

@@ -1,1 +1,1 @@
-"""Text to training data: corpus, tokenizer, clients, packed token blocks."""
+"""From text to training data: corpus, tokenizer, clients, packed token blocks."""

@@ -13,10 +13,10 @@ from fedbert_jax.data.names import printable
 from fedbert_jax.data.rows import Row, column
 from fedbert_jax.errors import UserError
 
-if TYPE_CHECKING:  # it comes with the datasets library, and few sources need it
+if TYPE_CHECKING:  # pyarrow comes with the datasets library, and few sources need it
     import pyarrow as pa
 
-ROWS_AT_ONCE = 1000  # how many are Python objects at a time
+ROWS_AT_ONCE = 1000  # how many rows are Python objects at a time
 
 
 def parquet_rows(path: Path, data: DataConfig) -> Iterator[Row]:
@@ -47,7 +47,7 @@ def arrow_file_rows(path: Path, data: DataConfig) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def undamaged(shown: str, kind: str) -> Iterator[None]:
-    """Raises UserError for what pyarrow raises while it reads the file `shown`."""
+    """Turns what pyarrow raises while it reads the file `shown` into UserError."""
     import pyarrow as pa
 
     try:
@@ -62,10 +62,10 @@ def undamaged(shown: str, kind: str) -> Iterator[None]:
 def arrow_rows(
     schema: pa.Schema, tables: Iterable[pa.Table | pa.RecordBatch], where: str, data: DataConfig
 ) -> Iterator[Row]:
-    """Yields the rows of Arrow tables; a client that the schema knows as a class label goes by the label's name.
+    """Yields the rows of Arrow tables; a client that is a class label in the schema goes by the label's name.
 
     Raises:
-      UserError: if a column is lacking or there twice, or a text is not UTF-8.
+      UserError: if a column is missing or there twice, or a text is not UTF-8.
     """
     import pyarrow as pa
 
@@ -78,7 +78,7 @@ def arrow_rows(
         columns = [table.column(name) for name in (data.text_field, data.client_field) if name]
         try:
             for values in columns:
-                values.validate(full=True)  # else what is damaged in an Arrow file can crash the process
+                values.validate(full=True)  # otherwise, damage in an Arrow file can crash the process
         except pa.ArrowInvalid as error:
             rows = f"rows {number + 1:,} to {number + table.num_rows:,}"
             raise UserError(f"{where} is damaged or has text that is not UTF-8, somewhere in its {rows}.") from error
@@ -90,9 +90,9 @@ def arrow_rows(
 
 
 def _labels(schema: pa.Schema, wanted: str) -> dict[Any, str | None]:
-    """Returns the names of a column's class labels, which the datasets library writes into the schema; {} without any."""
+    """Returns the names of a column's class labels, which the datasets library writes into the schema; {} if none."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][wanted]
         if feature["_type"] == "ClassLabel":
-            return {-1: None, **dict(enumerate(feature["names"]))}  # it writes -1 where there is no label
+            return {-1: None, **dict(enumerate(feature["names"]))}  # it writes -1 for a missing label
     return {}

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class TokenBlocks:
-    """All clients' blocks in one array, a client after the other."""
+    """All clients' blocks in one array, one client after another."""
 
     tokens: np.ndarray  # [num_blocks, T] uint16 or int32; may be a memmap
     offsets: np.ndarray  # [N + 1] int64: client c's blocks are tokens[offsets[c] : offsets[c + 1]]
@@ -25,7 +25,7 @@ class TokenBlocks:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Blocks of each client, int64 [N]."""
+        """Number of blocks of each client, int64 [N]."""
         return np.diff(self.offsets)
 
     def client(self, index: int) -> np.ndarray:
@@ -36,17 +36,17 @@ class TokenBlocks:
 def pack(documents: Iterable[np.ndarray], seq_len: int, cls_id: int, sep_id: int) -> Iterator[np.ndarray]:
     """Packs documents into blocks without padding.
 
-    The documents, each with [SEP] behind it, are one stream; a block is [CLS] and the next `seq_len - 1` tokens of it.
-    What does not fill a last block is dropped.
+    The documents, each followed by [SEP], form one stream; a block is [CLS] and the next `seq_len - 1` tokens of it.
+    Tokens that do not fill a last block are dropped.
 
     Args:
-      documents: token ids without special tokens, each [n] of the type the blocks shall have.
+      documents: token ids without special tokens, each [n], of the dtype that the blocks will have.
       seq_len: T.
       cls_id: id of [CLS].
       sep_id: id of [SEP].
 
     Yields:
-      Arrays [blocks, T] with one block or more, in order; never more than the documents taken so far fill.
+      Arrays [blocks, T] of at least one block, in order, as soon as the documents taken so far fill them.
     """
     width = seq_len - 1
     waiting: list[np.ndarray] = []
@@ -68,7 +68,7 @@ def pack(documents: Iterable[np.ndarray], seq_len: int, cls_id: int, sep_id: int
 class BlockWriter:
     """A `.npy` file [num_blocks, T] that grows as blocks are appended; a context manager.
 
-    Its header is written again when it closes, since only then the number of blocks is known: no array of the whole
+    Its header is written again on closing, since only then is the number of blocks known. This way no array of the whole
     corpus is ever in memory, and nothing is encoded twice to learn its size.
     """
 
@@ -80,7 +80,7 @@ class BlockWriter:
         self._write_header()
 
     def append(self, blocks: np.ndarray) -> None:
-        """Writes blocks [k, T] of the file's type behind those there are."""
+        """Appends blocks [k, T] to the file, as its dtype."""
         self._file.write(np.ascontiguousarray(blocks, dtype=self._dtype).tobytes())
         self.num_blocks += len(blocks)
 

@@ -1,4 +1,4 @@
-"""Text to documents: docstrings of installed packages, text files and tables, or a Hugging Face dataset."""
+"""Reads documents from docstrings of installed packages, text files and tables, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedbert_jax.data.rows import LeftOut, listed
 from fedbert_jax.data.tables import read_table, table_format
 from fedbert_jax.errors import UserError
 
-TOLD_EVERY = 0.1  # seconds, at least, between two reports of how many documents have been read
+TOLD_EVERY = 0.1  # minimum seconds between two reports of how many documents have been read
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +31,22 @@ class Document:
     """A piece of text that is never divided between clients, nor between training and held-out text."""
 
     text: str
-    group: str  # whom it comes from: the natural client
+    group: str  # the natural client it comes from
 
 
 def read_documents(
     data: DataConfig, *, warn: Callable[[str], None] = log.warning, count: Callable[[int], None] = lambda _: None
 ) -> list[Document]:
-    """Reads every document of `data.source`, in an order that only the source decides.
+    """Reads every document of `data.source`, in an order that depends on the source alone.
 
-    `docs:[PACKAGE,...]` reads docstrings, a package a group. `text:GLOB` reads what `find_files` finds: plain text, and
-    tables (JSON, CSV, parquet, saved datasets), of which each row is a document. `hf:NAME[/CONFIG]` reads a dataset, see
-    `split_dataset_name`. Groups are named as `ClientNames` does.
+    `docs:[PACKAGE,...]` reads docstrings, with one group per package. `text:GLOB` reads what `find_files` finds: plain text,
+    and tables (JSON, CSV, parquet, saved datasets), in which each row is a document. `hf:NAME[/CONFIG]` reads a dataset, see
+    `split_dataset_name`. `ClientNames` names the groups.
 
     Args:
-      data: says where the text is, and what is a document.
-      warn: is told in a sentence each of files that were passed over, rows that were left out, and clients without text.
-      count: is told now and then, and at the end, how many documents have been read.
+      data: says where the text is, and what a document is.
+      warn: called with a sentence each about files that were passed over, rows left out, and clients without text.
+      count: called now and then, and at the end, with the number of documents read so far.
 
     Raises:
       UserError: naming the key, file, line, row, byte or column that cannot be read, or if there is no text.
@@ -57,7 +57,7 @@ def read_documents(
     documents: Iterable[Document] = (Document(text, names(group)) for text, group in _read(kind, what, data, left_out, warn))
     kept, told = [], time.monotonic()
     for document in documents:
-        if len(document.text.split(None, min_words - 1)) >= min_words:  # not all words at once, which a long line has
+        if len(document.text.split(None, min_words - 1)) >= min_words:  # doesn't list all words of a long line
             kept.append(document)
         if time.monotonic() - told >= TOLD_EVERY:
             count(len(kept))
@@ -78,7 +78,7 @@ def read_documents(
 def _read(
     kind: str, what: str, data: DataConfig, left_out: LeftOut, warn: Callable[[str], None]
 ) -> Iterator[tuple[str, str]]:
-    """Yields each document's text and whom it comes from."""
+    """Yields each document's text and group."""
     if kind == "docs":
         return read_docstrings(what, data)
     if kind == "hf":
@@ -89,7 +89,7 @@ def _read(
 def _join(
     parts: Iterable[tuple[str, str]], data: DataConfig, between: str, starts: Callable[[str], object]
 ) -> Iterator[tuple[str, str]]:
-    """Joins parts of text to documents: one begins at `data.document_start` (or `starts`) and with another group."""
+    """Joins parts of text into documents: a new one begins at `data.document_start` (or `starts`) and with a new group."""
     if data.document_start:
         starts = _pattern("data.document_start", data.document_start).match
     held: list[str] = []
@@ -115,7 +115,7 @@ def _read_text(files: Sequence[Path], data: DataConfig, left_out: LeftOut) -> It
     blank_lines = data.documents == "blank_lines"
     for path, client in _clients(files, data, left_out):
         if not data.client_field or not (path.is_dir() or table_format(path)):
-            yield "", client  # so that one who has empty files only is known of
+            yield "", client  # so that a client with only empty files is known, too
         if path.is_dir() or table_format(path):
             rows = (read_saved if path.is_dir() else read_table)(path, client, data, left_out)
             yield from _join(rows, data, "\n\n", lambda row: True)
@@ -125,7 +125,7 @@ def _read_text(files: Sequence[Path], data: DataConfig, left_out: LeftOut) -> It
 
 
 def _clients(files: Sequence[Path], data: DataConfig, left_out: LeftOut) -> Iterator[tuple[Path, str]]:
-    """Yields each file and its client: what `data.client_pattern` finds in its name, or its folder."""
+    """Yields each file and its client: what `data.client_pattern` finds in its name or, without a pattern, its folder."""
     if not data.client_pattern:
         folders = {path: Path(os.path.abspath(path if path.is_dir() else path.parent)) for path in files}
         names = _folder_names(set(folders.values()))
@@ -149,7 +149,7 @@ def _clients(files: Sequence[Path], data: DataConfig, left_out: LeftOut) -> Iter
 
 
 def _folder_names(folders: set[Path]) -> dict[Path, str]:
-    """Names each folder: its own name, or, where two share one, its path below all folders' common parent."""
+    """Names each folder: by its own name or, if two share one, by its path below the common parent of all folders."""
     counts = collections.Counter(folder.name for folder in folders)
     common = os.path.commonpath(folders)
     below = {f: os.path.relpath(f, common) for f in folders}

@@ -1,4 +1,4 @@
-"""A run's prepared data: made once, kept in its workdir, and the same ever after."""
+"""A run's prepared data: made once, kept in its workdir, and never changed."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from fedbert_jax.data.tokenizer import load_tokenizer, save_tokenizer, special_i
 from fedbert_jax.data.vocabulary import train_tokenizer
 from fedbert_jax.errors import ConfigError, UserError
 
-if TYPE_CHECKING:  # it takes seconds to import
+if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 2  # of the prepared directory; raise it when the same config makes other blocks
+FORMAT = 2  # of the prepared directory; raise it when the same config gives different blocks
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Everything training reads."""
+    """Everything that training reads."""
 
     train: TokenBlocks
-    heldout: TokenBlocks  # of the same clients; one may have none
+    heldout: TokenBlocks  # of the same clients, some of which may have none
     client_names: tuple[str, ...]
     vocab_size: int
     special_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class _Packed(NamedTuple):
 
     train: int
     heldout: int
-    unusable: int  # training blocks that are not there since no token in them could be masked
+    unusable: int  # training blocks that are left out, since no token in them could be masked
 
 
 def prepare(
@@ -66,21 +66,20 @@ def prepare(
     """Makes a run's token blocks and tokenizer, or takes those that `directory` holds.
 
     A finished directory is taken as it is, so a resumed run has the same data even if the text has changed since. It
-    holds `train.npy`, `heldout.npy`, `meta.json` and `tokenizer/`; it is made beside its place and renamed into it, so
-    a process killed at any moment leaves all of it or none. One process at a time may prepare a directory.
+    holds `train.npy`, `heldout.npy`, `meta.json` and `tokenizer/`. It is made beside its final place and then renamed, so a
+    process killed at any moment leaves all of it or none. Only one process at a time may prepare a directory.
 
     Args:
-      config: of the run.
+      config: the run's.
       directory: where the data is or goes.
-      warn: is told in a sentence of clients left out, of text that the tokenizer doesn't know, and of having no held-out
-        text.
-      progress: is told of each stage as it begins, and how much of it is done; by default the log.
+      warn: called with a sentence about clients left out, text that the tokenizer doesn't know, or missing held-out text.
+      progress: called as each stage begins, and with how much of it is done; by default, stages go to the log.
 
     Returns:
-      The dataset, its blocks memory-mapped read-only, and the tokenizer.
+      The dataset, with its blocks memory-mapped read-only, and the tokenizer.
 
     Raises:
-      UserError: for text that cannot be read, or of which the tokenizer knows nothing, too few or too small clients, or a
+      UserError: for text that cannot be read or that the tokenizer knows nothing of, too few or too small clients, or a
         directory that holds something else.
     """
     unfinished = directory.with_name(f".{directory.name}.unfinished")
@@ -99,7 +98,7 @@ def prepare(
 
 
 def _origin(config: Config) -> dict[str, Any]:
-    """What decides the data; a directory made from anything else is not this run's."""
+    """Returns what decides the data; a directory made from anything else is not this run's."""
     data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir")}
     init_from = config.model.init_from if not config.data.tokenizer else ""
     data |= {"num_clients": config.federated.num_clients, "init_from": init_from}
@@ -168,7 +167,7 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
 
     blocks = _open(directory / "train.npy", [sizes.train for _, sizes in kept])
     unigram = _count(blocks.tokens, vocab_size(tokenizer))
-    usual = usual_tokens(tokenizer)  # [CLS] is as often in every client's blocks
+    usual = usual_tokens(tokenizer)  # without [CLS], which is equally frequent in every client's blocks
     each = (_count(blocks.client(c), len(unigram)) * usual for c in range(blocks.num_clients))
     divergences = js_divergence(each, unigram * usual)
     summaries = [
@@ -207,10 +206,10 @@ def _write_blocks(
     seq_len: int,
     progress: Progress,
 ) -> list[_Packed]:
-    """Writes train.npy and heldout.npy, a client after the other.
+    """Writes train.npy and heldout.npy, one client after another.
 
-    Blocks go to the files as they fill. A client without a training block has none held out. A block of which no token may
-    be masked, since all are special or [UNK], is in neither.
+    Blocks are written as they fill. A client without a training block has none held out. A block in which no token may be
+    masked, since all are special or [UNK], goes into neither file.
     """
     dtype, usual = token_dtype(vocab_size(tokenizer)), usual_tokens(tokenizer)
     cls_id, sep_id = int(tokenizer.cls_token_id), int(tokenizer.sep_token_id)
@@ -255,14 +254,14 @@ def _summarise(
 def _report_left_out(
     config: Config, text: Text, encoded: Encoded, packed: Sequence[_Packed], warn: Callable[[str], None]
 ) -> None:
-    """Says which clients have no training block, and why; raises UserError if data.small_clients refuses them."""
+    """Warns of clients without a training block, and says why; raises UserError if data.small_clients refuses them."""
     unknown, repeated = "with only unknown text for this tokenizer", "with little but repeated text (data.deduplicate)"
     small = f"without text for one training block of data.seq_len={config.data.seq_len} tokens"
     left_out = {unknown: [], repeated: list(text.emptied), small: []}
     for share, sizes in zip(text.shares, packed, strict=True):
         if not sizes.train:
             tokens, words, dropped = (int(x[share.train].sum()) for x in (encoded.lengths, text.words, text.dropped))
-            # How many tokens there were before anything was left out; of text that was not encoded, about.
+            # How many tokens there were before anything was left out, estimated for text that was not encoded.
             tokens += round(tokens * (dropped + share.emptied) / max(words, 1))
             if sizes.unusable or not encoded.usual[share.documents].any():
                 left_out[unknown].append(share.name)
@@ -290,7 +289,7 @@ def _check_cohort(config: Config, num_clients: int) -> None:
 
 
 def _count(blocks: np.ndarray, size: int) -> np.ndarray:
-    """Counts each token, int64 [V]; by parts, since bincount makes an int64 copy of what it counts."""
+    """Counts each token, int64 [V], in parts, since bincount makes an int64 copy of what it counts."""
     total = np.zeros(size, dtype=np.int64)
     for start in range(0, len(blocks), 65536):
         total += np.bincount(blocks[start : start + 65536].ravel(), minlength=size)

@@ -32,7 +32,7 @@ _PARALLEL_BYTES = 4_000_000  # less source than this is parsed before a second i
 def read_docstrings(what: str, data: DataConfig) -> Iterator[tuple[str, str]]:
     """Yields each docstring of at least DOCS_MIN_WORDS words and its package, for the packages that `what` lists.
 
-    What was read is kept in `data.cache_dir`, under the packages' versions.
+    The result is cached in `data.cache_dir`, keyed by the packages' versions.
 
     Raises:
       UserError: for a package without Python source.
@@ -41,7 +41,7 @@ def read_docstrings(what: str, data: DataConfig) -> Iterator[tuple[str, str]]:
     files = {name: _package_files(name) for name in dict.fromkeys(packages)}
     owners = importlib.metadata.packages_distributions()
     versions = {n: [f"{d} {importlib.metadata.version(d)}" for d in sorted(set(owners.get(n, [])))] for n in files}
-    for name, version in versions.items():  # a folder on the path without metadata counts by its newest file
+    for name, version in versions.items():  # a folder without metadata goes by the age of its newest file
         version += [] if version else [str(max(p.stat().st_mtime_ns for p in files[name]))]
     key = hashlib.sha256(json.dumps([_DOCS_VERSION, DOCS_MIN_WORDS, list(versions.items())]).encode()).hexdigest()[:24]
     root = data.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fedbert_jax")
@@ -51,23 +51,23 @@ def read_docstrings(what: str, data: DataConfig) -> Iterator[tuple[str, str]]:
             documents = [(text, group) for group, text in map(json.loads, file)]
         if not documents:
             raise EOFError  # an empty file is a valid gzip file
-    except (OSError, EOFError, zlib.error, ValueError, TypeError):  # absent, or damaged and made again
+    except (OSError, EOFError, zlib.error, ValueError, TypeError):  # absent or damaged: made again
         texts = iter(_extract_all([path for paths in files.values() for path in paths]))
         documents = [(t, name) for name, paths in files.items() for _ in paths for t in next(texts)]
-        with contextlib.suppress(OSError):  # a read-only home costs the next run a parse, no more
+        with contextlib.suppress(OSError):  # a read-only home only costs the next run a parse
             cache.parent.mkdir(parents=True, exist_ok=True)
             temporary = cache.with_suffix(f".{os.getpid()}.tmp")
             try:
                 with gzip.open(temporary, "wt", compresslevel=3, encoding="utf-8") as file:
                     file.writelines(json.dumps([group, text]) + "\n" for text, group in documents)
                 os.replace(temporary, cache)
-            finally:  # of a full disk nothing is left
+            finally:  # leaves nothing behind on a full disk
                 temporary.unlink(missing_ok=True)
     yield from documents
 
 
 def _package_files(package: str) -> list[Path]:
-    """Returns the package's Python files, tests left out; the package itself is never executed."""
+    """Returns the package's Python files without its tests; the package itself is never executed."""
     spec = importlib.util.find_spec(package) if package.isidentifier() and package != "__main__" else None
     files = []
     for root in map(Path, (spec.submodule_search_locations or [spec.origin or ""]) if spec else []):
@@ -83,8 +83,9 @@ def _package_files(package: str) -> list[Path]:
 def _extract_all(files: Sequence[Path]) -> list[list[str]]:
     """Returns each file's docstrings, parsed in as many processes as there are CPUs (4 at most).
 
-    Plain subprocesses, not a multiprocessing pool: a pool's children import the caller's __main__ again (jax with it,
-    seconds each), which a script without a __main__ guard does not survive; a fork after jax has threads can deadlock.
+    The processes are plain subprocesses, not a multiprocessing pool: a pool's children import the caller's __main__ again
+    (and jax with it, seconds each), which a script without a __main__ guard does not survive; a fork after jax has started
+    threads can deadlock.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cpus, 4) if sum(path.stat().st_size for path in files) > _PARALLEL_BYTES else 1
@@ -98,21 +99,21 @@ def _extract_all(files: Sequence[Path]) -> list[list[str]]:
 
 
 def _extract_in_child(files: Sequence[Path]) -> list[list[str]]:
-    # ast.parse makes a million objects and no cycle: a fifth of its time would be the collector's.
+    # ast.parse makes a million objects and no cycle, so the garbage collector would waste a fifth of its time.
     code = f"import gc, json, sys, {__name__} as c; gc.disable(); "
     code += "json.dump(c._extract(json.load(sys.stdin)), sys.stdout)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])}
     paths = json.dumps([str(path) for path in files]).encode()
     try:
         return list(json.loads(subprocess.check_output([sys.executable, "-c", code], input=paths, env=env)))
-    except (OSError, ValueError, subprocess.CalledProcessError):  # no interpreter to start: slower, not impossible
+    except (OSError, ValueError, subprocess.CalledProcessError):  # no interpreter to start: parse here, more slowly
         return _extract(files)
 
 
 def _extract(files: Iterable[str | Path]) -> list[list[str]]:
-    """Returns the docstrings of at least DOCS_MIN_WORDS words in each file; one that does not parse has none."""
+    """Returns each file's docstrings of at least DOCS_MIN_WORDS words; a file that does not parse has none."""
     result = []
-    with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
+    with warnings.catch_warnings(action="ignore"):  # about invalid escapes in other people's strings
         for path in files:
             tree: ast.AST = ast.Module([], [])
             with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
@@ -123,7 +124,7 @@ def _extract(files: Iterable[str | Path]) -> list[list[str]]:
 
 
 def _docstrings(tree: ast.AST) -> Iterator[str]:
-    """Yields the docstrings of modules, classes and functions, and those that `add_newdoc` is given, in text order."""
+    """Yields the docstrings of modules, classes and functions, and those passed to `add_newdoc`, in text order."""
     if isinstance(tree, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield ast.get_docstring(tree, clean=False) or ""
     elif isinstance(tree, ast.Expr) and isinstance(tree.value, ast.Call):

@@ -1,4 +1,4 @@
-"""Repeated text: whole paragraphs, and windows of tokens, that came before anywhere in the run."""
+"""Finds repeated text: whole paragraphs, and windows of tokens, that came before anywhere in the run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-WINDOW = 32  # tokens; text that shares as many in a row with earlier text repeats it. A power of two
-_LONG = 1_000_000  # characters of a paragraph
+WINDOW = 32  # tokens, a power of two; text that shares this many in a row with earlier text repeats it
+_LONG = 1_000_000  # characters of a long paragraph
 _CHUNK = 1 << 20  # tokens that are hashed together
 _SORTED = 1 << 23  # windows that are sorted together
 
 
 def drop_repeated_paragraphs(texts: Iterable[str]) -> Iterator[str]:
-    """Yields the texts without each blank-line separated paragraph that came before, in any of them.
+    """Yields the texts without the paragraphs (separated by blank lines) that came before, in any of them.
 
-    Paragraphs are compared without case and with runs of whitespace as one space. A text that repeats nothing is yielded as
-    it is; one that repeats everything is left empty.
+    Paragraphs are compared without case and with each run of whitespace as one space. A text that repeats nothing is yielded
+    as it is; one that repeats everything is left empty.
     """
     seen: set[int] = set()  # 8-byte hashes: 10M paragraphs fit in memory, and none collide in practice
     for text in texts:
@@ -42,26 +42,27 @@ def _spaced_alike(text: str) -> str:
 def kept_spans(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Finds what is left of documents without the windows of `WINDOW` tokens that came before in any of them.
 
-    Every token goes that lies in such a window, so no window is left twice. The document is cut there, and what lies
-    between two cuts, or between one and an end of the document, goes too if it is shorter than a window: that much of a
-    near-duplicate is no text of its own. Text that repeats itself, like a long line of dashes, goes for the most part.
+    Every token in such a window is dropped, so no window is left twice. The document is cut there, and what lies between
+    two cuts, or between a cut and an end of the document, is dropped, too, if it is shorter than a window: so short a piece
+    of a near-duplicate is not a text of its own. Text that repeats itself, like a long line of dashes, is mostly dropped.
 
-    Memory is 11 bytes a token (a hash of the window that begins there, and masks), and a quarter of a gigabyte for sorting.
+    This takes 11 bytes of memory per token (a hash of the window that begins there, and masks), and a quarter of a gigabyte
+    for sorting.
 
     Args:
-      tokens: integers [n], all documents' one after the other; may be a memmap.
+      tokens: integers [n], all documents one after another; may be a memmap.
       ends: int64 [D], where each document ends.
 
     Returns:
-      int64 [S, 3], in order: a span's document, its first token, and the one behind its last.
+      int64 [S, 3], in order: a span's document, its first token, and the token after its last.
     """
     starts = ends - np.diff(ends, prepend=0)
     dropped = _first_tokens_of_repeats(_hash_windows(tokens), starts, ends)
     size = 1
-    while size < WINDOW:  # from the first token of each window to all of them
+    while size < WINDOW:  # marks all tokens of each window, not only its first
         dropped[size:] |= dropped[:-size]
         size *= 2
-    # Spans end where documents do, and where what is dropped begins or ends.
+    # Spans end where documents do, and where dropped text begins or ends.
     edges = np.unique(np.concatenate([starts, np.flatnonzero(dropped[1:] != dropped[:-1]) + 1, ends]))
     first, last = edges[:-1], edges[1:]
     document = np.searchsorted(ends, first, side="right")
@@ -71,10 +72,10 @@ def kept_spans(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _hash_windows(tokens: np.ndarray) -> np.ndarray:
-    """Returns a hash of the window that begins at each token, uint64 [n]; the last `WINDOW` - 1 have none."""
+    """Returns a hash of the window that begins at each token, uint64 [n]; 0 at the last `WINDOW` - 1 tokens."""
     hashes = np.zeros(len(tokens), np.uint64)
     for start in range(0, len(tokens) - WINDOW + 1, _CHUNK):
-        # Of one token, of two, of four, ...: each of two halves, the first times an odd number of its size's own.
+        # Hashes of one token, two, four, ...: each combines two halves, the first times an odd number of that size's own.
         part = _mix(tokens[start : start + _CHUNK + WINDOW - 1].astype(np.uint64))
         size = 1
         while size < WINDOW:
@@ -86,16 +87,16 @@ def _hash_windows(tokens: np.ndarray) -> np.ndarray:
 
 
 def _first_tokens_of_repeats(hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Returns bool [n], true where a window begins that lies in one document and came before in it or in another."""
+    """Returns bool [n], true where a window begins that lies within one document and came before, in it or in another."""
     lengths = ends - starts
     windows = np.maximum(lengths - WINDOW + 1, 0)
     inside = np.repeat(np.tile([True, False], len(ends)), np.stack([windows, lengths - windows], axis=1).ravel())
     repeated = np.zeros(len(hashes), bool)
     parts = max(len(hashes) // _SORTED, 1)
-    for part in range(parts):  # the same hash is in the same part
+    for part in range(parts):  # equal hashes fall into the same part
         low, high = (2**64 * k // parts for k in (part, part + 1))
         where = np.flatnonzero(inside & (hashes >= np.uint64(low)) & (hashes <= np.uint64(high - 1)))
-        order = np.argsort(hashes[where], kind="stable")  # of the same hash the first window stays first
+        order = np.argsort(hashes[where], kind="stable")  # stable, so that the first of equal windows stays first
         found = hashes[where[order]]
         repeated[where[order[1:][found[1:] == found[:-1]]]] = True
     return repeated

@@ -1,4 +1,4 @@
-"""A run's documents as token ids, one after the other in a file: no more of them is in memory than is looked at."""
+"""A run's documents as token ids, one after another in a file, of which only the part in use is in memory."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import numpy as np
 from fedbert_jax.data.duplicates import kept_spans
 from fedbert_jax.data.tokenizer import encode, special_ids, token_dtype, vocab_size
 
-if TYPE_CHECKING:  # it takes seconds to import
+if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """D documents, of which some text may be left out."""
+    """D documents, some of whose text may be left out."""
 
-    ids: np.ndarray  # [n] uint16 or int32, all documents' one after the other; a view of a file
+    ids: np.ndarray  # [n] uint16 or int32, all documents one after another; a view of a file
     lengths: np.ndarray  # int64 [D], tokens of each document
     unknown: np.ndarray  # int64 [D], how many of them are [UNK]
-    usual: np.ndarray  # int64 [D], how many of them are no special token: what a model can be asked for
-    spans: np.ndarray  # int64 [S, 2], first token and end of what is not left out, in order
-    offsets: np.ndarray  # int64 [D + 1]: document d's are spans[offsets[d] : offsets[d + 1]]
+    usual: np.ndarray  # int64 [D], how many of them are not special tokens, so that a model can be asked for them
+    spans: np.ndarray  # int64 [S, 2], first token and end of each span that is kept, in order
+    offsets: np.ndarray  # int64 [D + 1]: document d's spans are spans[offsets[d] : offsets[d + 1]]
 
     @property
     def kept(self) -> np.ndarray:
-        """How many tokens of each document are not left out, int64 [D]."""
+        """How many tokens of each document are kept, int64 [D]."""
         sizes = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])
         return np.diff(sizes[self.offsets])
 
     def pieces(self, documents: Iterable[int]) -> Iterator[np.ndarray]:
-        """Yields what is not left out of these documents: a document, or the pieces that it was cut into."""
+        """Yields what is kept of these documents: each whole, or as the pieces that it was cut into."""
         for d in documents:
             for first, end in self.spans[self.offsets[d] : self.offsets[d + 1]].tolist():
                 yield self.ids[first:end]
@@ -51,13 +51,13 @@ def encode_documents(
 
     Args:
       tokenizer: with [CLS], [SEP] and [MASK].
-      texts: the documents', in the order of their source.
-      path: of the file, which has to stay while the documents are used.
+      texts: the documents' texts, in the order of their source.
+      path: the file's path; the file has to stay while the documents are used.
       deduplicate: leave out windows of tokens that came before, see `kept_spans`.
-      count: is told how many characters have been encoded.
+      count: called with the number of characters encoded so far.
     """
     dtype, usual = token_dtype(vocab_size(tokenizer)), usual_tokens(tokenizer)
-    unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # some know every byte
+    unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # some tokenizers know every byte
     facts: list[tuple[int, int, int]] = []
     with path.open("wb") as file:
         for ids in encode(tokenizer, texts, count=count):
@@ -75,7 +75,7 @@ def encode_documents(
 
 
 def usual_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Returns bool [V], false for the special tokens, [UNK] among them: those are neither masked nor predicted."""
+    """Returns bool [V], false for the special tokens, including [UNK], which are neither masked nor predicted."""
     usual = np.ones(vocab_size(tokenizer), bool)
     usual[list(special_ids(tokenizer))] = False
     return usual

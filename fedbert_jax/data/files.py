@@ -1,4 +1,4 @@
-"""Which files a `text:` source means: one, a folder's, or those that a pattern matches."""
+"""Finds the files that a `text:` source means: a single file, a folder's files, or those that a pattern matches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from fedbert_jax.data.names import LONGEST, shortened
 from fedbert_jax.errors import UserError
 
-# What a folder is searched for, in any case. Not .json: folders hold metadata. But .json.gz is none.
+# The suffixes that a folder is searched for, in any case. Not .json, which is often metadata; .json.gz is not.
 FOLDER_SUFFIXES = (
     ".txt",
     ".text",
@@ -34,7 +34,7 @@ FOLDER_SUFFIXES = (
     ".parquet",
 )
 _SUFFIXES = ".txt, .text, .md, .jsonl, .ndjson, .csv, .tsv, each also with .gz, .json.gz and .parquet"
-NAMED = 3  # of the things passed over for one reason, how many a warning names
+NAMED = 3  # how many of the things passed over for one reason a warning names
 
 SUFFIX, HIDDEN, SPECIAL = "for the suffix", "hidden", "neither file nor folder"
 DEAD, LOOP, AGAIN = "leading nowhere", "leading back to a folder around it", "already read under another name"
@@ -47,13 +47,13 @@ def find_files(what: str, warn: Callable[[str], None]) -> list[Path]:
     """Returns the files that a path or pattern means, sorted, and the folders of datasets that `save_to_disk` made.
 
     A folder means its files with `FOLDER_SUFFIXES`, however deep. In a pattern, `**` is any number of folders; the case
-    of a suffix doesn't matter; a folder that is matched means what a folder means. Hidden files and folders are left
-    alone unless a pattern has their dot. Symbolic links are followed, but what can be reached in two ways is found once,
-    by the way without a link if there is one.
+    of a suffix doesn't matter; a matched folder means its files, as above. Hidden files and folders are ignored unless the
+    pattern spells out their dot. Symbolic links are followed, but what can be reached in two ways is found once, by the way
+    without a link if there is one.
 
     Args:
       what: a path or pattern; `~` is the home directory.
-      warn: is told in one sentence how many things were passed over, for which reasons, and the first ones' names.
+      warn: called with one sentence that says how many things were passed over, for which reasons, and the first names.
 
     Raises:
       UserError: if there is no such file.
@@ -63,7 +63,7 @@ def find_files(what: str, warn: Callable[[str], None]) -> list[Path]:
         raise UserError(f"{shown} names no file; accepted: a file, a folder or a pattern.")
     path = os.path.expanduser(what)
     root, parts = path, []
-    if glob.has_magic(path) and not os.path.lexists(path):  # else the brackets belong to a name
+    if glob.has_magic(path) and not os.path.lexists(path):  # otherwise the brackets belong to a name
         every = path.split("/")
         first = next(i for i, part in enumerate(every) if glob.has_magic(part))
         root, parts = "".join(part + "/" for part in every[:first]), [p for p in every[first:] if p not in ("", ".")]
@@ -79,16 +79,16 @@ def find_files(what: str, warn: Callable[[str], None]) -> list[Path]:
 
 
 def is_saved_dataset(names: Iterable[str]) -> bool:
-    """Tells by the names in a folder whether `save_to_disk` of the datasets library made it."""
+    """Tells from the names in a folder whether `save_to_disk` of the datasets library made it."""
     names = set(names)
     return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names
 
 
 class _Pattern:
-    """The parts of a pattern as a little machine: a path in state i has matched i of them.
+    """The parts of a pattern as a small state machine: a path in state i has matched i of them.
 
     In the state `end` it has matched all, and is what the pattern means; in `inside` it lies in a folder that did. A search
-    knows by states where it has been, so that it ends even where links lead round in circles.
+    remembers the states in which it has visited a folder, so that it ends even if links form circles.
     """
 
     def __init__(self, parts: Sequence[str]) -> None:
@@ -105,11 +105,11 @@ class _Pattern:
         return frozenset(states)
 
     def after(self, states: States, name: str) -> States:
-        """Returns the states of what is called `name` in a folder; none, if neither it nor what it holds can match."""
+        """Returns the states of the entry `name` of a folder; none if neither it nor anything in it can match."""
         hidden = name.startswith(".")
         reached = set() if hidden else set(states & {self.inside})
         for state in states:
-            if state >= self.end or self._dotted[state] != hidden:  # as in a shell, * is no dot at the beginning
+            if state >= self.end or self._dotted[state] != hidden:  # as in a shell, * doesn't match a leading dot
                 continue
             part = self._parts[state]
             if part is None:
@@ -135,7 +135,7 @@ class _Search:
         self._root = root
         self._pattern = pattern
         self._folders: deque[tuple[str, str, States]] = deque()  # still to be read: path, real path, states
-        self._linked_folders: deque[tuple[str, str, States]] = deque()  # after all others
+        self._linked_folders: deque[tuple[str, str, States]] = deque()  # read after all others
         self._linked_files: list[str] = []
         self._seen: set[tuple[str, States]] = set()  # folders, by their real paths
         self._counts: Counter[str] = Counter()
@@ -172,7 +172,7 @@ class _Search:
                 self._pass_over(path, HIDDEN)
 
     def _meet(self, path: str, real: str, holder: str, states: States, linked: bool) -> None:
-        """Sorts out one thing: `real` is its real path, `holder` that of the folder it was found in."""
+        """Classifies one entry: `real` is its real path, `holder` that of the folder it was found in."""
         try:
             mode = os.stat(path or ".").st_mode
         except OSError as error:
@@ -213,7 +213,7 @@ class _Search:
         return self._counts.total()
 
     def passed_over(self) -> str:
-        """Says in words what was passed over: how many things for which reason, and the first ones' names."""
+        """Says in words what was passed over: how many things for each reason, and the first ones' names."""
         parts = []
         for why, count in self._counts.items():
             more = f" and {count - NAMED:,} more" if count > NAMED else ""

@@ -1,4 +1,4 @@
-"""`hf:` sources: datasets of the hub, in a local folder or file, or saved by the datasets library's `save_to_disk`."""
+"""Reads `hf:` sources: datasets on the hub, in a local folder or file, or saved by the datasets library's `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fedbert_jax.data.rows import LeftOut, Row, column, listed, texts_and_client
 from fedbert_jax.data.tables import table_format, table_rows
 from fedbert_jax.errors import UserError
 
-GLUE = "nyu-mll/glue"  # not its older name `glue`, which a folder of that name beside the user would take the place of
+GLUE = "nyu-mll/glue"  # not its older name `glue`, since a folder of that name in the working directory would take its place
 
 # `datasets` is imported in functions: it takes a second, and only these sources need it.
 
 
 def split_dataset_name(what: str) -> tuple[str, str | None]:
-    """Returns NAME and CONFIG: NAME is a file, the longest beginning that is a directory, or else OWNER/NAME of the hub."""
+    """Returns NAME and CONFIG. NAME is a file, else the longest prefix that is a directory, else OWNER/NAME on the hub."""
     parts = os.path.expanduser(what).rstrip("/").split("/")
     looks_like_file = bool(table_format(Path(parts[-1])))
     for end in range(len(parts), 0, -1):
@@ -46,13 +46,13 @@ def split_dataset_name(what: str) -> tuple[str, str | None]:
 def read_dataset(what: str, data: DataConfig, left_out: LeftOut, warn: Callable[[str], None]) -> Iterator[tuple[str, str]]:
     """Yields the text and client of each row of `data.split` of the dataset that `split_dataset_name` finds.
 
-    Without `data.client_field` the client is the dataset: a local one goes by the name of its file or directory.
+    Without `data.client_field` the whole dataset is one client; a local one is named after its file or directory.
 
     Args:
       what: what follows `hf:`.
       data: names the columns and the split.
-      left_out: is told of rows left out.
-      warn: is told in a sentence of files in a directory that are in none of its splits.
+      left_out: records rows left out.
+      warn: called with a sentence about files in a directory that are in none of its splits.
 
     Raises:
       UserError: if it cannot be loaded, lacks a column or the split, or has a row that `texts_and_clients` refuses.
@@ -86,10 +86,10 @@ def read_saved(folder: Path, client: str, data: DataConfig, left_out: LeftOut) -
 
     shown = printable(str(folder))
     with loading(shown), tempfile.TemporaryDirectory() as elsewhere:
-        plain = Path(elsewhere, "saved")  # a name that is UTF-8, and that nobody takes for an address
+        plain = Path(elsewhere, "saved")  # a name that is UTF-8, and can't be taken for an address
         plain.symlink_to(folder.absolute())
         saved = datasets.load_from_disk(str(plain))
-    if isinstance(saved, datasets.Dataset):  # is all there is, even if it once was a split
+    if isinstance(saved, datasets.Dataset):  # it is all there is, even if it once was a split
         saved = {"train": saved, str(saved.split or "train"): saved}
     for name, start, end in _parts(data.split, {name: len(table) for name, table in saved.items()}, shown):
         yield from _read_rows(saved[name], start, end, f"{shown} {name}", client, data, left_out)
@@ -98,15 +98,15 @@ def read_saved(folder: Path, client: str, data: DataConfig, left_out: LeftOut) -
 def _read_loaded(
     name: str, config: str | None, client: str, data: DataConfig, left_out: LeftOut, source: str
 ) -> Iterator[tuple[str, str]]:
-    """Reads what only the datasets library can, through its cache."""
+    """Reads, through the datasets library's cache, what only that library can read."""
     import datasets
 
     with loading(source):
         builder = datasets.load_dataset_builder(name, config)
-        if hasattr(builder.config, "converters"):  # CSV: pandas would take NA for nothing and 007 for 7
+        if hasattr(builder.config, "converters"):  # CSV: pandas would read NA as null and 007 as 7
             as_written = {column: str for column in (data.text_field, data.client_field) if column}
             builder = datasets.load_dataset_builder(name, config, converters=as_written, na_filter=False)
-        # What was made of local files before isn't taken: with settings given, the library doesn't notice their changes.
+        # Local files are always read again, since with settings given the library doesn't notice when they change.
         fresh = "reuse_cache_if_exists" if os.path.isdir(name) else None
         builder.download_and_prepare(download_mode=fresh)
         lengths = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -119,7 +119,7 @@ def _read_loaded(
 def _read_rows(
     table: Any, start: int, end: int, where: str, client: str, data: DataConfig, left_out: LeftOut
 ) -> Iterator[tuple[str, str]]:
-    """Reads rows of a `datasets.Dataset`; numbers begin at 1, and count from its beginning."""
+    """Reads rows of a `datasets.Dataset`; their numbers begin at 1 and count from its beginning."""
     schema = table.features.arrow_schema
     columns = [name for name in dict.fromkeys([data.text_field, data.client_field]) if name in schema.names]
     with undamaged(where, "Arrow"):
@@ -129,7 +129,7 @@ def _read_rows(
 
 
 def _parts(split: str, lengths: Mapping[str, int], where: str) -> list[tuple[str, int, int]]:
-    """Returns name, first row and end of each part that `data.split` asks for; `test+train[:10%]` asks for two."""
+    """Returns the name, first row and end of each part that `data.split` asks for; `test+train[:10%]` asks for two."""
     import datasets
 
     if split in lengths:
@@ -148,8 +148,8 @@ def _parts(split: str, lengths: Mapping[str, int], where: str) -> list[tuple[str
 def _files(path: Path, config: str | None, source: str) -> dict[str, list[Path]]:
     """Returns the files of each split of a local dataset if they can be read here, else {}.
 
-    The datasets library knows which files belong to which split. But it reads them into a cache on disk, cannot tell file
-    and line of what is wrong in them, and guesses at types: CSV's 007 becomes 7, JSON's "2024-01-31" a time.
+    The datasets library knows which files belong to which split. But it reads them into a cache on disk, cannot name the
+    file and line of a mistake, and guesses types: CSV's 007 becomes 7, and JSON's "2024-01-31" a time.
     """
     import datasets
 
@@ -175,7 +175,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _warn_of_others(path: Path, splits: Mapping[str, Sequence[Path]], source: str, warn: Callable[[str], None]) -> None:
-    """Tells of files that a search of the directory finds and the datasets library does not: behind links, in capitals."""
+    """Warns of files that a search of the directory finds but the datasets library doesn't: behind links, in capitals."""
     taken = {os.path.realpath(file) for files in splits.values() for file in files}
     others = [file for file in find_files(str(path), lambda _: None) if os.path.realpath(file) not in taken]
     names = [str(file.relative_to(path)) for file in others if file.name.lower() != "readme.md"]
@@ -185,7 +185,7 @@ def _warn_of_others(path: Path, splits: Mapping[str, Sequence[Path]], source: st
 
 
 def _pieces(splits: Mapping[str, Sequence[Path]], data: DataConfig, source: str) -> Iterator[tuple[Path, int, int | None]]:
-    """Yields which rows of which files `data.split` asks for: file, first row and end; None is the file's end."""
+    """Yields the rows that `data.split` asks for as file, first row and end; an end of None is the file's end."""
     if data.split in splits:
         yield from ((file, 0, None) for file in splits[data.split])
         return
@@ -206,7 +206,7 @@ def _read_piece(
 
 
 def _rows(path: Path, data: DataConfig) -> tuple[str, Iterator[Row]]:
-    """Returns a file's rows as the datasets library understands them: a line of plain text is one, of a column `text`."""
+    """Returns a file's rows as the datasets library reads them: a line of plain text is a row with one column, `text`."""
     if table_format(path):
         return table_rows(path, data)
     where = printable(str(path))

@@ -1,4 +1,4 @@
-"""Calls of the datasets library: quiet, and with sentences for its errors that tell a user what to mend."""
+"""Calls the datasets library quietly, and turns its errors into sentences that tell a user what to fix."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedbert_jax.data.names import printable
 from fedbert_jax.data.rows import listed
 from fedbert_jax.errors import UserError
 
-# What the machine refuses is said in its own words.
+# Errors of the machine, which are reported in the system's own words.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 _CONFIGS = re.compile(r"BuilderConfig .* not found\. Available: \[(.*?)\]|available configs: \[(.*?)\]")
-_REASONS = (  # for the names of classes that an error or its causes have
+_REASONS = (  # (names of the classes of an error or its causes, the reason to give)
     (
         "ConnectionError OfflineModeIsEnabled TransportError LocalEntryNotFoundError",
         "the Hugging Face hub cannot be reached, and no copy of this dataset is here",
@@ -41,10 +41,10 @@ _REASONS = (  # for the names of classes that an error or its causes have
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Calls the library without a progress bar, warning or log line of its or its helpers' on the terminal.
+    """Within `with`, keeps progress bars, warnings and log lines of the library and its helpers off the terminal.
 
     Raises:
-      UserError: in a sentence that begins with `what`, for any error of the library's.
+      UserError: for any error of the library; its sentence begins with `what`.
     """
     import datasets
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -58,12 +58,12 @@ def loading(what: str) -> Iterator[None]:
             disable_progress_bars()
             logging.disable(logging.CRITICAL)
             yield
-    except Exception as error:  # loaders raise what their formats raise
+    except Exception as error:  # loaders raise whatever their formats raise
         raise UserError(f"{what} cannot be loaded: {_reason(error)}.") from error
     finally:
         logging.disable(level)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of environment variables that decide it
+            warnings.simplefilter("ignore")  # about environment variables that decide it
             if bars:
                 datasets.enable_progress_bars()
             if hub_bars:

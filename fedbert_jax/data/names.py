@@ -1,4 +1,4 @@
-"""Names that come from data, of clients and of files: text that a terminal, a table and a JSON file can show."""
+"""Names of clients and files, which come from data, as text that a terminal, a table and a JSON file can show."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LONGEST = 255  # characters of a client's name; a longer one is cut
 
 
 def shortened(name: str, length: int = 60) -> str:
-    """Returns the name on one line, at most `length` characters of it: the middle is left out of a longer one."""
+    """Returns at most `length` characters of the name, on one line; the middle of a longer name is left out."""
     half = (length - 1) // 2
     return printable(name if len(name) <= length else f"{name[:half]}…{name[-half:]}")
 
 
 class ClientNames:
-    """Gives each client the name that it is shown by: printable, at most `LONGEST` characters, and no other's."""
+    """Gives each client the name that it is shown by: printable, at most `LONGEST` characters, and unique."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
@@ -35,7 +35,7 @@ class ClientNames:
         return list(self._names.values())
 
     def _free(self, name: str) -> str:
-        start = name[:LONGEST]  # others that begin like this, or that are written as another one's escape, get a number
+        start = name[:LONGEST]  # names that begin alike, or that equal another's escaped form, get a number
         while True:
             self._numbers[start] += 1
             number = self._numbers[start]

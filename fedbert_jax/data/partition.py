@@ -1,4 +1,4 @@
-"""Documents to clients: who holds which, what each holds out, and how far their texts differ."""
+"""Assigns documents to clients: who holds which, what each holds out, and how far their texts differ."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def assign(
 ) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Deals documents to clients.
 
-    `natural`: a group is a client, in order of name; with `num_clients`, the groups with the most words.
+    `natural`: each group is a client, in order of name; with `num_clients`, only the groups with the most words.
     `iid`: documents are dealt at random, equally many to each client.
     `dirichlet`: each group is divided over the clients in proportions drawn from Dirichlet(alpha, ..., alpha)
-    (Hsu et al. 2019, section 3, with the natural groups for classes).
+    (Hsu et al. 2019, section 3, with the natural groups as classes).
 
     Args:
       groups: the group of each document.
       words: int [num_documents], words in each document.
       partition: kind and alpha.
       num_clients: N; None only for `natural`.
-      seeds: of everything random here.
+      seeds: for everything random here.
 
     Returns:
       The N clients' names, and for each an increasing int64 array of document indices, which may be empty.
 
     Raises:
-      ConfigError: for more clients than there are groups, or than there are documents.
+      ConfigError: for more clients than there are groups or documents.
     """
     if partition.kind == "natural":
         return _natural(groups, words, num_clients)
@@ -70,28 +70,28 @@ def _natural(groups: Sequence[str], words: np.ndarray, num_clients: int | None) 
 
 
 def _members(groups: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
-    """Returns the groups' names in order, and the documents of each."""
+    """Returns the groups' names in alphabetical order, and the documents of each."""
     names = sorted(set(groups))
     index = {name: g for g, name in enumerate(names)}
     return names, _split_by(np.array([index[g] for g in groups], dtype=np.int64), len(names))
 
 
 def _split_by(owner: np.ndarray, num: int) -> list[np.ndarray]:
-    """Returns for each of `num` owners the increasing indices of what it owns; one sort, whatever `num` is."""
+    """Returns, for each of `num` owners, the increasing indices of what it owns; sorts once, whatever `num` is."""
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=num))[:-1])
 
 
 def hold_out(words: np.ndarray, fraction: float, seeds: Seeds, client: int) -> np.ndarray:
-    """Draws a client's held-out documents: at random, until they hold at least `fraction` of its words.
+    """Draws a client's held-out documents at random, until they hold at least `fraction` of its words.
 
-    At least one document always stays for training, so a client with a single one holds nothing out.
+    At least one document always stays for training, so a client with a single document holds nothing out.
 
     Args:
       words: int [num_documents], words in each of the client's documents.
       fraction: of the client's words, between 0 and 1.
       seeds: the run's.
-      client: the client's index, which makes its draws its own.
+      client: the client's index, which gives it draws of its own.
 
     Returns:
       bool [num_documents], true where held out.
@@ -107,10 +107,11 @@ def hold_out(words: np.ndarray, fraction: float, seeds: Seeds, client: int) -> n
 def js_divergence(client_counts: Iterable[np.ndarray], pooled: np.ndarray) -> np.ndarray:
     """Measures how far each client's token frequencies are from everybody's, in bits (Lin 1991).
 
-    0 is the same distribution, 1 no token in common. Takes one client at a time, so N * V never need to be in memory.
+    0 means the same distribution, 1 no token in common. Takes one client at a time, so that N * V counts never need to be in
+    memory.
 
     Args:
-      client_counts: N integer arrays [V], a client's count of each token (an [N, V] array will do).
+      client_counts: N integer arrays [V], each a client's count of each token (an [N, V] array will do).
       pooled: int [V], the count of each token over all clients.
 
     Returns:
@@ -123,7 +124,7 @@ def js_divergence(client_counts: Iterable[np.ndarray], pooled: np.ndarray) -> np
         p = counts[present] / max(int(counts.sum()), 1)
         q = everybody[present]
         middle = (p + q) / 2
-        # Where p is 0, q * log2(q / (q / 2)) is q: all such tokens together add what q leaves over.
+        # Where p is 0, q * log2(q / (q / 2)) is q, so all such tokens together add the rest of q's sum.
         bits = (p * np.log2(p / middle)).sum() + (1 - q.sum())
         bits += (q * np.log2(np.where(q > 0, q, 1) / middle)).sum()
         result.append(float(np.clip(bits / 2, 0, 1)) if len(present) else 0.0)

@@ -1,4 +1,4 @@
-"""How a preparation tells how far it is."""
+"""How a preparation reports its progress."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """What is told: a stage as it begins, and then how much of it is done."""
+    """Is called as each stage begins, and then with how much of it is done."""
 
     def stage(self, text: str, unit: str = "", total: int | None = None) -> None:
-        """A stage begins, and so the one before it has ended.
+        """Begins a stage, which ends the one before it.
 
         Args:
           text: what is being done.
           unit: what is counted, in the plural; "" if nothing is.
-          total: how many there are, if that is known.
+          total: how many units there are, if known.
         """
 
     def count(self, done: int) -> None:
-        """So many of the stage's units are done by now; called often."""
+        """Reports how many of the stage's units are done so far; called often."""
 
 
 class Logged:
-    """Writes stages to the log and no counts."""
+    """Writes stages to the log, without counts."""
 
     def stage(self, text: str, unit: str = "", total: int | None = None) -> None:
         """Logs what is being done."""

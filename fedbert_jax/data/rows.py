@@ -1,4 +1,4 @@
-"""What a row of any table must have, whatever its format: text, and a client if one is asked for."""
+"""Checks what a row of any table must have, whatever its format: text, and a client if one is asked for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedbert_jax.config import DataConfig
 from fedbert_jax.data.names import shortened
 from fedbert_jax.errors import UserError
 
-NAMED = 20  # of the columns there are, how many an error names
+NAMED = 20  # how many of the existing columns an error names
 
-Row = tuple[int, Any, Any]  # the number of its line, item or row; its text and its client as the file has them
+Row = tuple[int, Any, Any]  # the number of its line, item or row; then its text and its client, as the file has them
 
-_SURROGATES = re.compile("[\ud800-\udfff]")  # which JSON can hold and UTF-8 cannot
+_SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold these, and UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Absent:
 
 
 class Number(str):
-    """A number as its file writes it: 1.10 stays 1.10, and one of 5,000 digits is no trouble."""
+    """A number as its file writes it: 1.10 stays 1.10, and one of 5,000 digits is no problem."""
 
     __slots__ = ()
 
 
 @dataclass
 class LeftOut:
-    """Counts what reading leaves out, and remembers where each kind came first."""
+    """Counts what reading leaves out, and remembers where each kind first occurred."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     first: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class LeftOut:
 
 
 def column(names: Sequence[str], key: str, wanted: str, where: str) -> int:
-    """Returns the place of a column; raises UserError if there is no such column, or more than one."""
+    """Returns the index of a column; raises UserError if there is no such column, or more than one."""
     if names.count(wanted) != 1:
         many = "more than one" if wanted in names else "no"
         raise UserError(f"{where} has {many} column {key}={wanted!r}; there are: {listed(names)}.")
@@ -61,7 +61,7 @@ def column(names: Sequence[str], key: str, wanted: str, where: str) -> int:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Returns the first names in one line."""
+    """Returns the first names on one line."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(shortened(name) for name in names[:NAMED]) + more
 
@@ -71,18 +71,18 @@ def texts_and_clients(
 ) -> Iterator[tuple[str, str]]:
     """Yields each row's text and client.
 
-    A null text is left out and counted. So is, with `data.missing_client='drop'`, a row whose client is null, absent or
-    empty. A client's name is a text without the space around it, or a number, date, true or false as it is written.
+    A row with null text is left out and counted. With `data.missing_client='drop'`, so is a row whose client is null, absent
+    or empty. A client's name is a text without the space around it, or a number, date, true or false as it is written.
 
     Args:
       rows: in order.
-      where: what a row's number follows to name its place.
-      client: everybody's, unless there is `data.client_field`.
+      where: the words that, with a row's number after them, name its place.
+      client: the client of every row, unless `data.client_field` is set.
       data: names the fields.
-      left_out: is told what is left out.
+      left_out: records what is left out.
 
     Raises:
-      UserError: naming the place, for a text that is none, or a client that is none.
+      UserError: naming the place, if a text is not text, or a client is not a name or is missing.
     """
     for number, text, owner in rows:
         if text is None:
@@ -94,14 +94,14 @@ def texts_and_clients(
         if isinstance(text, Number) or not isinstance(text, str):
             raise UserError(f"{where} {number}: data.text_field={data.text_field!r} is {_kind(text)}, not text.")
         if not text.isascii() and _SURROGATES.search(text):
-            text = text.encode("utf-8", "replace").decode()  # a tokenizer takes none
+            text = text.encode("utf-8", "replace").decode()  # tokenizers accept no surrogates
         if data.client_field:
             if isinstance(owner, list | dict | bytes):
                 wanted = f"data.client_field={data.client_field!r}"
                 raise UserError(f"{where} {number}: {wanted} is {_kind(owner)}, not a name.")
             client, missing = _client(owner, data.client_field)
             if missing and (not text or text.isspace()):
-                continue  # nothing that anybody could hold
+                continue  # there is nothing that a client could hold
             if missing and data.missing_client == "error":
                 raise UserError(
                     f"{where} {number} {missing}; accepted: a client in every row, "
@@ -118,7 +118,7 @@ def _client(value: Any, wanted: str) -> tuple[str, str]:
     """Returns a client's name and "", or "" and what is wrong with it."""
     if isinstance(value, Absent):
         return "", f"has no field data.client_field={wanted!r} (there are: {listed(value.there)})"
-    if value is None or value != value:  # NaN is how pandas writes that there is none
+    if value is None or value != value:  # NaN is how pandas writes a missing value
         return "", f"has null for data.client_field={wanted!r}"
     if isinstance(value, bool):
         return str(value).lower(), ""

@@ -1,4 +1,4 @@
-"""Who takes part in a round and which blocks they train on: pure functions of (seeds, round, step, client).
+"""Draws who takes part in a round and which blocks they train on, as pure functions of (seeds, round, step, client).
 
 Nothing is carried from round to round, so a resumed run, or another process, draws the same.
 """
@@ -36,10 +36,10 @@ def client_weights(sizes: np.ndarray, clients: np.ndarray, weighting: str) -> np
 
 
 def block_indices(seeds: Seeds, client: int, num_blocks: int, first: int, count: int) -> np.ndarray:
-    """Returns places `first` to `first + count` of a client's endless shuffled stream of its blocks.
+    """Returns entries `first` to `first + count` of a client's endless shuffled stream of its blocks.
 
-    The stream is one random permutation of 0..num_blocks-1 after another (epochs), so each block comes once an epoch.
-    A place in it is (round * K + step) times the batch size: clients that sit a round out skip those places.
+    The stream is one random permutation of 0..num_blocks-1 (an epoch) after another, so each block comes once an epoch. A
+    step's entries begin at (round * K + step) times the batch size; a client that sits out a round skips its entries.
 
     Returns:
       int64 [count], in 0..num_blocks-1.

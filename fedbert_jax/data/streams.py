@@ -1,11 +1,12 @@
 """Every stream of random numbers in a run: who draws it, and what it is a function of.
 
-A draw follows from what its party knows: the server's from one secret, the clients' from another. Within a secret it is a
-function of its stream and of that stream's numbers (round, step, client, ...) alone, so nothing depends on what was drawn
-before it, on what was resumed, or on how a run is spread over devices.
+A draw depends on what its party knows: the server's draws on one secret, the clients' on another. Given the secret, a draw
+is a function of its stream and of that stream's numbers (round, step, client, ...) alone, so nothing depends on what was
+drawn before it, on what was resumed, or on how a run is spread over devices.
 
 Host draws come from `generator`, those inside a compiled program from `key`. No two streams share a number: a generator is
-seeded by a hash of all that names it, and keys branch by the stream first and by as many numbers as the stream has.
+seeded by a hash of everything that names it, and keys branch by the stream first and then by exactly as many numbers as the
+stream has.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ Party = Literal["server", "client"]
 
 
 class Stream(Enum):
-    """A stream: its tag, its party, and the numbers it is a function of. Tags stay as they are: they decide the draws."""
+    """A stream: its tag, its party, and the numbers it is a function of. Tags never change, since they decide the draws."""
 
-    # The server's, and what the simulation decides for everybody.
+    # The server's draws, and those that the simulation makes for everybody.
     BODY = 1, "server", ()  # the body's initial values
     BODY_DROPOUT = 2, "server", ("round", "step", "client")
     COHORT = 3, "server", ("round",)  # who takes part
-    ORDER = 4, "server", ("round",)  # of a sequential round's turns
-    DEAL = 5, "server", ()  # which client holds which document, where that isn't natural
+    ORDER = 4, "server", ("round",)  # the order of a sequential round's turns
+    DEAL = 5, "server", ()  # which client holds which document, if that isn't natural
     EVALUATED = 6, "server", ()  # the clients who are evaluated
-    # The clients'.
+    # The clients' draws.
     SEGMENT = 16, "client", ()  # the client segment's initial values
     SEGMENT_DROPOUT = 17, "client", ("round", "step", "client")
     MASK = 18, "client", ("round", "step", "client")
     BLOCKS = 19, "client", ("client", "epoch")  # the order in which a client's blocks are trained on
-    HOLD_OUT = 20, "client", ("client",)  # its documents that are held out
-    SCORED_BLOCKS = 21, "client", ("client",)  # those of its held-out blocks that are evaluated
+    HOLD_OUT = 20, "client", ("client",)  # which of its documents are held out
+    SCORED_BLOCKS = 21, "client", ("client",)  # which of its held-out blocks are evaluated
     EVAL_MASK = 22, "client", ("client", "block")
     EXAMPLES = 23, "client", ("client", "epoch")  # fine-tuning: the order of a client's examples
     TASK_HOLD_OUT = 24, "client", ()  # fine-tuning: the training examples kept back to judge by
@@ -65,7 +66,7 @@ class Seeds(NamedTuple):
     client: int
 
     def of(self, party: Party) -> int:
-        """Returns a party's."""
+        """Returns a party's secret."""
         return self.server if party == "server" else self.client
 
 
@@ -77,7 +78,7 @@ class Secrets(NamedTuple):
 
 
 def seeds_of(config: Config) -> Seeds:
-    """Returns a run's secrets. Unless `privacy.client_seed` is set, one number makes both."""
+    """Returns a run's secrets; unless `privacy.client_seed` is set, both are `seed`."""
     client = config.privacy.client_seed
     return Seeds(config.seed, config.seed if client is None else client)
 
@@ -87,7 +88,7 @@ def generator(seeds: Seeds, stream: Stream, *numbers: int) -> np.random.Generato
 
     Args:
       seeds: the run's.
-      stream: which.
+      stream: which stream.
       numbers: one for each of `stream.numbers`.
     """
     _check(stream, numbers)
@@ -96,7 +97,7 @@ def generator(seeds: Seeds, stream: Stream, *numbers: int) -> np.random.Generato
 
 
 def secrets(seeds: Seeds) -> Secrets:
-    """Returns the secrets as keys: 64 bits of a hash, so that any whole number is a seed and no two parties share one."""
+    """Returns the secrets as keys: 64 bits of a hash, so that any whole number is a seed and the parties share no key."""
 
     def one(party: Party) -> jax.Array:
         words = np.frombuffer(_hash(party, seeds.of(party))[:8], np.uint32)
@@ -108,8 +109,8 @@ def secrets(seeds: Seeds) -> Secrets:
 def key(of: Secrets, stream: Stream, *numbers: jax.Array | int) -> jax.Array:
     """Returns the PRNG key of a draw inside a compiled program; numbers may be traced.
 
-    `jax.random.split` of a key is `fold_in` by 0, 1, ...: so keys on the way here are only folded, and what this returns
-    is either folded or split by whoever draws, never both.
+    `jax.random.split` of a key equals `fold_in` by 0, 1, .... So keys are only folded on the way here, and whoever draws
+    either folds or splits the key that this returns, never both.
     """
     _check(stream, numbers)
     result = of.server if stream.party == "server" else of.client

@@ -1,4 +1,4 @@
-"""What each client holds, as a table; who is left out, and whose text the tokenizer doesn't know, in a sentence."""
+"""Shows what each client holds in a table, and in sentences who is left out and whose text the tokenizer doesn't know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from fedbert_jax.console.output import Name
 
 TABLE_ROWS, TABLE_LARGEST, TABLE_SMALLEST = 40, 10, 5
-MUCH_UNKNOWN = 0.01  # of a client's tokens, above which it is warned of
+MUCH_UNKNOWN = 0.01  # share of a client's tokens above which a warning names it
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,19 @@ class ClientSummary:
     """What one client holds."""
 
     name: str
-    documents: int  # held-out ones included; those of which repeated text left something
-    words: int  # of these, by `count_words`, repeated text left out
+    documents: int  # including held-out ones, without those that were nothing but repeated text
+    words: int  # in these documents, by `count_words`, without repeated text
     train_blocks: int
     heldout_blocks: int
     tokens: int  # in its training blocks
     share: float  # of all training blocks
-    js_divergence: float  # bits, of its training tokens (special ones aside) from everybody's
-    unknown: float  # share of [UNK] among the tokens of its documents, held-out ones and repeated windows included
-    dropped_words: int  # left out since they came before in the run; where windows of tokens were, in proportion to these
+    js_divergence: float  # bits, between its training tokens (without special ones) and everybody's
+    unknown: float  # share of [UNK] among the tokens of its documents, including held-out ones and repeated windows
+    dropped_words: int  # left out since they came before in the run; for windows of tokens, in proportion to the tokens
 
 
 def client_table(clients: Sequence[ClientSummary]) -> Table:
-    """Lists the clients, largest first, and all together; of more than 40, the largest ten and the smallest five."""
+    """Lists the clients, largest first, and their total; of more than 40, only the largest ten and the smallest five."""
     table = Table(title=Text(f"{len(clients):,} clients; of all together, JS and [UNK] are means"))
     table.add_column("client", overflow="fold")
     for column in ("documents", "blocks", "held-out", "share", "JS\n(bits)", "[UNK]", "repeated\nwords"):
@@ -63,22 +63,22 @@ def client_table(clients: Sequence[ClientSummary]) -> Table:
 
 
 def percent(share: float) -> str:
-    """Writes a share so that it is 0 only if it is none."""
+    """Formats a share so that it reads 0 only if it is 0."""
     return f"{share:.1%}" if share == 0 or share >= 0.0005 else "<0.1%"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Writes the first five names, and how many more there are."""
+    """Returns the first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def describe_left_out(reasons: Mapping[str, Sequence[str]]) -> str:
-    """Returns "7 of the clients without ...: a, b and 1 with ...: c", from the names by reason."""
+    """Returns "2 without ...: a, b; 1 with ...: c" for the names by reason."""
     return "; ".join(f"{len(names):,} {reason}: {listed(names)}" for reason, names in reasons.items() if names)
 
 
 def describe_unknown(clients: Sequence[ClientSummary]) -> str:
-    """Returns a warning that names the clients whose text the tokenizer doesn't know; "" if it knows everybody's."""
+    """Returns a warning that names the clients whose text the tokenizer doesn't know; "" if there are none."""
     worst = sorted((c for c in clients if c.unknown > MUCH_UNKNOWN), key=lambda c: (-c.unknown, c.name))
     if not worst:
         return ""

@@ -1,4 +1,4 @@
-"""Files of rows: which format a file has, and JSON and CSV."""
+"""Reads files of rows: finds out their format, and parses JSON and CSV."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def table_format(path: Path) -> str:
     """Returns the format of a file of rows by its suffix, in any case; "" for plain text."""
     name = path.name.lower()
     inner = name.removesuffix(".gz")
-    formats = _FORMATS | _BINARY if inner == name else _FORMATS  # a .gz is read through only for text
+    formats = _FORMATS | _BINARY if inner == name else _FORMATS  # only text formats are read through .gz
     return formats.get(inner.rpartition(".")[2], "") if "." in inner else ""
 
 
 def table_rows(path: Path, data: DataConfig) -> tuple[str, Iterator[Row]]:
-    """Returns what the numbers of a file's rows follow to say where they are, and the rows; it has a `table_format`.
+    """Returns the words that, with a row's number after them, name its place, and the rows of a file with a `table_format`.
 
     Raises:
-      UserError: as soon as the rows are read, naming the file, and the line, item or row.
+      UserError: while the rows are read, naming the file, and the line, item or row.
     """
     unit, rows = _READERS[table_format(path)](path, data)
     return f"{printable(str(path))} {unit}", rows
 
 
 def read_table(path: Path, client: str, data: DataConfig, left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yields the text and client of each of a file's rows, and raises UserError, as `texts_and_clients` does."""
+    """Yields the text and client of each row of a file, and raises UserError, as `texts_and_clients` does."""
     where, rows = table_rows(path, data)
     return texts_and_clients(rows, where, client, data, left_out)
 
@@ -50,7 +50,7 @@ def read_table(path: Path, client: str, data: DataConfig, left_out: LeftOut) -> 
 
 
 class _Repeating(dict[str, Any]):
-    """An object in which a name comes twice."""
+    """A JSON object in which a name occurs twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ _JSON = json.JSONDecoder(
 
 
 def _json(path: Path, data: DataConfig) -> tuple[str, Iterator[Row]]:
-    """Reads an object a line or, in a .json file, an array of objects."""
+    """Reads one object per line or, in a .json file, an array of objects."""
     shown = printable(str(path))
     numbered = enumerate(read_lines(path), 1)
     lines: Iterator[tuple[int, str]] = ((number, line) for number, line in numbered if line and not line.isspace())
@@ -107,7 +107,7 @@ def _fields(rows: Iterable[tuple[int, Any]], where: str, accepted: str, data: Da
 
 
 def _csv_rows(path: Path, data: DataConfig) -> Iterator[Row]:
-    """Reads a header and cells, all of which are text whatever they look like, as pandas and spreadsheets write them."""
+    """Reads a header and cells as pandas and spreadsheets write them; all cells are text, whatever they look like."""
     shown = printable(str(path))
     lines = (line + "\n" for line in read_lines(path))  # a quoted cell keeps its line ends
     first = next(lines, "")
@@ -130,7 +130,7 @@ def _csv_rows(path: Path, data: DataConfig) -> Iterator[Row]:
                     f"{shown} line {start} has {len(cells)} cells, but the header has {len(header)}; "
                     f"a cell that holds {separator!r} needs quotation marks around it."
                 )
-            if cells:  # an empty line is no row
+            if cells:  # an empty line is not a row
                 row: list[str | None] = cells + [None] * (len(header) - len(cells))
                 yield start, row[text], None if client is None else row[client]
             start = reader.line_num + 1

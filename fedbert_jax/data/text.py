@@ -26,11 +26,11 @@ class Share(NamedTuple):
     name: str
     train: np.ndarray
     heldout: np.ndarray
-    emptied: int  # words of documents that aren't there since all their paragraphs came before; where dealt, nobody's: 0
+    emptied: int  # words of its documents that are gone, since all their paragraphs came before; 0 if documents are dealt
 
     @property
     def documents(self) -> np.ndarray:
-        """All of them."""
+        """All of the client's documents."""
         return np.concatenate([self.train, self.heldout])
 
 
@@ -40,9 +40,9 @@ class Text:
 
     texts: list[str]
     words: np.ndarray  # int64 [D]
-    dropped: np.ndarray  # int64 [D], words of repeated paragraphs that were left out of each document
+    dropped: np.ndarray  # int64 [D], words of repeated paragraphs left out of each document
     shares: list[Share]
-    emptied: list[str]  # clients who aren't there since all their paragraphs came before
+    emptied: list[str]  # clients that are gone, since all their paragraphs came before
 
 
 def read_text(config: Config, warn: Callable[[str], None], progress: Progress) -> Text:
@@ -56,14 +56,14 @@ def read_text(config: Config, warn: Callable[[str], None], progress: Progress) -
     documents = read_documents(data, warn=warn, count=progress.count)
     natural, wanted = data.partition.kind == "natural", config.federated.num_clients
     if natural and wanted is not None:
-        # Before repeats are looked for, so that no text is missing here whose first occurrence is of nobody who takes part.
+        # Before repeats are dropped, so that no text is lost because it first occurs at a client that doesn't take part.
         words = np.array([count_words(document.text) for document in documents], np.int64)
         chosen = set(assign([document.group for document in documents], words, data.partition, wanted, seeds)[0])
         documents = [document for document in documents if document.group in chosen]
     kept, words, dropped, emptied = _without_repeats(documents, config)
     groups = [document.group for document in kept]
     names, owned = assign(groups, words, data.partition, None if natural else wanted, seeds)
-    taken = np.sort(np.concatenate(owned))  # the others are of clients that don't take part
+    taken = np.sort(np.concatenate(owned))  # the others belong to clients that don't take part
     shares = []
     for client, (name, mine) in enumerate(zip(names, owned, strict=True)):
         held = hold_out(words[mine], data.eval_fraction, seeds, client)
@@ -76,7 +76,7 @@ def read_text(config: Config, warn: Callable[[str], None], progress: Progress) -
 def _without_repeats(
     documents: list[Document], config: Config
 ) -> tuple[list[Document], np.ndarray, np.ndarray, Counter[str]]:
-    """Returns what is left of the documents, the words of each, how many were left out, and those of emptied ones."""
+    """Returns what is left of the documents, the words of each, the words left out of each, and emptied groups' words."""
     min_words = DOCS_MIN_WORDS if config.data.source.startswith("docs:") else 1
     texts: Iterable[str] = (document.text for document in documents)
     if config.data.deduplicate:

@@ -1,4 +1,4 @@
-"""The tokenizer as it is used: loaded, saved, and text to token ids with it."""
+"""Uses a tokenizer: loads it, saves it, and encodes text to token ids with it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedbert_jax.errors import UserError
 if TYPE_CHECKING:  # transformers takes seconds to import, so functions import it when they need it
     from transformers import PreTrainedTokenizerFast
 
-_ENDLESS = re.compile(f"(?<![0-9A-Za-z])[0-9A-Za-z]{{{10 * LONGEST_WORD},}}")  # a word that is [UNK] however long
-_PIECE = 100_000  # characters that are encoded as one text: the library takes 100 bytes for each
-# Places to cut text for tokenizers of unknown kind. With most a space belongs to the word behind it, so that begins a piece.
+_ENDLESS = re.compile(f"(?<![0-9A-Za-z])[0-9A-Za-z]{{{10 * LONGEST_WORD},}}")  # a word that stays [UNK] when shortened
+_PIECE = 100_000  # characters that are encoded as one text; the library takes 100 bytes for each
+# Where to cut text for tokenizers of unknown kind. In most, a space belongs to the word after it, so it begins a piece.
 _BEFORE_SPACE = re.compile(r"(?<=[a-z])(?= [a-z])")
-_SAMPLE = 20_000  # characters by which it is found out whether they are cut there without a difference
+_SAMPLE = 20_000  # characters on which it is tested whether such cuts make no difference
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def token_dtype(size: int) -> np.dtype[np.uint16] | np.dtype[np.int32]:
-    """Returns the type that stores ids of a vocabulary of `size` tokens: uint16 up to 65,536, then int32."""
+    """Returns the dtype that stores ids of a vocabulary of `size` tokens: uint16 up to 65,536, then int32."""
     return np.dtype(np.uint16) if size <= 2**16 else np.dtype(np.int32)
 
 
@@ -61,22 +61,22 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """Loads a tokenizer from a directory or the hub.
 
     Raises:
-      UserError: if there is none, it has no fast (`tokenizers`) form, no vocabulary, or lacks [CLS], [SEP] or [MASK].
+      UserError: if there is none, or it lacks a fast (`tokenizers`) form, a vocabulary, or [CLS], [SEP] or [MASK].
     """
     path = os.path.expanduser(name_or_path)
-    if path.startswith(("/", ".")) and not os.path.isdir(path):  # what a hub's name can't be
+    if path.startswith(("/", ".")) and not os.path.isdir(path):  # can't be a hub name
         raise UserError(f"data.tokenizer={name_or_path!r}: there is no such directory.")
     if _has_vocabulary_only(path):
         return _from_vocabulary(os.path.join(path, "vocab.txt"))
     try:
         tokenizer: Any = _loader(path).from_pretrained(path)
-    except Exception as error:  # loaders raise what their formats raise
+    except Exception as error:  # loaders raise whatever their formats raise
         kind = "in this directory" if os.path.isdir(path) else "as a directory or on the hub"
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(f"data.tokenizer={name_or_path!r}: no tokenizer could be loaded {kind}: {reason}.") from error
     if not tokenizer.is_fast:
         raise UserError(f"data.tokenizer={name_or_path!r} has no fast form; accepted: one with a tokenizer.json.")
-    # For a BERT directory without vocab.txt and tokenizer.json, transformers 5 makes one that knows its specials only.
+    # For a BERT directory without vocab.txt and tokenizer.json, transformers 5 makes one that knows only special tokens.
     if len(tokenizer) <= len(special_ids(tokenizer)):
         raise UserError(f"data.tokenizer={name_or_path!r} has no vocabulary: neither tokenizer.json nor vocab.txt is there.")
     fast: PreTrainedTokenizerFast = tokenizer
@@ -84,7 +84,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 
 def _loader(path: str) -> Any:
-    """Returns the class that loads a tokenizer; without a second of imports where it is the plain one."""
+    """Returns the class that loads a tokenizer; the plain one saves a second of imports."""
     settings = Path(path) / "tokenizer_config.json"
     if settings.is_file() and '"tokenizer_class": "PreTrainedTokenizerFast"' in settings.read_text(errors="replace"):
         from transformers import PreTrainedTokenizerFast
@@ -96,14 +96,14 @@ def _loader(path: str) -> Any:
 
 
 def _has_vocabulary_only(path: str) -> bool:
-    """Tells whether a directory holds vocab.txt and nothing on how to use it; transformers 5 loads none such by itself."""
+    """Tells whether a directory holds vocab.txt but nothing on how to use it; transformers 5 doesn't load that by itself."""
     settings = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     there = set(os.listdir(path)) if os.path.isdir(path) else set()
     return "vocab.txt" in there and there.isdisjoint(settings)
 
 
 def _from_vocabulary(file: str) -> PreTrainedTokenizerFast:
-    """Returns BERT's WordPiece over the lines of vocab.txt: it folds case, unless a word there has a capital letter."""
+    """Returns BERT's WordPiece over the lines of vocab.txt, which folds case unless a word there has a capital letter."""
     from transformers import BertTokenizer
 
     try:
@@ -124,7 +124,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 doesn't know, for:
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4, for:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -138,13 +138,13 @@ def encode(
     """Yields the token ids of each text: [n] uint16 or int32 (`token_dtype`), without special tokens added.
 
     Text that spells a special token ("[MASK]" in documentation) is read as text, never as that token. Long text is encoded
-    in pieces where that makes no difference, so that its size costs neither memory nor all cores but one.
+    in pieces if that makes no difference, so that it takes little memory and uses all cores.
 
     Args:
       tokenizer: any fast tokenizer.
       texts: texts of any length; nothing is truncated.
       batch: about how many characters are encoded at a time, on all cores.
-      count: is told how many characters have been encoded so far.
+      count: called with the number of characters encoded so far.
     """
     dtype = token_dtype(vocab_size(tokenizer))
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, whose settings may be changed
@@ -152,7 +152,7 @@ def encode(
     backend.no_padding()
     backend.encode_special_tokens = True
     divide = _Divider(backend)
-    parts: list[np.ndarray] = []  # of a text whose last piece is still to come
+    parts: list[np.ndarray] = []  # of the text whose last piece is still to come
 
     def flush(pending: list[tuple[str, bool]]) -> Iterator[np.ndarray]:
         encodings = backend.encode_batch_fast([piece for piece, _ in pending], add_special_tokens=False)
@@ -162,7 +162,7 @@ def encode(
                 yield parts[0] if len(parts) == 1 else np.concatenate(parts)
                 parts.clear()
 
-    pending: list[tuple[str, bool]] = []  # pieces, and whether a text ends with them
+    pending: list[tuple[str, bool]] = []  # pieces, and whether each ends its text
     characters = read = 0
     for text in texts:
         start = read
@@ -175,18 +175,18 @@ def encode(
                 yield from flush(pending)
                 count(read)
                 pending, characters = [], 0
-        read = start + len(text)  # the pieces may be less
+        read = start + len(text)  # the pieces may be shorter in all
     yield from flush(pending)
     count(read)
 
 
 class _Divider:
-    """Divides a long text into pieces that have the same ids, one after the other, as the whole."""
+    """Divides a long text into pieces whose ids, one after another, are those of the whole."""
 
     def __init__(self, backend: Tokenizer):
         self._backend = backend
         self._like_bert = _is_like_bert(json.loads(backend.to_str()))
-        self._same: bool | None = None  # whether a tokenizer of another kind gives the same ids before and after a cut
+        self._same: bool | None = None  # whether cuts leave the ids of a tokenizer of another kind unchanged
 
     def __call__(self, text: str) -> list[str]:
         if self._like_bert:
@@ -202,7 +202,7 @@ class _Divider:
 
 
 def _is_like_bert(spec: dict[str, Any]) -> bool:
-    """Tells whether text is first cut into BERT's words, each of which then becomes tokens by itself."""
+    """Tells whether the tokenizer first cuts text into BERT's words, each of which then becomes tokens by itself."""
 
     def steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
         return [{}] if part is None else part[key] if part["type"] == "Sequence" else [part]

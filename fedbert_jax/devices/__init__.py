@@ -1,1 +1,1 @@
-"""The machine: devices and how arrays lie on them, processes that train together, signals, what a backend likes."""
+"""The machine: devices and how arrays lie on them, processes that train together, signals, choices for each backend."""

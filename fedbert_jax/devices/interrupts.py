@@ -1,4 +1,4 @@
-"""Ctrl-C and termination, made into a question the round loop asks instead of an exception at any moment."""
+"""Turns Ctrl-C and termination into a question that the round loop asks, instead of an exception at any moment."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedbert_jax.devices import processes
 class Interrupts:
     """Within `with`, the first SIGINT or SIGTERM sets `received`; the second ends the process at once.
 
-    With several processes, `stop` and `settle` give all of them the same answer, wherever the signal came.
+    With several processes, `stop` and `settle` give all of them the same answer, whichever of them got the signal.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._own = False  # whether this process was sent it, or heard of it from another
+        self._own = False  # whether this process itself got a signal, rather than heard of one from another
         self._old: dict[int, Any] = {}
         self._consensus = processes.Consensus() if processes.several() else None
         self._asked: jax.Array | None = None
@@ -42,10 +42,10 @@ class Interrupts:
         self.received, self._own = number, True
 
     def stop(self) -> bool:
-        """Whether to begin no other round.
+        """Whether to begin no further round.
 
-        Several processes hear of a signal one call late: what is read here was asked before the round under way, so that
-        nobody waits for that round.
+        With several processes, all hear of a signal one call late: the answer read here was requested before the round under
+        way, so that nobody waits for that round.
         """
         if self._consensus is None:
             return self.received is not None
@@ -53,7 +53,7 @@ class Interrupts:
         return asked is not None and int(asked) > 0
 
     def settle(self) -> int | None:
-        """Returns the signal received by now, by any process, and sets `received` to it; waits for the rounds under way."""
+        """Returns the signal that any process has received so far, and sets `received` to it; waits for rounds under way."""
         if self._consensus is not None:
             self.received = int(self._consensus.ask(self.received or 0)) or None
         return self.received

@@ -1,7 +1,7 @@
 """Devices: the mesh, and where each array lies on it.
 
-Clients and batches lie on the `data` axis; the body's and the tables' wide dimensions may be split on `model`. One table
-of rules covers parameters and optimizer states alike, by the end of their path; an array no rule covers is an error.
+Clients and batches lie on the `data` axis; wide dimensions of the body and the tables may be split over `model`. One table
+of rules covers parameters and optimizer states alike, by the end of their path; an array that no rule covers is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"head/bias$", P("model")),  # [V]
     (r"(pooler|classifier)/kernel$", P(None, None)),
     (r"(pooler|classifier)/bias$", P(None)),
-    # layers, stacked: the server's body, and those that are the client's
+    # layers, stacked: the server's body, and the client's layers
     (r"layers/attention/qkv/kernel$", P(None, None, None, "model")),  # [L, D, 3, D]
     (r"layers/attention/qkv/bias$", P(None, None, "model")),  # [L, 3, D]
     (r"layers/attention/out/kernel$", P(None, "model", None)),  # [L, D, D]
@@ -91,12 +91,12 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Returns the path of an array in a state as "model/client/embeddings/word/embedding"."""
+    """Returns the path of an array in a state, such as "model/client/embeddings/word/embedding"."""
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
 def has_client_axis(name: str, ndim: int) -> bool:
-    """Tells whether an array of a state, by its path's name, is each client's own: whether it has a leading axis [N]."""
+    """Tells from the name of an array's path whether each client has its own, that is, whether it has a leading axis [N]."""
     spec = _rule(name, ndim)
     return spec is not None and ndim > len(spec)
 
@@ -109,17 +109,17 @@ def _rule(name: str, ndim: int) -> P | None:
 
 
 def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Lays an array that every process has over the devices. `device_put` would first compare the processes' arrays."""
+    """Places an array that every process has on the devices. `device_put` would first compare the processes' arrays."""
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
 def place(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
-    """Returns the sharding whose leading dimensions lie on these mesh axes, those that don't divide being replicated."""
+    """Returns the sharding of leading dimensions over these mesh axes; those that don't divide are replicated."""
     return NamedSharding(mesh, P(*_divisible(axes, shape, mesh)))
 
 
 def constrain(tree: Any, *axes: str | None) -> Any:
-    """Constrains the leading dimensions of every array to mesh axes, inside a jit under `jax.set_mesh`; else nothing."""
+    """Constrains the leading dimensions of every array to mesh axes in a jit under `jax.set_mesh`; else does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
@@ -127,7 +127,7 @@ def constrain(tree: Any, *axes: str | None) -> Any:
 
 
 def constrain_clients(tree: Any) -> Any:
-    """Lays arrays with a leading client axis over `data`, and their other dimensions by the rules."""
+    """Constrains arrays with a leading client axis to `data`, and their other dimensions by the rules."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
@@ -136,5 +136,5 @@ def constrain_clients(tree: Any) -> Any:
 
 
 def _divisible(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> tuple[str | None, ...]:
-    """Drops the axes that don't divide their dimension: such an array is replicated there."""
+    """Drops the axes that don't divide their dimension, which is then replicated."""
     return tuple(a if a is not None and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=False))

@@ -1,4 +1,4 @@
-"""The platform JAX runs on: said at the start, and one sentence where the one asked for isn't there.
+"""The platform that JAX runs on: printed at the start, or one sentence if the one asked for isn't there.
 
 Importing this module doesn't import JAX.
 """
@@ -17,17 +17,17 @@ from fedbert_jax.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-JAX_STARTS_IN = "jax._src.xla_bridge"  # the module that finds devices, and tells of those that it can't use
+JAX_STARTS_IN = "jax._src.xla_bridge"  # the module that finds devices, and warns of those that it can't use
 
 
 def start() -> str | None:
     """Starts JAX's devices.
 
     Returns:
-      None, or a sentence about a platform that JAX_PLATFORMS asks for and JAX passed over.
+      None, or a sentence about a platform that JAX_PLATFORMS asks for but JAX passed over.
 
     Raises:
-      ConfigError: if what JAX_PLATFORMS asks for isn't there, or doesn't start.
+      ConfigError: if the platform that JAX_PLATFORMS asks for isn't there, or doesn't start.
     """
     import jax
 
@@ -47,7 +47,7 @@ def introduce(console: Console, used: Callable[[], int]) -> None:
     """Starts JAX's devices and prints which they are; `used` returns how many of them are used.
 
     Raises:
-      ConfigError: as `start`.
+      ConfigError: as `start` does.
     """
     if passed_over := start():
         console.print(f"warning: {passed_over}", style="yellow", markup=False, highlight=False)
@@ -58,7 +58,7 @@ def describe(devices: int | None = None) -> str:
     """Returns the devices in words, "1 x cpu" or "8 x NVIDIA H100 80GB HBM3 (gpu)"; starts them if need be.
 
     Args:
-      devices: how many of them are used; None is all.
+      devices: how many of them are used; None: all of them.
     """
     import jax
 
@@ -70,7 +70,7 @@ def describe(devices: int | None = None) -> str:
 
 
 def explain(error: BaseException) -> ConfigError | None:
-    """Returns an error that JAX raises when it starts its devices as a sentence; None for any other."""
+    """Returns a sentence for an error that JAX raises when it starts its devices; None for any other error."""
     frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not isinstance(error, (RuntimeError, AssertionError)) or not frames or frames[-1] != JAX_STARTS_IN:
         return None
@@ -82,7 +82,7 @@ def explain(error: BaseException) -> ConfigError | None:
 
 
 def tell_what_is_unused() -> None:
-    """Prints what JAX warns of when it starts its devices, a GPU that it can't use above all: a line each, on stderr."""
+    """Makes JAX's warnings when it starts its devices, above all of a GPU that it can't use, print as a line on stderr."""
     logger = logging.getLogger(JAX_STARTS_IN)
     logger.setLevel(logging.WARNING)
     logger.propagate = False

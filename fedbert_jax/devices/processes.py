@@ -1,6 +1,6 @@
 """Several processes, one run: they join, wait for process 0, agree on when to stop, and leave together.
 
-Every process runs the same program on its own devices, and process 0 alone writes and speaks. Only this module talks to
+Every process runs the same program on its own devices, and only process 0 writes and prints. Only this module talks to
 JAX's coordinator; with one process its functions answer at once.
 """
 
@@ -33,18 +33,18 @@ FOREVER = 24 * 3600 * 1000  # milliseconds
 
 
 class Join(NamedTuple):
-    """How to find the other processes; None is what `jax.distributed.initialize` finds out (TPU pods, SLURM, Open MPI)."""
+    """How to find the other processes; `jax.distributed.initialize` finds out what is None (TPU pods, SLURM, Open MPI)."""
 
     coordinator: str | None = None  # HOST:PORT of process 0
     processes: int | None = None
     process: int | None = None
-    timeout: int = 300  # seconds until all have to be there
+    timeout: int = 300  # seconds within which all have to be there
 
 
 def check_flags(
     distributed: bool, coordinator: str | None, processes: int | None, process: int | None, timeout: int
 ) -> Join | None:
-    """Turns the flags into a `Join`; None for a process on its own.
+    """Turns the flags into a `Join`, or None for a single process.
 
     Raises:
       ConfigError: for a combination or a value that cannot be used.
@@ -75,7 +75,7 @@ def several() -> bool:
 
 
 def first() -> bool:
-    """Whether this is process 0, which writes and speaks; a process on its own is."""
+    """Whether this is process 0, which writes and prints; a single process is."""
     return not several() or jax.process_index() == 0
 
 
@@ -86,13 +86,13 @@ def first() -> bool:
 def joined(join: Join, tell: Callable[[BaseException], int]) -> Iterator[None]:
     """Joins the other processes; whatever ends one of them early ends all, with the same exit code.
 
-    A process that fails tells the others, whose own program may be waiting for it in the midst of a collective: there, a
-    thread ends the process. So does one that gets SIGINT or SIGTERM when nobody else (`Interrupts`) handles these. One that
-    is killed can tell nobody; JAX ends the others when its heartbeats have stayed away for 100 s.
+    A process that fails tells the others; since their program may be waiting for it in the middle of a collective, a thread
+    there ends the process. A process that gets SIGINT or SIGTERM while nothing else (`Interrupts`) handles them does the
+    same. One that is killed can tell nobody; JAX ends the others after 100 s without its heartbeats.
 
     Args:
-      join: who and where.
-      tell: prints an error for people and returns its exit code.
+      join: how to find the others.
+      tell: prints an error for the user and returns its exit code.
 
     Raises:
       ConfigError: if `join` leaves out what JAX cannot find out.
@@ -104,7 +104,7 @@ def joined(join: Join, tell: Callable[[BaseException], int]) -> Iterator[None]:
     watch.start()
 
     def stop(number: int, frame: Any) -> None:
-        # Not by an exception, which is lost where a library's callback is under way.
+        # Not by an exception, which would be lost inside a library's callback.
         leaving.set()
         print("interrupted", file=sys.stderr)
         _leave(client, me, _told(client, me, 128 + number, f"interrupted by {signal.Signals(number).name}"))
@@ -115,18 +115,18 @@ def joined(join: Join, tell: Callable[[BaseException], int]) -> Iterator[None]:
         yield
         if me == 0:
             client.key_value_set(OUTCOME, DONE)
-        watch.join()  # process 0 has still its report to write
+        watch.join()  # process 0 still has its report to write
     except BaseException as error:
         leaving.set()
         outcome = _outcome(client)
         if outcome is not None and not isinstance(error, UserError):
-            _leave(client, me, _tell_of(outcome))  # what failed here failed because the other was gone
+            _leave(client, me, _tell_of(outcome))  # this process failed because the other was gone
         text = " ".join(str(error).split()) or type(error).__name__
         _leave(client, me, _told(client, me, tell(error), text))
 
 
 def _connect(join: Join) -> None:
-    # Where joining takes too long, JAX aborts with a C++ stack trace. So it's given longer than this process waits.
+    # If joining takes too long, JAX aborts with a C++ stack trace, so it is given longer than this process waits.
     def give_up() -> None:
         if join.coordinator is None:
             what = "not all processes found one another"
@@ -140,7 +140,7 @@ def _connect(join: Join) -> None:
     timer = threading.Timer(join.timeout, give_up)
     timer.daemon = True
     timer.start()
-    # JAX's own answer to SIGTERM would take the signal away from the round loop.
+    # JAX's own handler of SIGTERM would take the signal away from the round loop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(join.coordinator, join.processes, join.process, initialization_timeout=join.timeout + 60)
@@ -157,7 +157,7 @@ def _connect(join: Join) -> None:
 
 
 def _watch(client: Any, me: int, leaving: threading.Event) -> None:
-    """Waits for the run's outcome; if it's another's failure, ends this process should it not do so by itself."""
+    """Waits for the run's outcome; if another process failed, ends this one unless it does so by itself."""
     while True:
         try:
             if client.blocking_key_value_get(OUTCOME, FOREVER) == DONE:
@@ -172,7 +172,7 @@ def _watch(client: Any, me: int, leaving: threading.Event) -> None:
 
 
 def _outcome(client: Any) -> dict[str, Any] | None:
-    """Returns the first failure that a process told of."""
+    """Returns the first failure that a process reported; None if there is none."""
     with contextlib.suppress(Exception):
         value = client.key_value_try_get(OUTCOME)
         return None if value == DONE else json.loads(value)
@@ -180,7 +180,7 @@ def _outcome(client: Any) -> dict[str, Any] | None:
 
 
 def _told(client: Any, me: int, code: int, text: str) -> int:
-    """Tells the others why this process ends, and returns the exit code of whoever was the first to fail."""
+    """Tells the others why this process ends, and returns the exit code of the first process that failed."""
     mine: dict[str, Any] = {"process": me, "code": code, "text": text}
     with contextlib.suppress(Exception):  # another was faster, or the coordinator has gone
         client.key_value_set(OUTCOME, json.dumps(mine))
@@ -193,7 +193,7 @@ def _tell_of(outcome: dict[str, Any]) -> int:
 
 
 def _leave(client: Any, me: int, code: int) -> None:
-    """Ends the process without the meeting at JAX's exit, to which not all would come.
+    """Ends the process without JAX's barrier at exit, which not all processes would reach.
 
     Process 0 keeps the coordinator up until the others have gone.
     """
@@ -220,11 +220,11 @@ def _client() -> Any:
 
 # --- agreeing --------------------------------------------------------------------------------------------------------
 
-_calls = itertools.count()  # every process runs the same program, so makes the same calls in the same order
+_calls = itertools.count()  # every process runs the same program, so it makes the same calls in the same order
 
 
 def share(make: Callable[[], str]) -> str:
-    """Calls `make` at process 0 and returns its result at every process. The others wait, for as long as it takes."""
+    """Calls `make` at process 0 and returns its result at every process. The others wait for as long as it takes."""
     if not several():
         return make()
     client, key = _client(), f"{SHARED}/{next(_calls)}"
@@ -235,12 +235,12 @@ def share(make: Callable[[], str]) -> str:
         try:
             return client.blocking_key_value_get(key, 1000)
         except Exception as e:
-            if "DEADLINE_EXCEEDED" not in str(e):  # else asked again: Python sees signals only in between
+            if "DEADLINE_EXCEEDED" not in str(e):  # otherwise ask again: Python handles signals only in between
                 raise
 
 
 def check_same(what: str, values: dict[str, Any]) -> None:
-    """Checks that this process was given what process 0 was given.
+    """Checks that this process was given the same values as process 0.
 
     Raises:
       ConfigError: naming the keys that differ.
@@ -253,7 +253,7 @@ def check_same(what: str, values: dict[str, Any]) -> None:
 
 
 def await_file(path: Path, content: str | None = None, seconds: float = 5.0) -> bool:
-    """Waits until a file that process 0 wrote is seen here, with that content; False if it isn't after so many seconds."""
+    """Waits until a file that process 0 wrote is visible here with that content; False if it still isn't after `seconds`."""
     until = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -273,9 +273,9 @@ class Consensus:
         self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
 
     def ask(self, value: int) -> jax.Array:
-        """Gives a number in; the result, int32 [], is for reading later: the devices come to it after their work so far.
+        """Submits a number; the result, int32 [], is for reading later, as the devices reach it after their work so far.
 
-        A collective: every process has to call it at the same place in its program.
+        This is a collective: every process has to call it at the same place in its program.
         """
         given = jax.make_array_from_callback((jax.device_count(),), self._given, lambda _: np.full(1, value, np.int32))
         return self._largest(given)

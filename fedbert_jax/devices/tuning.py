@@ -1,6 +1,6 @@
-"""What a backend likes: every choice that follows from the device, each with what was measured for it.
+"""Every choice that depends on the backend, each with what was measured for it.
 
-No other module asks which backend it runs on. All answers give the same numbers, to rounding.
+No other module asks which backend it runs on. All choices give the same numbers, up to rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ON_DEVICE_LIMIT = 2**30  # bytes of token blocks that `data.store=auto` puts on 
 
 
 def compute_dtype(config: Config) -> Any:
-    """Returns the arithmetic's type: `auto` is bfloat16 on accelerators and float32 on CPU."""
+    """Returns the dtype of the arithmetic: `auto` is bfloat16 on accelerators and float32 on CPU."""
     name = config.precision.compute_dtype
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -27,13 +27,13 @@ def compute_dtype(config: Config) -> Any:
 
 
 def resolve_attention(config: Config) -> Config:
-    """Returns the config with `model.attention` "xla" or "cudnn": "auto" becomes cudnn where that compiles.
+    """Returns the config with `model.attention` "xla" or "cudnn": "auto" becomes cudnn if that compiles.
 
     Raises:
       ConfigError: if cudnn is asked for and doesn't compile here.
     """
     model, f = config.model, config.federated
-    # Where clients have bodies of their own, attention is vmapped over them, which cuDNN's doesn't take.
+    # If clients have bodies of their own, attention is vmapped over them, which cuDNN's doesn't support.
     possible = f.arrangement.body == "one" and model.attention_dropout == 0 and jax.default_backend() == "gpu"
     if model.attention == "auto" and not possible:
         return dataclasses.replace(config, model=dataclasses.replace(model, attention="xla"))
@@ -43,7 +43,7 @@ def resolve_attention(config: Config) -> Config:
     sizes, length = (model.num_heads, model.hidden_size // model.num_heads), config.data.seq_len
     attend = lambda q, k, v: jnp.sum(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"))  # noqa: E731
     try:
-        for rows in (length, num_masked(config.mlm.mask_prob, length)):  # of all layers but the last, and of the last
+        for rows in (length, num_masked(config.mlm.mask_prob, length)):  # queries of the earlier layers, and of the last one
             q, kv = (jax.ShapeDtypeStruct((2, n, *sizes), compute_dtype(config)) for n in (rows, length))
             jax.jit(jax.grad(attend, (0, 1, 2))).lower(q, kv, kv).compile()
     except Exception as e:  # each version has its own ways to refuse
@@ -66,19 +66,19 @@ def keeps_gelu_gradient_apart() -> bool:
 def adds_clients_up_in_one_pass() -> bool:
     """Whether a sum over clients is unrolled into one fused pass.
 
-    On one CPU it is three times as fast as a contraction, which is right where clients are spread on devices.
+    On one CPU it is three times as fast as a contraction, which is right if clients are spread over devices.
     """
     return jax.default_backend() == "cpu" and len(jax.devices()) == 1
 
 
 def saves_from_the_buffers() -> bool:
-    """Whether orbax may write from the very buffers that the next round is given to overwrite, as it does on CPU."""
+    """Whether orbax may write from the very buffers that are donated to the next round, as it does on CPU."""
     return jax.default_backend() == "cpu"
 
 
 def seeds_at_once(asked: int | None, seeds: int) -> int:
     """Returns how many seeds of a fine-tuning are trained side by side.
 
-    Without being asked: all of them on an accelerator, where small models leave room; one on a CPU, which one fills.
+    By default, all of them on an accelerator, where small models leave room, and one on a CPU, which one fills.
     """
     return asked or (1 if jax.default_backend() == "cpu" else seeds)

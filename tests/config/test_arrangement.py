@@ -1,4 +1,4 @@
-"""The table of strategies: what it accepts, who asks it, and rows from outside the package."""
+"""The table of strategies: what it accepts, who asks it, and rows registered from outside the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGE = Path(fedbert_jax.__file__).parent
 
 
 def test_no_strategy_is_compared_by_its_name():
-    """A name stands in the table alone, and as a default or in words: nowhere does the code ask for one."""
+    """A name appears only in the table, as a default, or in words: no code compares with one."""
     names = {part for key in ARRANGEMENTS for part in (key[0], *key[1:])} - {"parameters", "gradients"}
     name = rf"\"({'|'.join(names)})\""
     compared = re.compile(rf"(==|!=|\bin\b|\bnot in\b)\s*[\(\[{{]?\s*{name}|{name}\s*(==|!=)")
@@ -150,7 +150,7 @@ def test_titles_say_which_row_where_a_strategy_has_several():
 
 
 def test_rows_by_size_are_centralized_training_across_the_cut():
-    """One stream of all blocks: the same batches, and so, but for rounding, the same run."""
+    """Both draw from one stream of all blocks: the same batches and so, up to rounding, the same run."""
     ends = []
     for federated in (dict(strategy="centralized"), dict(average="gradients", batch_by="size")):
         simulation = make_simulation(tiny_config(federated=federated, model=dict(num_layers=1, hidden_dropout=0.1)))
@@ -164,7 +164,7 @@ def test_rows_by_size_are_centralized_training_across_the_cut():
 
 
 def test_a_checkpoints_depth_decides_how_deep_the_cut_may_be():
-    """Its sizes are known later only; the preset's aren't its."""
+    """A checkpoint's sizes are known only later, and are not the preset's."""
     deep = dict(init_from="/a/checkpoint", client_layers=9)
     assert from_dict(dict(model=deep, data=dict(tokenizer=""))).model.client_layers == 9
     with pytest.raises(ConfigError, match=r"client_layers=9: accepted: an integer from 0 to below model\.num_layers=9"):
@@ -217,12 +217,12 @@ def test_each_party_draws_from_its_own_secret():
 
 
 def cohort_rows(simulation):
-    """The same rows whoever is drawn: what is masked is then a function of the secret alone."""
+    """The same rows whoever is drawn, so that what is masked depends on the secret alone."""
     return simulation.train.tokens[:6].reshape(3, 2, -1).astype(np.int32)
 
 
 def test_the_documented_strategy_runs_as_it_stands(tmp_path):
-    """docs/strategies.md's example, by the command, in a process of its own."""
+    """Runs the example of docs/strategies.md by the command, in a process of its own."""
     page = (PACKAGE.parent / "docs" / "strategies.md").read_text()
     example = page.split("```python\n")[1].split("```")[0]
     assert example.count("\n") < 30

@@ -1,4 +1,4 @@
-"""How long a run is follows from its text; the numbers here are worked out by hand."""
+"""The length of a run follows from its text; the numbers here are worked out by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_run_goes_on_with_what_it_began_with():
     given = config(client_optimizer=dict(warmup=0.1))
     begun = work_out(given, 400, 4)
     assert as_begun(given, begun).federated.rounds == 30
-    check_same(begun, given)  # what was worked out is no difference
+    check_same(begun, given)  # what was worked out doesn't count as a difference
     longer = dataclasses.replace(given, federated=dataclasses.replace(given.federated, epochs=6.0))
     with pytest.raises(UserError, match=r"federated\.epochs \(was 3\.0, now 6\.0\); --config\.resume=force"):
         check_same(begun, longer)

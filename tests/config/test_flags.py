@@ -1,4 +1,4 @@
-"""The command line: any order, and of a mistake the true cause with what is accepted."""
+"""The command line: arguments in any order, and for a mistake its true cause and what is accepted."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_help_has_every_key_with_its_default_and_its_comment():
         assert len(line.rpartition(") ")[2]) > 2, f"a key without a comment: {line}"
     assert lines["federated.rounds"].startswith("  federated.rounds=140  (an integer) how long the run is")
     assert "  data.source='docs:'  (text) docs:[PACKAGE,...] | text:GLOB" in told
-    # A comment above a key, of two lines, and one behind it.
+    # A comment of two lines above a key, and section and flag descriptions.
     assert "trained at every step; merged a copy a client, averaged with the round" in lines["federated.body"]
     assert "data: Where the text comes from" in told and "--join_timeout SECONDS" in told
 
@@ -212,7 +212,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "bench
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_the_docs_work_as_they_stand(page):
     text = page.read_text()
-    # Outside the virtual environment these are other ones.
+    # Outside the virtual environment these would be other programs.
     assert not re.findall(r"(?:^ *|`)(?:python -m|python3 -m (?!venv)|pip3? ).*", text, re.M)
     for key in re.findall(r"--config\.([a-z_.0-9]+)=", text):
         assert key in all_keys()

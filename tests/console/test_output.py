@@ -1,4 +1,4 @@
-"""What is printed: names are data, a file has no edge, and no encoding is an obstacle."""
+"""Printed output: names are data, a file has no edge, and no encoding is an obstacle."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_columns_of_a_file_stand_under_one_another():
     assert plain_table(table) == [
         "[2 runs]",
         "run          loss",
-        "日本          5.1",  # each of its letters takes two columns
+        "日本          5.1",  # each of these letters takes two columns
         "(3 seeds)  ± 0.25",
         "[b]          12.0",
     ]

@@ -1,4 +1,4 @@
-"""Stages are lines that stay; a terminal counts below them, and a log file gets a line now and then, and no bars."""
+"""Stages are lines that stay; a terminal counts below them, and a log file gets a line now and then but no bars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Clock:
 
 
 def shown(terminal: bool, **options: bool) -> str:
-    """What a preparation of two stages shows: a count each second."""
+    """Returns what is shown of a preparation in stages, with one count per second."""
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=terminal, width=80, **options)
     with Stages(console, clock) as stages:
@@ -67,7 +67,7 @@ def test_a_live_count_ends_with_an_error() -> None:
 
     with pytest.raises(KeyError):
         fail()
-    with console.status("another live display"):  # rich refuses a second one beside a first
+    with console.status("another live display"):  # rich refuses a second live display beside a first
         pass
 
 

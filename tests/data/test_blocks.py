@@ -1,4 +1,4 @@
-"""Blocks are the stream of documents, cut every seq_len - 1 tokens, and the file holds them exactly."""
+"""Blocks are the stream of documents cut every seq_len - 1 tokens, and the file holds exactly those."""
 
 from __future__ import annotations
 

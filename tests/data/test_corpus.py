@@ -1,4 +1,4 @@
-"""Documents come out as the source says, in one order, or with an error that names what to mend."""
+"""Documents come out as the source says, always in the same order, or with an error that names what to fix."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_clients_name_is_its_folders_whatever_that_is(tmp_path: Path, monkeypa
         write(tmp_path / "t" / name / "a.txt", f"text of {names.index(name)}")
     found = dict(read(f"text:{tmp_path}/t"))
     assert [found[f"text of {i}"] for i in range(5)] == [r"caf\xe9 (2)", "[b]bold", r"two\nlines", "x" * 250, "שלום"]
-    assert found["text of 5"] == r"caf\xe9"  # which comes first, and is another client
+    assert found["text of 5"] == r"caf\xe9"  # this folder comes first, and is another client
     monkeypatch.chdir(tmp_path / "t" / "[b]bold")
     assert read("text:a.txt") == read("text:*.txt") == read("text:.") == [("text of 1", "[b]bold")]
     monkeypatch.chdir(tmp_path / "t")

@@ -26,7 +26,7 @@ FILES = ["heldout.npy", "meta.json", "tokenizer", "train.npy"]
 
 
 def make_corpus(root: Path, clients: dict[str, int], seed: int = 0) -> Path:
-    """Writes so many documents for each client; each document holds a word of its own."""
+    """Writes the given number of documents for each client; each document holds a word of its own."""
     rng = random.Random(seed)
     common = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 5))) for _ in range(60)]
     for name, count in clients.items():
@@ -58,7 +58,7 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
 
 
 class Told:
-    """Takes down what is told of progress."""
+    """Records the progress that is reported."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, str, int | None]] = []
@@ -255,7 +255,7 @@ def test_a_dropped_client_leaves_nothing_held_out(tmp_path: Path) -> None:
     for i in range(12):  # a short document and a long one: whichever is held out, the other is all there is to train on
         (corpus / f"two{i:02d}").mkdir()
         (corpus / f"two{i:02d}" / "a.txt").write_text(f"abc {i}\n\n" + f"hgf{i} " * 200)
-    config = make_config(corpus, data={"deduplicate": False})  # a long document of one word is no text otherwise
+    config = make_config(corpus, data={"deduplicate": False})  # otherwise a long document of one word is dropped
     data, _ = prepare(config, tmp_path / "data", warn=lambda _: None)
     assert 1 < len(data.client_names) < 13
     assert len(data.train.tokens) == data.train.offsets[-1] and len(data.heldout.tokens) == data.heldout.offsets[-1]
@@ -293,7 +293,7 @@ def test_a_client_with_one_document_has_no_held_out_text(tmp_path: Path) -> None
 
 
 def windows(blocks: np.ndarray) -> list[bytes]:
-    """All that 32 tokens in a row of a block can be."""
+    """Returns all windows of 32 tokens in the blocks."""
     return [np.array(row[i : i + 32]).tobytes() for row in blocks for i in range(row.size - 31)]
 
 
@@ -311,7 +311,7 @@ def write_texts(root: Path, clients: dict[str, list[str]]) -> Path:
 
 def test_no_window_of_held_out_text_is_trained_on(tmp_path: Path) -> None:
     rng = random.Random(3)
-    common = random_texts(rng, 30)  # which every client has, with a word more
+    common = random_texts(rng, 30)  # every client has these, each with one word added
     names = ("east", "north", "west")
     clients = {name: random_texts(rng, 30) + [f"{text} {name}{n}" for n, text in enumerate(common)] for name in names}
     corpus = write_texts(tmp_path / "corpus", clients)
@@ -327,7 +327,7 @@ def test_no_window_of_held_out_text_is_trained_on(tmp_path: Path) -> None:
     assert len(held_out) > 100 and not any(window in trained for window in held_out)
     assert [c.documents for c in clean.summary] == [60, 30, 30]
     assert [c.words + c.dropped_words for c in clean.summary] == [30 * 60 + 30 * 61] * 3
-    assert [c.dropped_words for c in clean.summary] == [0, 30 * 61, 30 * 61]  # the word more is no text of its own
+    assert [c.dropped_words for c in clean.summary] == [0, 30 * 61, 30 * 61]  # the added word alone is no text
 
 
 def test_words_of_repeated_paragraphs_are_counted(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_progress_is_told_with_counts(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_text_stays_whose_first_occurrence_is_of_a_client_who_takes_no_part(tmp_path: Path) -> None:
-    """Of three clients the two largest are wanted; the smallest comes first, and the second begins with all of its text."""
+    """The two largest of three clients are wanted; the smallest comes first, and the second begins with all of its text."""
     corpus = make_corpus(tmp_path / "corpus", {"b": 60, "c": 60})
     theirs = (corpus / "b" / "notes.txt").read_text().split("\n\n")[:40]
     (corpus / "a").mkdir()

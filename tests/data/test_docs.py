@@ -1,4 +1,4 @@
-"""Docstrings come out of packages that are never executed, quickly and the same each time."""
+"""Docstrings are extracted from packages without executing them, quickly and the same each time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_again(
         cache.write_bytes(damaged)
         assert read("docs:dangerous_package", **keys) == first
         assert list((tmp_path / "cache").iterdir()) == [cache] and gzip.decompress(cache.read_bytes())
-    os.utime(package / "part.py", (1, 2e9))  # a package without a version counts by its newest file
+    os.utime(package / "part.py", (1, 2e9))  # a package without a version goes by its newest file
     read("docs:dangerous_package", **keys)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 

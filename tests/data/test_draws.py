@@ -1,4 +1,4 @@
-"""What is drawn before training: who holds which document, what is held out, in which order a task's examples come."""
+"""Draws before training: who holds which document, what is held out, and in which order a task's examples come."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def owners(kind: str, server: int, client: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet"])
 def test_dealing_follows_from_the_servers_seed(kind):
-    """Nobody holds anything yet who could draw."""
+    """Before documents are dealt, no client holds anything, so the server draws."""
     assert owners(kind, 3, 8) == owners(kind, 3, 9)
     assert len({str(owners(kind, seed, 3)) for seed in range(6)}) == 6
 
@@ -45,7 +45,7 @@ def test_what_is_held_out_follows_from_the_clients_seed_and_the_client():
 
 
 def examples(seed: int, client: int, rounds: int = 12, count: int = 64) -> np.ndarray:
-    """The first rounds [rounds, 2, 5] of a client's so many examples, all of one length."""
+    """Returns the first rounds, [rounds, 2, 5], of a client's `count` examples, all of one length."""
     stream = ExampleStream(Seeds(seed + 100, seed), client, np.full(count, 7), steps=2, batch=5)
     return np.stack([stream.round(n) for n in range(rounds)])
 
@@ -56,7 +56,7 @@ def test_a_tasks_examples_come_in_an_order_of_the_seed_the_client_and_the_epoch(
     first, second = examples(0, 0, count=60).reshape(2, 60)
     assert sorted(first) == sorted(second) == list(range(60)) and first.tolist() != second.tolist()
     same = ExampleStream(Seeds(7, 1), 2, np.full(64, 7), steps=2, batch=5)
-    np.testing.assert_array_equal(same.round(9), examples(1, 2)[9])  # whatever the server's seed, and the rounds before
+    np.testing.assert_array_equal(same.round(9), examples(1, 2)[9])  # whatever the server's seed and the earlier rounds are
 
 
 def test_what_a_task_holds_out_follows_from_the_seed(monkeypatch):

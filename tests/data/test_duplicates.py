@@ -1,4 +1,4 @@
-"""No paragraph and no window of tokens is left twice, and what repeats nothing is left as it was."""
+"""No paragraph and no window of tokens is left twice, and text that repeats nothing is left as it was."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_long_paragraph_is_compared_like_a_short_one(monkeypatch: pytest.Monke
 
 
 def left(documents: list[np.ndarray]) -> list[list[list[int]]]:
-    """What is left of each document: its pieces."""
+    """Returns the pieces that are left of each document."""
     ends = np.cumsum([len(d) for d in documents])
     tokens = np.concatenate(documents).astype(np.uint16)
     pieces: list[list[list[int]]] = [[] for _ in documents]
@@ -43,7 +43,7 @@ def left(documents: list[np.ndarray]) -> list[list[list[int]]]:
 
 
 def left_by_hand(documents: list[np.ndarray]) -> list[list[list[int]]]:
-    """The same, a window at a time."""
+    """Computes the same as `left`, one window at a time."""
     seen: set[tuple[int, ...]] = set()
     result = []
     for document in documents:
@@ -65,7 +65,7 @@ def left_by_hand(documents: list[np.ndarray]) -> list[list[list[int]]]:
 
 
 def documents(seed: int) -> list[np.ndarray]:
-    """Documents made of stretches that others have too, of runs of one token, and of text of their own; some empty."""
+    """Makes documents from stretches that others have, too, runs of one token, and text of their own; some are empty."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(5, 40, 1500)
     made = []
@@ -86,7 +86,7 @@ def test_windows_against_a_plain_loop(seed: int, monkeypatch: pytest.MonkeyPatch
     expected = left_by_hand(given)
     assert 0.1 < sum(len(piece) for pieces in expected for piece in pieces) / sum(map(len, given)) < 0.9
     assert left(given) == expected
-    monkeypatch.setattr(duplicates, "_CHUNK", 50)  # hashed in many parts, and sorted in many
+    monkeypatch.setattr(duplicates, "_CHUNK", 50)  # hashed and sorted in many parts
     monkeypatch.setattr(duplicates, "_SORTED", 300)
     assert left(given) == expected
 
@@ -95,19 +95,19 @@ def test_only_what_repeats_is_left_out() -> None:
     rng = np.random.default_rng(0)
     text = rng.integers(5, 1000, 400)
     near = text.copy()
-    near[200] = 1001  # a near-duplicate: one word of it is another
+    near[200] = 1001  # a near-duplicate, which differs in one word
     own = rng.integers(5, 1000, 50)
     mixed = np.concatenate([own, text[100:160], own[:20], text[300:350], rng.integers(5, 1000, 40)])
     whole, none, pieces = left([text, near, mixed])
     assert whole == [text.tolist()]
-    assert none == []  # its own word and what is around it have no window of their own
-    assert pieces == [own.tolist(), mixed[-40:].tolist()]  # the 20 between two cuts are no text
+    assert none == []  # all but its own word repeats, and that alone is too short
+    assert pieces == [own.tolist(), mixed[-40:].tolist()]  # the 20 tokens between two cuts are dropped
 
 
 def test_windows_end_with_their_document() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.integers(5, 1000, (2, WINDOW - 1))
-    assert left([a, b, a, b]) == [[a.tolist()], [b.tolist()]] * 2  # a and b in a row, but in no document
+    assert left([a, b, a, b]) == [[a.tolist()], [b.tolist()]] * 2  # a and b follow one another, but within no document
     both = np.concatenate([a, b])
     assert left([both, a, both]) == [[both.tolist()], [a.tolist()], []]
 

@@ -1,4 +1,4 @@
-"""Documents in the file are those that were given, less what is left out, and what is counted of them is true."""
+"""The file holds the documents that were given, less what is left out, and their counts are right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECIAL = ["[CLS]", "[SEP]", "[MASK]", "[UNK]"]
 
 
 def word_level(unknown: bool = True) -> Any:
-    """A tokenizer whose ids are 0 to 3 for special tokens and 4 + n for wn."""
+    """Returns a tokenizer with ids 0 to 3 for special tokens and 4 + n for the word `wn`."""
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {f"{token.strip('[]').lower()}_token": token for token in (SPECIAL if unknown else SPECIAL[:3])}
@@ -53,7 +53,7 @@ def test_what_came_before_is_left_out_of_its_document(tmp_path: Path) -> None:
     first, second = " ".join(WORDS[:40]), " ".join(WORDS[40:80])
     found = encoded(tmp_path, [first, f"{second} {first} {'huh ' * 20} {second}", "w5 w6"], deduplicate=True)
     assert found.lengths.tolist() == [40, 140, 2]
-    assert found.kept.tolist() == [40, 40, 2]  # what is between two repeats is too short
+    assert found.kept.tolist() == [40, 40, 2]  # the text between two repeats is too short
     assert [piece.tolist() for piece in found.pieces([0, 1, 2])] == [list(range(4, 44)), list(range(44, 84)), [9, 10]]
     assert found.unknown.tolist() == [0, 20, 0]  # of whole documents
 

@@ -1,4 +1,4 @@
-"""A source means the files a user would expect, each once, and nothing is passed over in silence."""
+"""A source means the files that a user would expect, each once, and nothing is passed over in silence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedbert_jax.errors import UserError
 
 
 def find(root: Path, pattern: str = "") -> tuple[list[str], str]:
-    """Returns the files found, relative to root, and what was warned of."""
+    """Returns the files found, relative to root, and the warning."""
     told: list[str] = []
     found = find_files(f"{root}/{pattern}" if pattern else str(root), told.append)
     assert len(told) < 2
@@ -31,7 +31,7 @@ def none_found(source: object) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two clients really there, and one by a link to another folder."""
+    """Makes two clients in the folder itself, and one by a link to another folder."""
     root = tmp_path / "texts"
     write(root / "east" / "a.txt", "east")
     write(root / "south" / "NOTES.TXT", "south")
@@ -96,7 +96,7 @@ def test_patterns_mean_what_they_mean_in_a_shell(tmp_path: Path) -> None:
     assert find(tmp_path, "*/*.txt")[0] == ["x/a.txt"]
     assert find(tmp_path, "**/a.txt")[0] == ["a.txt", "x/a.txt", "x/y/a.txt", "x/z/y/a.txt"]
     assert find(tmp_path, "x/**/y/**/*.txt")[0] == ["x/y/a.txt", "x/z/y/a.txt"]
-    assert find(tmp_path, "**/y")[0] == ["x/y/a.txt", "x/y/b.md", "x/z/y/a.txt"]  # a folder that is matched is searched
+    assert find(tmp_path, "**/y")[0] == ["x/y/a.txt", "x/y/b.md", "x/z/y/a.txt"]  # a matched folder is searched
     assert find(tmp_path, "?/y") == (["x/y/a.txt", "x/y/b.md"], "")
     assert find(tmp_path, "*/.*/*.txt")[0] == ["x/.hid/a.txt"]
     assert find(tmp_path, "*/.c.t?t")[0] == ["x/.c.txt"]
@@ -215,7 +215,7 @@ def test_a_pattern_passes_over_only_what_it_means_or_cannot_follow(folder: Path,
 
 
 def test_folders_that_cannot_be_opened_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scandir(path: str, real=os.scandir):  # root may open everything, so permissions alone prove nothing
+    def scandir(path: str, real=os.scandir):  # root may open anything, so permissions alone prove nothing
         if path.endswith("east"):
             raise PermissionError(13, "Permission denied", path)
         return real(path)

@@ -1,4 +1,4 @@
-"""Datasets of the datasets library: saved, in a folder, by file; and what is said when they cannot be had."""
+"""Datasets of the datasets library: saved, in a folder, by file; and the messages when they cannot be loaded."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_libraries_are_quiet_only_while_they_load(
 def test_nothing_of_the_library_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     saved([f"t{i}" for i in range(40)], ["n"] * 40).save_to_disk(tmp_path / "mine", num_shards=20)
     capfd.readouterr()
-    assert len(read(f"hf:{tmp_path}/mine")) == 40  # from more than 16 shards on, the library shows a bar
+    assert len(read(f"hf:{tmp_path}/mine")) == 40  # with more than 16 shards, the library shows a bar
     write(tmp_path / "set" / "train.csv", "text,site\na,n\n")
     assert read(f"hf:{tmp_path}/set", split="train[:1]") == [("a", "set")]
     refused(f"hf:{tmp_path}/set", split="x")

@@ -1,4 +1,4 @@
-"""Lines end where any system ends them, and reading costs what the file's size says."""
+"""Lines end where any system ends them, and the cost of reading is proportional to the file's size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_lines_end_in_any_way_wherever_a_chunk_ends(tmp_path: Path, monkeypatch:
     path = tmp_path / name
     raw = MIXED.encode()
     path.write_bytes(gzip.compress(raw) if name.endswith("GZ") else raw)
-    for size in (*range(1, len(raw) + 1), 1 << 20):  # every place is a chunk's end once
+    for size in (*range(1, len(raw) + 1), 1 << 20):  # a chunk ends at every place once
         monkeypatch.setattr(lines, "_CHUNK", size)
         assert list(read_lines(path)) == MIXED_LINES, size
 

@@ -1,4 +1,4 @@
-"""Masking: exactly M positions, 80/10/10, never a special token, whole words whole."""
+"""Masking: exactly M positions, 80/10/10, never a special token, and with whole words never a part of one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ mask = jax.jit(mask_blocks, static_argnums=(2, 3))
 
 
 class Hashed(MaskSpec):
-    """A spec that jit can take as static although it holds an array."""
+    """A spec that jit accepts as static although it holds an array."""
 
     def __hash__(self):
         return hash(self[:4])
@@ -115,7 +115,7 @@ def test_whole_words_are_masked_whole_or_not_at_all():
             words[-1].append(place)
         for word in words:
             assert len(chosen & set(word)) in (0, len(word))
-    assert counted > 300 * (M - 1.5)  # the word that doesn't fit any more is short
+    assert counted > 300 * (M - 1.5)  # the word that no longer fits is short
 
 
 def test_a_draw_depends_on_its_key_alone():

@@ -1,4 +1,4 @@
-"""Names from data are shown whole and safely, and two clients never share one."""
+"""Names from data are shown whole and safely, and no two clients share one."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_iid_clients_have_equally_many_documents() -> None:
     groups = [name for name in "abcd" for _ in range(900)]
     _, owned = assign(groups, np.ones(3600, int), PartitionConfig(kind="iid"), 9, Seeds(0, 0))
     mixed = [collections.Counter(groups[i] for i in mine)[name] for mine in owned for name in "abcd"]
-    assert min(mixed) > 60 and max(mixed) < 140  # 100 each but for chance, whose standard deviation is 8
+    assert min(mixed) > 60 and max(mixed) < 140  # 100 each, with a standard deviation of 8
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet"])

@@ -1,4 +1,4 @@
-"""The streams of random numbers: what each is a function of, that no two share a number, and that draws stay as they are."""
+"""Streams of random numbers: what each is a function of, that no two share a number, and that draws stay as they are."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def names(stream: Stream, numbers=SOME):
 
 
 def test_a_streams_tag_party_and_numbers_stay_as_they_are():
-    """Whoever adds a stream enters it here; one that is changed changes every run's draws."""
+    """A new stream has to be entered above; changing an existing one would change every run's draws."""
     assert {s.name: (s.tag, s.party, s.numbers) for s in Stream} == STREAMS
     assert len({s.tag for s in Stream}) == len(STREAMS)
 
 
 def test_draws_stay_as_they_are():
-    """A workdir of before goes on with the same draws."""
+    """An existing workdir goes on with the same draws."""
     assert generator(Seeds(0, 5), Stream.COHORT, 7).integers(1000, size=4).tolist() == [243, 719, 159, 169]
     assert generator(Seeds(5, 0), Stream.BLOCKS, 3, 2).permutation(8).tolist() == [3, 0, 1, 6, 7, 4, 5, 2]
     assert data_of(secrets(Seeds(0, 0)).server) == (756665463, 2579824915)
@@ -71,14 +71,14 @@ def test_a_draw_is_its_definitions(stream):
     seed = -7 if party == "server" else 2**40
     expected = draws.generator(party, seed, tag, *given).integers(2**62)
     assert first(seeds, stream, *given) == expected
-    assert first(seeds, stream, *map(np.int32, given)) == expected  # numpy's numbers are numbers
+    assert first(seeds, stream, *map(np.int32, given)) == expected  # numpy's numbers count as numbers, too
     expected = data_of(draws.key(party, seed, tag, *given))
     assert data_of(key(secrets(seeds), stream, *given)) == expected
     assert data_of(jax.jit(lambda of, *n: key(of, stream, *n))(secrets(seeds), *given)) == expected
 
 
 def test_no_two_generators_share_a_number():
-    """Among them those that once did: HOLD_OUT of client c and ORDER of round c, and `[seed, 1]` and `[seed, 1, 0]`."""
+    """Among them are those that once did: HOLD_OUT of client c and ORDER of round c, `[seed, 1]` and `[seed, 1, 0]`."""
     drawn = [first(Seeds(seed, seed), s, *n) for s in Stream for n in names(s) for seed in (0, 1, 11)]
     assert len(set(drawn)) == len(drawn) > 1000
 
@@ -92,14 +92,14 @@ def test_any_whole_numbers_are_seeds_of_their_own():
 
 
 def test_no_two_keys_are_equal_nor_what_becomes_of_them():
-    """A key is folded or split by whoever draws, and `split(key)[i]` is `fold_in(key, i)`."""
+    """Whoever draws folds or splits a key, and `split(key)[i]` is `fold_in(key, i)`."""
     of = secrets(Seeds(0, 0))
     keys = [key(of, s, *n) for s in Stream for n in names(s, (0, 1, 2))]
     stack = jax.numpy.stack([*keys, *of])
     below = jax.vmap(lambda k: jax.random.split(k, 3))(stack[: len(keys)]).reshape(-1)
     data = np.asarray(jax.random.key_data(jax.numpy.concatenate([stack, below])))
     assert len(np.unique(data, axis=0)) == len(data) > 400
-    assert data_of(jax.random.split(of.client, 3)[1]) == data_of(jax.random.fold_in(of.client, 1))  # as said
+    assert data_of(jax.random.split(of.client, 3)[1]) == data_of(jax.random.fold_in(of.client, 1))  # as stated above
 
 
 @pytest.mark.parametrize("stream", Stream, ids=lambda s: s.name)

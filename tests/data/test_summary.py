@@ -1,4 +1,4 @@
-"""The table of clients says what each holds, and a sentence names those with unknown text."""
+"""The table of clients shows what each holds, and a sentence names those with unknown text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def summary(name: str, **values: Any) -> ClientSummary:
 
 
 def printed(clients: list[ClientSummary]) -> list[list[str]]:
-    """The table's rows, each as its cells."""
+    """Returns the table's rows, each as its cells."""
     out = io.StringIO()
     Console(file=out, width=120).print(client_table(clients))
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if line.startswith("│")]

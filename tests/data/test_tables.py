@@ -1,4 +1,4 @@
-"""Tables of every format give the same rows, as their files have them, or a sentence with file and line."""
+"""Tables of every format give the same rows, as their files have them, or an error that names file and line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = ["jsonl", "ndjson", "json", "array.json", "csv", "tsv", "parquet", "ar
 
 
 def save(folder: Path, format: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes rows as the libraries do that people use."""
+    """Writes rows as common libraries do."""
     path = folder / f"table.{format}"
     folder.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows, dtype=object)
@@ -373,7 +373,7 @@ def test_a_table_in_a_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
 def test_a_long_text_is_not_copied_again_and_again(tmp_path: Path, format: str) -> None:
     size = 5 << 20
     path = save(tmp_path, format, [{"text": "word " * (size // 5)}])
-    read(f"text:{path}", deduplicate=False)  # what is imported on the way is not counted
+    read(f"text:{path}", deduplicate=False)  # so that imports on the way are not counted
     tracemalloc.start()
     try:
         read(f"text:{path}", deduplicate=False)

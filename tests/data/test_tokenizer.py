@@ -1,4 +1,4 @@
-"""Ids are what `transformers` would give, however long the text."""
+"""Ids are those that `transformers` would give, however long the text is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzéøß漢字0123456789-'ΣσЖ"
 
 
 def make_texts(count: int = 300, seed: int = 0) -> list[str]:
-    """Random words, so that many pairs of characters are equally frequent: ties are where runs could differ."""
+    """Makes random words, so that many pairs of characters are equally frequent, since runs could differ at ties."""
     rng = random.Random(seed)
     words = ["".join(rng.choice(LETTERS) for _ in range(rng.randint(1, 9))) for _ in range(800)]
     return [" ".join(rng.choice(words) for _ in range(40)).capitalize() for _ in range(count)]
@@ -47,7 +47,7 @@ def test_continuation_mask(trained: Any) -> None:
 
 def test_encode_is_what_transformers_gives(trained: Any) -> None:
     texts = ["", *make_texts(20, seed=3), "x" * 300, " a\tb\n c ", "long " * 2000]
-    trained(texts[1], truncation=True, max_length=4, padding="max_length")  # settings that must not stay
+    trained(texts[1], truncation=True, max_length=4, padding="max_length")  # settings that must not persist
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = list(encode(trained, iter(texts), batch=100))

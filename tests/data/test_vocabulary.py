@@ -1,4 +1,4 @@
-"""The trained tokenizer is the same in every process, covers text of any script, and takes no time over odd words."""
+"""The trained tokenizer is the same in every process, covers text of any script, and is not slowed down by odd words."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzéøß漢字0123456789-'ΣσЖ"
 
 
 def make_texts(count: int = 300, seed: int = 0) -> list[str]:
-    """Random words, so that many pairs of characters are equally frequent: ties are where runs could differ."""
+    """Makes random words, so that many pairs of characters are equally frequent, since runs could differ at ties."""
     rng = random.Random(seed)
     words = ["".join(rng.choice(LETTERS) for _ in range(rng.randint(1, 9))) for _ in range(800)]
     return [" ".join(rng.choice(words) for _ in range(40)).capitalize() for _ in range(count)]
@@ -43,13 +43,13 @@ def trained() -> Any:
 
 
 def unknown(tokenizer: Any, texts: list[str]) -> float:
-    """Share of [UNK] among the texts' tokens, as transformers gives them."""
+    """Returns the share of [UNK] among the texts' tokens, as transformers gives them."""
     ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     return ids.count(tokenizer.unk_token_id) / len(ids)
 
 
 def tokens(tokenizer: Any, text: str) -> str:
-    """The text as the tokenizer sees it, its words apart."""
+    """Returns the text as the tokenizer sees it, with spaces between its words."""
     return unicodedata.normalize("NFC", " ".join(tokenizer.tokenize(text)).replace(" ##", ""))
 
 
@@ -62,7 +62,7 @@ def test_another_process_trains_the_same_vocabulary() -> None:
     env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     vocabulary, hashed = run.stdout.split()
-    assert hashed != str(hash("a"))  # it did hash otherwise
+    assert hashed != str(hash("a"))  # the other process did hash differently
     assert {vocabulary} == {fingerprint(400) for _ in range(3)}
 
 
@@ -71,7 +71,7 @@ def test_a_trained_vocabulary_is_berts(trained: Any) -> None:
     assert trained.convert_ids_to_tokens(list(range(5))) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert special_ids(trained) == (0, 1, 2, 3, 4)
     assert sorted(trained.get_vocab().values()) == list(range(400))
-    assert trained.tokenize("ÉÉ") == trained.tokenize("ee")  # folded, and without accents
+    assert trained.tokenize("ÉÉ") == trained.tokenize("ee")  # case folded, accents dropped
     cased = train_tokenizer(make_texts(), 400, lowercase=False)
     assert cased.tokenize("É") != cased.tokenize("é") != cased.tokenize("e")
     assert cased.tokenize("e\u0301") == cased.tokenize("é")  # composed or not
@@ -88,7 +88,7 @@ def test_a_trained_tokenizer_survives_saving(trained: Any, tmp_path: Path) -> No
     assert loaded("a [MASK]")["input_ids"][-2] == 4
     text = make_texts()[7]
     assert loaded(text)["input_ids"] == trained(text)["input_ids"]
-    # transformers 4 does not know the class that 5 has
+    # transformers 4 does not know the class that 5 writes
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
@@ -148,11 +148,11 @@ def test_text_of_any_script_is_known(script: str, lowercase: bool, tmp_path: Pat
     size = 4096 if script == "chinese" else 1000
     made = train_tokenizer(texts, size, lowercase)
     assert unknown(made, texts) < 0.001
-    if script == "chinese":  # each is a token, and nothing else can be
+    if script == "chinese":  # each character is a token, and there is room for no other
         seen = {c for text in texts for c in text}
         assert len(seen) > 2500 and len(made) == len(seen) + 5
     else:
-        assert len(made) == size or script == "emoji"  # of which there are few
+        assert len(made) == size or script == "emoji"  # there are few emoji
     save_tokenizer(made, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for text, ids in zip(texts[:20], encode(made, texts[:20]), strict=True):
@@ -170,7 +170,7 @@ def test_text_of_any_script_is_known(script: str, lowercase: bool, tmp_path: Pat
         ("தமிழ்", "தமிழ்"),
         ("한국어 텍스트", "한국어 텍스트"),
         ("がぎ パン", "がぎ パン"),
-        ("العَرَبِيَّة أكل", "العربية أكل"),  # the points of vowels go, the letters stay
+        ("العَرَبِيَّة أكل", "العربية أكل"),  # vowel points are dropped, letters stay
         ("עִבְרִית", "עברית"),
         ("漢字かな", "漢 字 かな"),
         ("ok👍🏽❤️!", "ok 👍🏽 ❤️ !"),
@@ -221,7 +221,7 @@ def test_a_client_of_another_script_is_known() -> None:
 
 
 def test_what_words_leave_over_goes_to_rare_characters() -> None:
-    texts = [" ".join("a" * n for n in range(1, 60)) for _ in range(1000)]  # many words, which few pieces make up
+    texts = [" ".join("a" * n for n in range(1, 60)) for _ in range(1000)]  # many words, made up of few pieces
     rare = characters(0x1200, 0x1380, 200)
     made = train_tokenizer([*texts, " ".join(rare)], 600, lowercase=True)
     assert "".join(made.tokenize(" ".join(rare))) == rare and made.tokenize("a" * 59) == ["a" * 59]
@@ -250,7 +250,7 @@ def test_an_endless_word_costs_nothing(kind: str) -> None:
     start = time.process_time()
     made = train_tokenizer([*make_texts(30), endless], 300, lowercase=True)
     assert next(encode(made, [endless])).tolist() == [made.unk_token_id]
-    assert time.process_time() - start < 5  # half a second; with the word among the trainer's, minutes
+    assert time.process_time() - start < 5  # half a second; minutes if the trainer gets the word
     assert made.get_vocab() == train_tokenizer(make_texts(30), 300, lowercase=True).get_vocab()
 
 
@@ -262,8 +262,8 @@ def test_no_run_of_odd_characters_takes_long(letters: str) -> None:
     endless = "".join(random.Random(0).choices(letters, k=100_000))
     start = time.process_time()
     made = train_tokenizer([*make_texts(30), endless], 300, lowercase=True)
-    assert time.process_time() - start < 5  # a second; of one endless word, minutes
-    assert unknown(made, [endless[:3000]]) < 0.5 or letters in ("\ufe0e\ufe0f", "𝒳𝒴𝒵")  # which are such a word
+    assert time.process_time() - start < 5  # a second; minutes as one endless word
+    assert unknown(made, [endless[:3000]]) < 0.5 or letters in ("\ufe0e\ufe0f", "𝒳𝒴𝒵")  # these do make one endless word
 
 
 def test_a_long_word_that_is_short_without_its_accents_is_learnt_from() -> None:

@@ -23,7 +23,7 @@ from fedbert_jax.data.words import BREAKS, count_words, cut
         ("かな と カタカナ", 7),
         ("漢字かな、交じり文", 8),
         ("한국어 텍스트", 2),
-        ("สวัสดีครับผม", 3),  # 12 characters, of which five are a word
+        ("สวัสดีครับผม", 3),  # 12 characters, with five to a word
         ("ສະບາຍດີ", 2),
         ("😀😀👍🏽 ok", 4),
         ("العربية لغة", 2),
@@ -69,4 +69,4 @@ def test_berts_tokenizer_divides_words_at_every_break() -> None:
     breaks = [c for c in map(chr, range(0x10000)) if BREAKS.match(c)]
     assert len(breaks) > 27_000
     words = [word for word, _ in split(normalize("".join(f"ab{c}" for c in breaks)))]
-    assert words.count("ab") == len(breaks)  # none was joined with its neighbours
+    assert words.count("ab") == len(breaks)  # none was joined to its neighbours

@@ -1,4 +1,4 @@
-"""What devices say to one another when a compiled program runs."""
+"""Counts what devices send one another when a compiled program runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ OPS = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|
 def count_collectives(hlo: str) -> Counter:
     """Counts the collectives that one run of an HLO text executes, by kind.
 
-    One in a loop counts as often as the loop goes round. One that starts and ends as two operations counts once; how many
-    arrays it carries doesn't count.
+    A collective in a loop counts once per iteration. One that starts and ends as two operations counts once, however many
+    arrays it carries.
 
     Raises:
       ValueError: if collectives are in a loop of unknown length.
     """
     own: dict[str, Counter] = {}  # computation -> the collectives in it
-    calls: dict[str, list[tuple[str, int]]] = {}  # computation -> those it calls, and how often (0: who knows)
+    calls: dict[str, list[tuple[str, int]]] = {}  # computation -> those it calls, and how often (0: unknown)
     name, entry = "", ""
     for line in hlo.splitlines():
         begins = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$", line)

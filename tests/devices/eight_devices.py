@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process with eight devices: strategies over (data, model) meshes against one device."""
+"""Run by test_mesh.py in a process with eight devices: compares strategies on (data, model) meshes with one device."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fedbert_jax.workdir.checkpoint import Checkpoints
 assert jax.device_count() == 8, jax.devices()
 
 CASES = [
-    ("parallel", "pooled", "parameters", 3),  # a first step and a loop, which XLA keeps where it goes round more than once
+    ("parallel", "pooled", "parameters", 3),  # a first step and a loop, which XLA keeps if it has several iterations
     ("parallel", "pooled", "gradients", 2),
     ("parallel", "merged", "parameters", 2),
     ("sequential", "pooled", "parameters", 2),
     ("local", "pooled", "parameters", 2),
     ("fedavg", "pooled", "parameters", 2),
 ]
-# One seed: each step's sequences lie apart. Four seeds on data=4: the seeds do.
+# With one seed, each step's sequences are split over devices; with four seeds on data=4, the seeds are.
 FINETUNING = [("centralized", (0,)), ("centralized", (0, 1, 2, 3)), ("parallel", (0,))]
 MESHES = [(4, 2), (8, 1)]  # the second for the first case only
 RESTORED = [(2, 4), (8, 1), (1, 1)]  # what was saved on the first mesh
@@ -42,7 +42,7 @@ def build(strategy: str, body: str, average: str, local_steps: int, data: int, m
             num_clients=5,
             batch_size=8,
             rounds=2,
-            clients_at_once=4 if strategy == "fedavg" and data > 1 else None,  # on devices, two slices equal one
+            clients_at_once=4 if strategy == "fedavg" and data > 1 else None,  # on devices, two slices give what one gives
         ),
         mesh=dict(data=data, model=model),
         model=dict(
@@ -50,7 +50,7 @@ def build(strategy: str, body: str, average: str, local_steps: int, data: int, m
             num_heads=4,
             vocab_size=64,
             num_layers=1,
-            logits_at_once=8 if strategy == "sequential" else None,  # whose rows lie on all devices
+            logits_at_once=8 if strategy == "sequential" else None,  # with rows on all devices
         ),
         eval=dict(batch_size=4),  # data=8 doesn't divide it
         aggregator=dict(name="adam", learning_rate=0.01) if (strategy, body, average) == CASES[0][:3] else {},
@@ -65,12 +65,12 @@ def end_of_run(*case_and_mesh):
         state, metrics = simulation.run_round(state, n)
     scores = simulation.evaluate(state)
     simulation.close()
-    metrics = metrics._replace(failed=metrics.failed[: simulation.feed.cohort])  # without those that pad it
+    metrics = metrics._replace(failed=metrics.failed[: simulation.feed.cohort])  # without the padding
     return simulation, state, jax.device_get((state, metrics)), scores
 
 
 def restore_elsewhere(state, case) -> None:
-    """A checkpoint of one mesh's shards is restored on others, each array where that mesh wants it."""
+    """Restores a checkpoint of one mesh's shards on other meshes, with each array sharded as the new mesh wants it."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), keep=1)
         checkpoints.save(2, state, {})
@@ -87,12 +87,12 @@ def restore_elsewhere(state, case) -> None:
 
 
 def check_collectives(simulation) -> None:
-    """Devices that hold whole clients talk once a step, about the body's gradient, and once a round to average.
+    """Devices that hold whole clients communicate once a step, for the body's gradient, and once a round to average.
 
-    The round's other reduction hands out the optimizers' step counter, 4 bytes, and its one gather says at which clients
-    numbers were not finite, 4 bytes a client. Where the segment's gradient is averaged, too, it goes with the body's, and
-    nothing is left for the round's end; a step's other reduction, 4 bytes, adds up what all positions weigh. All else would
-    be data that moves about.
+    The round's other reduction hands out the optimizers' step counter, 4 bytes, and its one gather tells at which clients
+    numbers were not finite, 4 bytes a client. If the segment's gradient is averaged, too, it goes with the body's, and
+    nothing is left for the round's end; a step's other reduction, 4 bytes, adds up the weights of all positions. Anything
+    else would be data moving between devices needlessly.
     """
     f = simulation.config.federated
     data = simulation.feed.draw(0)
@@ -128,7 +128,7 @@ def end_of_finetuning(strategy: str, seeds: tuple[int, ...], data: int, model: i
     kernel = state.model.client["pooler"]["kernel"]
     assert len(kernel.sharding.device_set) == data * model
     shared_out = {shard.index[0].indices(len(seeds)) for shard in kernel.addressable_shards}
-    assert len(shared_out) == (data if len(seeds) % data == 0 else 1), shared_out  # the seeds really lie apart
+    assert len(shared_out) == (data if len(seeds) % data == 0 else 1), shared_out  # the seeds really are split
     return [*jax.tree.leaves(jax.device_get((state, metrics))), tuning.logits(state.model, task.dev["dev"])]
 
 
@@ -145,7 +145,7 @@ def main() -> None:
             kernel = state.model.server["layers"]["attention"]["qkv"]["kernel"]
             assert len(kernel.sharding.device_set) == 8
             parts = {shard.index[-1].indices(16) for shard in kernel.addressable_shards}
-            assert len(parts) == mesh[1], (case, mesh, parts)  # the heads really lie apart
+            assert len(parts) == mesh[1], (case, mesh, parts)  # the heads really are split
             if case in CASES[:2]:
                 assert (simulation.feed.cohort + simulation.feed.padding) % mesh[0] == 0
             if case == CASES[0]:

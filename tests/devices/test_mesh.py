@@ -1,4 +1,4 @@
-"""Where arrays lie: eight devices give what one gives (invariant 5), and every array has a rule."""
+"""Sharding: eight devices give what one device gives (invariant 5), and every array has a rule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 def test_eight_devices_give_what_one_gives():
-    """In a process of its own: XLA takes its number of devices at the start."""
+    """Runs in a process of its own, since XLA takes its number of devices at the start."""
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FLAGS}",
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
@@ -41,7 +41,7 @@ def test_eight_devices_give_what_one_gives():
     ids=["parallel", "local", "gradients"],
 )
 def test_every_array_of_a_state_has_a_rule(federated, wire, optimizer):
-    """The last holds what a codec has lost of each client's gradients; layers are the client's and the server's."""
+    """The last case's state holds what a codec has lost of each client's gradients; both sides have layers."""
     opt = dict(name=optimizer, eps=None)
     config = tiny_config(
         model=dict(client_layers=1), federated=federated, wire=wire, client_optimizer=opt, server_optimizer=opt

@@ -1,4 +1,4 @@
-"""What JAX runs on is said; a platform that isn't there is one sentence; a GPU that lies idle is told of."""
+"""JAX's platform is printed, a missing platform gives one sentence, and an idle GPU gives a warning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_platform_that_is_not_there_is_one_sentence(setting):
 
 @pytest.mark.skipif(any(Path(f"/dev/{d}").exists() for d in ("nvidia0", "nvidiactl", "dxg")), reason="there may be a GPU")
 def test_cuda_without_a_gpu_is_one_sentence_and_beside_cpu_a_warning():
-    """JAX itself ends in a bare AssertionError, or says nothing."""
+    """JAX itself would end in a bare AssertionError, or say nothing."""
     done = start("cuda")
     assert done.returncode == 2 and done.stderr.startswith("error: JAX_PLATFORMS='cuda': there is no such platform here")
     done = start("cuda,cpu")
@@ -52,11 +52,11 @@ def test_devices_in_words(monkeypatch):
 
 
 def test_a_gpu_that_jax_cannot_use_is_told_of_in_one_line(capsys):
-    """Beneath a logger that speaks up from errors on, as commands set it."""
+    """The parent logger logs errors only, as commands set it."""
     logger, parent = logging.getLogger("jax._src.xla_bridge"), logging.getLogger("jax")
     before = parent.level, logger.level, logger.propagate, list(logger.handlers)
     parent.setLevel(logging.ERROR)
-    logger.handlers = []  # an earlier command's, in this process; one that failed has silenced everything, too
+    logger.handlers = []  # drops an earlier command's in this process; a failed one also silenced everything
     logging.disable(logging.NOTSET)
     try:
         platforms.tell_what_is_unused()

@@ -1,4 +1,4 @@
-"""Two processes train what one does, read only their own clients' text, and stop, fail and go on together."""
+"""Two processes train as one does, read only their own clients' text, and stop, fail and go on together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RUN = (
     "server_optimizer.eps=1e-3",
 )
 
-# The command, in a process that writes down which token blocks it reads. They are no arrays: read otherwise, they fail.
+# The command, in a process that records which token blocks it reads. They are not arrays, so reading otherwise fails.
 RECORDED = """
 import json, sys
 import jax, numpy as np
@@ -72,7 +72,7 @@ def rows_read(workdir: Path, name: str, process: int) -> set[int]:
 
 
 def assert_close(ours: list[dict], theirs: list[dict]) -> None:
-    """Compares metrics to float32 rounding: an all-reduce adds in another order than one device does."""
+    """Compares metrics up to float32 rounding, since an all-reduce adds in another order than one device does."""
 
     def numbers(value):
         if isinstance(value, dict):
@@ -91,7 +91,7 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
     args = command(config, workdir, *RUN)
     alone = start_alone(command(config, reference, *RUN))
 
-    # From nothing; killed with no time to say goodbye.
+    # A fresh start, killed without warning.
     processes = start_two(args, program=RECORDED)
     wait_until(lambda: rounds_in(workdir) >= 6, processes)
     for p in processes:
@@ -103,7 +103,7 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
     before, expected = lines(workdir)[:7], lines(reference)
     assert_close(before, expected[:7])
 
-    # Each has read its own clients' training blocks, and of a held-out batch its own rows.
+    # Each process has read its own clients' training blocks, and its own rows of a held-out batch.
     clients = json.loads((workdir / "data" / "meta.json").read_text())["clients"]
     starts = np.cumsum([0] + [c["train_blocks"] for c in clients])
     for process, (first, last) in enumerate(((0, 2), (2, 4))):
@@ -112,7 +112,7 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
         assert {int(np.searchsorted(starts, row, side="right")) - 1 for row in read} == set(range(first, last))
     assert len(rows_read(workdir, "heldout", 1)) < sum(c["heldout_blocks"] for c in clients)
 
-    # Again: the rounds since the last checkpoint come out as they did, to the bit. Then one is told to stop, and both do.
+    # Again: the rounds since the last checkpoint come out bit for bit as before. Then one is told to stop, and both do.
     processes = start_two(args)
     wait_until(lambda: rounds_in(workdir) >= 9, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -124,7 +124,7 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
     stopped = int(said[0].split("stopped after round ")[1].split(";")[0])
     assert stopped == rounds_in(workdir) < 20
 
-    # The rest in one process. And one process's run in two, where nothing is left but to export.
+    # The rest in one process; and the one-process run in two processes, with nothing left to do but export.
     again = tmp_path / "again"
     shutil.copytree(reference, again)
     shutil.rmtree(again / "hf")
@@ -144,7 +144,7 @@ def test_two_processes_killed_resumed_and_stopped_end_as_one_process_does(tmp_pa
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_the_other_with_its_exit_code(tmp_path):
-    """Here the second sees another directory, as on machines that share no file system."""
+    """Here the second process sees another directory, as on machines that share no file system."""
     config = write_corpus(tmp_path)
     codes, _, errors = finish(start_two(command(config, tmp_path / "w"), [], ["--workdir", str(tmp_path / "elsewhere")]))
     assert codes == [2, 2]
@@ -216,5 +216,5 @@ def test_a_signal_that_another_process_told_of_first_does_not_end_this_one():
     """`tpu_vm.sh stop` signals one host after another; this one may be saving its checkpoint by then."""
     with Interrupts() as interrupts:
         interrupts.received = signal.SIGTERM  # as `settle` leaves it
-        signal.raise_signal(signal.SIGTERM)  # its own first: were it taken for the second, this would be the end
+        signal.raise_signal(signal.SIGTERM)  # its own first signal; taken for a second, it would end the process
         assert interrupts.settle() == signal.SIGTERM and interrupts.exit_code == 143
