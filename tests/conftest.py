@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 from processes import FLAGS
 
@@ -44,14 +45,15 @@ def batch(config: Config) -> MaskedBatch:
 
 # The files that take longest, longest first: two workers then end together (`--dist loadfile --no-loadscope-reorder`).
 LONGEST = (
-    "runtime/test_sharding",
+    "devices/test_mesh",
     "federated/test_rounds",
-    "test_finetune",
-    "test_distributed",
+    "glue/test_finetune",
+    "devices/test_processes",
     "test_resume",
     "test_benchmarks",
     "runtime/test_simulation",
 )
+assert all((Path(__file__).parent / f"{name}.py").is_file() for name in LONGEST)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from fedbert_jax.devices import platforms
 
 ROOT = Path(__file__).parents[2]
-START = "from fedbert_jax import cli, platforms; cli.run(lambda: print(platforms.start()))"
+START = "from fedbert_jax import cli; from fedbert_jax.devices import platforms; cli.run(lambda: print(platforms.start()))"
 
 
 def start(setting: str) -> subprocess.CompletedProcess[str]:
