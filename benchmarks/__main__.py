@@ -93,7 +93,7 @@ def find_ceiling(size: Size, fast: bool) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, ceiling: dict[str, Any], cores: int, console: Console) -> int:
-    """Measures what `parse` read, writes and prints it; returns the exit code."""
+    """Measures the rows that `parse` read, writes and prints the results; returns the exit code."""
     facts = measure.suite_facts(cores, args.processes, args.samples, ceiling)
     used = {name: size for name, size in args.sizes.items() if name in {row.size for row in args.rows}}
     record = measure.open_record(args.json, args.suite, used, facts)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.breakdown`: where a round's time goes, part by part, read off a trace of the compiled program."""
+"""`python -m benchmarks.breakdown`: where a round's time goes, part by part, from a trace of the compiled program."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def measure(size: Size, strategy: str, local_steps: int, rounds: int) -> dict[st
         for plane in planes:
             for line in plane.lines:
                 for event in line.events:
-                    if event.name in parts and not event.name.startswith(("while", "call")):  # they hold the others
+                    if event.name in parts and not event.name.startswith(("while", "call")):  # they contain the others
                         total[parts[event.name]] += event.duration_ns
     return {part: 1e-6 * total[part] / (rounds * local_steps) for part in (*PARTS, OTHER)}
 
 
 def bandwidth(numbers: int, repeats: int = 7) -> float:
-    """Returns the bytes a second that the device reads and writes when it adds two float32 arrays of so many numbers."""
+    """Returns the bytes per second that the device reads and writes when it adds two float32 arrays of `numbers` numbers."""
     import jax
     import jax.numpy as jnp
 
@@ -88,7 +88,7 @@ def main() -> None:
     facts = machine.facts(machine.limit_cores(None))
     found: dict[str, Any] = {name: measure(SIZES[args.size], name, args.local_steps, args.rounds) for name in args.strategy}
     size = SIZES[args.size]
-    numbers = size.vocab * size.hidden  # of a word table
+    numbers = size.vocab * size.hidden  # in a word table
     speed = bandwidth(size.clients * numbers)
     if args.json:
         result = {
@@ -109,7 +109,7 @@ def main() -> None:
     console = Console(width=200)
     console.print(table)
     console.print("Times of the operations as traced, those on several threads added up.", highlight=False)
-    # AdamW reads parameters, gradients and two moments, and writes all but the gradients: 28 bytes a number.
+    # AdamW reads parameters, gradients and two moments, and writes all but the gradients: 28 bytes per number.
     least = 1e3 * 28 * numbers / speed
     console.print(
         f"Adding arrays moves {1e-9 * speed:.1f} GB/s here. At that, AdamW of one word table takes {least:.1f} ms at least, "

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.ceiling`: the matmul ceiling of the device, which a training step's FLOP/s are a share of.
+"""`python -m benchmarks.ceiling`: the device's matmul ceiling, of which a training step's FLOP/s are a share.
 
-The best of many large square matrix products, in JAX and in torch; the better of the two counts.
+It is the speed of the best of many large square matrix products, in JAX and in torch; the better of the two counts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 
 def measure(dtype: str, device: str, n: int, seconds: float = 2.0) -> dict[str, Any]:
-    """Returns the FLOP/s of each library, the better one's name, and the device's.
+    """Returns the FLOP/s of each library, the name of the better one, and the name of the device.
 
     Args:
       dtype: `float32` or `bfloat16`.
-      device: `cpu` or `gpu`; a `gpu` that is not there is the CPU.
+      device: `cpu` or `gpu`; without a GPU, `gpu` means the CPU.
       n: rows and columns of the matrices.
       seconds: how long each library tries.
     """
@@ -50,7 +50,7 @@ def _jax_product(dtype: str, n: int) -> tuple[Callable[[], None], float]:
     import jax
     import jax.numpy as jnp
 
-    times = 1 if jax.default_backend() == "cpu" else 20  # a product is too short to be launched one by one
+    times = 1 if jax.default_backend() == "cpu" else 20  # products are too short to be launched one by one
     a, b = (0.01 * jax.random.normal(jax.random.key(k), (n, n), jnp.float32).astype(dtype) for k in (0, 1))
     compiled = jax.jit(lambda a, b: jax.lax.fori_loop(0, times, lambda _, x: x @ b, a)).lower(a, b).compile()
     return lambda: jax.block_until_ready(compiled(a, b)), 2.0 * n**3 * times

@@ -1,6 +1,6 @@
 """`python -m benchmarks.clients`: what a round costs in time and memory when 10, 1,000 or 10,000 clients exist.
 
-The cohort stays as it is. Each number of clients is measured in a process of its own, so that its peak memory is its own.
+The cohort stays the same. Each number of clients is measured in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import machine
 
-# JAX and the package are imported in `measure`, by the children alone: Linux hands a parent's peak memory on to its child.
+# JAX and the package are imported in `measure`, only by the children: Linux hands a parent's peak memory on to its child.
 
 MEAN_BLOCKS, LENGTH, VOCAB = 4, 128, 4096
 SIZES: dict[str, dict[str, int]] = {
@@ -44,7 +44,7 @@ def measure(
     at_once: int | None = None,
     strategy: str = "parallel",
 ) -> dict[str, Any]:
-    """Trains in this process with `num_clients` clients; returns its times and memory, which JSON can hold."""
+    """Trains in this process with `num_clients` clients; returns times and memory in a form that JSON can hold."""
     import dataclasses
 
     import jax
@@ -109,7 +109,7 @@ def measure(
 
 
 def synthetic_blocks(num_clients: int) -> tuple[Any, Any]:
-    """Draws training blocks, `MEAN_BLOCKS` a client on average and uneven, and one held-out block a client."""
+    """Draws training blocks, unevenly, `MEAN_BLOCKS` per client on average, and one held-out block per client."""
     import numpy as np
 
     from fedbert_jax.data.blocks import TokenBlocks
@@ -119,7 +119,7 @@ def synthetic_blocks(num_clients: int) -> tuple[Any, Any]:
 
     def draw(blocks_per_client: np.ndarray) -> TokenBlocks:
         tokens = np.empty((int(blocks_per_client.sum()), LENGTH), np.uint16)
-        for rows in np.array_split(tokens, 1 + len(tokens) // 4096):  # the generator's wider type never exists in full
+        for rows in np.array_split(tokens, 1 + len(tokens) // 4096):  # never holds all in the generator's wider dtype
             rows[:] = rng.integers(5, VOCAB, rows.shape)
         tokens[:, 0] = 2  # [CLS]
         return TokenBlocks(tokens, np.concatenate([[0], np.cumsum(blocks_per_client)]).astype(np.int64))

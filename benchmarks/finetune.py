@@ -54,7 +54,7 @@ def synthetic_model(root: Path, hidden: int = 128) -> Path:
 
 
 def make_sides(model: Path, glue: Path, rounds: int, root: Path) -> dict[str, Side]:
-    """Builds both sides from the same weights; a call of one trains on the next `rounds` rounds of the same stream."""
+    """Builds both sides from the same weights; each call of a side trains on the next `rounds` rounds of the same stream."""
     import jax
 
     from fedbert_jax import config as config_lib
@@ -80,7 +80,7 @@ def make_sides(model: Path, glue: Path, rounds: int, root: Path) -> dict[str, Si
     tuning = Finetuning(config, read_task(config, tokenizer), start, (0,))
     state, _ = tuning.init_state()
     ft.export(tuning, state, tokenizer, root / "start")
-    lengths = {}  # a round of each padded length, to compile and to warm up with
+    lengths = {}  # a round of each padded length, for compiling and warming up
     for n in range(tuning.rounds // 10):  # two epochs
         lengths.setdefault(tuning.batches(n).tokens.shape[-1], n)
     for n in lengths.values():
@@ -119,10 +119,10 @@ def make_sides(model: Path, glue: Path, rounds: int, root: Path) -> dict[str, Si
 
 
 def torch_loop(start: Path, tuning: Any, lengths: dict[int, int]) -> tuple[Callable[[list[Any]], float], float]:
-    """Returns (batches of rounds -> mean loss) of a plain loop over `BertForSequenceClassification`, and its first loss.
+    """Returns a plain loop over `BertForSequenceClassification`, (batches of rounds -> mean loss), and its first loss.
 
-    As people write it, at its best settings: SDPA attention, fused AdamW, foreach clipping (of each segment, as ours),
-    gradients set to None.
+    It is the loop that people write, with the best settings: SDPA attention, fused AdamW, foreach clipping (of each
+    segment, like ours), gradients set to None.
     """
     import torch
     from transformers import AutoModelForSequenceClassification

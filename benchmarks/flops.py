@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, counted from the model's shape, not measured.
 
-A multiply-add is two operations, a backward pass costs twice its forward pass. Embedding lookups, LayerNorm, softmax, GELU
-and the optimizer are left out, as is everything that a backward pass computes again.
+A multiply-add is two operations, and a backward pass costs twice its forward pass. Embedding lookups, LayerNorm, softmax,
+GELU and the optimizer are left out, as is everything that a backward pass computes again.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from benchmarks.sizes import Size
 
 
 class Flops(NamedTuple):
-    """Operations a token of the global batch."""
+    """Operations per token of the global batch."""
 
-    needed: float  # by the model as it is written down: all its layers at all positions
-    executed: float  # without what the side leaves out: the last layer where nothing asks for it
+    needed: float  # by the model as it is defined: all its layers at all positions
+    executed: float  # without what the side leaves out: the last layer at positions where it is not needed
 
 
 def per_token(size: Size, logits_everywhere: bool = False, last_layer_pruned: bool = False) -> Flops:
-    """Counts forward and backward pass of the model.
+    """Counts the forward and backward passes of the model.
 
     Args:
       size: of the model.
-      logits_everywhere: the head and the logits are made at all positions, not only at the masked ones.
-      last_layer_pruned: the last layer makes its queries, output and feed-forward at the masked positions alone.
+      logits_everywhere: the head and the logits are computed at all positions, not only at the masked ones.
+      last_layer_pruned: the last layer computes its queries, output and feed-forward only at the masked positions.
     """
     d, t, m = size.hidden, size.length, size.masked
     body = 6 * size.layers * 12 * d * d  # 4 D x D for attention, two of D x 4D

@@ -23,7 +23,7 @@ from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Cohort, Pair, State, pick
 from fedbert_jax.models.bert import make_segments
 
-# Names of the sides that are no strategy's: what the config says of them.
+# The settings of sides that are not named after a strategy.
 NAMED = {
     "merged": dict(strategy="parallel", body="merged"),
     "parallel-gradients": dict(strategy="parallel", average="gradients"),
@@ -31,9 +31,9 @@ NAMED = {
 
 
 class Started(NamedTuple):
-    """A compiled round and what it begins with."""
+    """A compiled round and its first inputs."""
 
-    compiled: Any  # (state, cohort) -> (state, metrics); uses its state up
+    compiled: Any  # (state, cohort) -> (state, metrics); its state is donated
     state: State
     cohort: Cohort
     compile_seconds: float  # tracing, lowering and compiling
@@ -42,9 +42,9 @@ class Started(NamedTuple):
 def start_round(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Started:
     """Compiles a strategy's round of `local_steps` steps: masking, both optimizers and averaging, with donated state.
 
-    `centralized` trains the same C * B sequences a step as one batch. `merged` is `parallel` with a body a client, and
-    `parallel-gradients` averages the clients' gradients in each step. With `chunks`, a client's logits exist in so many
-    parts, one at a time.
+    `centralized` trains on the same C * B sequences per step as one batch. `merged` is `parallel` with one body per client,
+    and `parallel-gradients` averages the clients' gradients in each step. With `chunks`, a client's logits are computed in
+    that many parts, one at a time.
     """
     chosen = make_strategy(make_setting(size, strategy, local_steps, chunks))
     tokens = random_blocks(size, local_steps)
@@ -61,7 +61,7 @@ def start_round(size: Size, strategy: str, local_steps: int, chunks: int = 1) ->
 
 
 def round_side(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Side:
-    """Makes a side of `start_round`."""
+    """Makes a side from `start_round`."""
     compiled, state, cohort, compile_seconds = start_round(size, strategy, local_steps, chunks)
     initial = float(_loss_of(size)(fresh_model(size), cohort.rows[0].reshape(size.rows, size.length)))
     rounds = 0
@@ -69,7 +69,7 @@ def round_side(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> 
     def run() -> float:
         nonlocal state, rounds
         now = cohort._replace(round=jax.device_put(np.int32(rounds)))
-        with jax.transfer_guard("disallow"):  # a round leaves the device for nothing
+        with jax.transfer_guard("disallow"):  # a round never leaves the device
             state, metrics = compiled(state, now)
             jax.block_until_ready((state, metrics))
         rounds += 1
@@ -88,7 +88,7 @@ def round_side(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> 
 
 
 def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -> Setting:
-    """Builds what a strategy is made from, with AdamW at a constant rate and no clipping in both segments."""
+    """Builds the setting of a strategy, with AdamW at a constant rate and no clipping in both segments."""
     adamw = dict(
         name="adamw",
         learning_rate=size.learning_rate,
@@ -123,7 +123,7 @@ def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -
 
 
 def mask_spec(size: Size) -> MaskSpec:
-    """Returns what masking needs to know: M positions of any tokens but the special ones."""
+    """Returns what masking needs to know: M positions, of any tokens except the special ones."""
     return MaskSpec(num_masked(MASK_PROB, size.length), size.vocab, MASK, (PAD, UNK, CLS, SEP, MASK), None)
 
 

@@ -16,14 +16,14 @@ from benchmarks import machine
 from benchmarks.sizes import SIZES, Size
 from benchmarks.tables import markdown
 
-# BERT-tiny: what little body there is leaves the word table and its logits.
+# BERT-tiny: its body is so small that the word table and its logits dominate.
 TINY = dataclasses.replace(SIZES["small"], hidden=128, layers=2, heads=2, batch=64)
 STRATEGIES = ("centralized", "parallel")
 CHUNKS = (1, 2, 4, 8)
 
 
 def measure(size: Size, samples: int) -> list[dict[str, Any]]:
-    """Times rounds of one step, all variants in turn; memory is what the compiler counts for a round's temporary arrays."""
+    """Times rounds of one step, all variants in turn; memory is the compiler's count for a round's temporary arrays."""
     import jax
 
     from benchmarks.jax_sides import start_round

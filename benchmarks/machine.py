@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 # glibc gives each large buffer back to the system when it is freed, and the next step faults it in again, page by page.
-# Logits everywhere are 250 MB a step and eight clients' word tables as much, so this decides everybody's speed. These are
-# glibc's settings, read when a process starts: freed memory is kept, by all threads alike, in huge pages.
+# Logits everywhere take 250 MB per step and eight clients' word tables as much, so this decides the speed of every side.
+# With these settings, which glibc reads when a process starts, all threads keep freed memory, in huge pages.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
@@ -23,7 +23,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
 
 def keep_freed_memory() -> None:
-    """Starts this process again with `MALLOC` set, unless it is set; does nothing where malloc is not glibc's."""
+    """Starts this process again with `MALLOC` set, unless it is set; does nothing if malloc is not glibc's."""
     if platform.libc_ver()[0] != "glibc" or all(os.environ.get(k) == v for k, v in MALLOC.items()):
         return
     sys.stdout.flush()
@@ -34,7 +34,7 @@ def limit_cores(count: int | None) -> int:
     """Keeps this process to `count` of its cores, JAX and torch alike; call before either starts threads.
 
     Returns:
-      How many cores there are to use.
+      How many cores the process may use.
     """
     if not hasattr(os, "sched_getaffinity"):  # macOS: JAX cannot be limited there
         return os.cpu_count() or 1
@@ -47,13 +47,13 @@ def limit_cores(count: int | None) -> int:
 
 
 def facts(cores: int) -> dict[str, Any]:
-    """Returns what a reader needs to judge numbers taken here; JSON can hold it."""
+    """Returns what a reader needs to judge numbers measured here; JSON can hold it."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_name(),
         "cores": cores,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average": round(os.getloadavg()[0], 2),  # of the last minute: much more than 0 at the start is a busy machine
+        "load_average": round(os.getloadavg()[0], 2),  # of the last minute: if much more than 0 at the start, it is busy
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

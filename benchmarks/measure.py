@@ -1,4 +1,4 @@
-"""Measures a suite's rows: builds sides when a row first needs them, frees them after the last, keeps the record."""
+"""Measures a suite's rows: builds sides when a row first needs them, frees them after the last row, keeps the record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.pairs import Row, Side, compare, summary
 from benchmarks.sides import make_side, missing
 from benchmarks.sizes import Size
 
-COMPILATIONS = 3  # of a row that times them, each in a process of its own
+COMPILATIONS = 3  # for a row that times them, each in a process of its own
 
 Record = dict[str, Any]  # `new_record` says what it holds
 
@@ -23,12 +23,12 @@ class Bench:
 
     Args:
       sizes: by name.
-      samples: pairs a row.
-      processes: `one`: both sides of a pair live in this process. `two`: each in one of its own. `turns`: each in one of
-        its own that ends while the other side runs, where the device's memory doesn't hold both.
+      samples: pairs per row.
+      processes: `one`: both sides of a pair live in this process. `two`: each side has a process of its own. `turns`: that
+        process ends while the other side runs, for when the device's memory doesn't hold both.
       ceiling: FLOP/s of the device's matmuls.
-      memory: start each side once more, in a process of its own, for its peak memory (with `one`; the others know it).
-      note: is told what is under way.
+      memory: with `one`, start each side once more, in a process of its own, for its peak memory (the others know it).
+      note: called with what is under way.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Bench:
         self.sides: dict[tuple[str, str], Side] = {}  # by size and name
 
     def measure(self, row: Row, later: Sequence[Row] = ()) -> dict[str, Any]:
-        """Measures a row; what it needs and no `later` row does is freed. A failure is returned, not raised."""
+        """Measures a row, then frees its sides that no `later` row needs. A failure is returned, not raised."""
         self.note(f"{row.size}: {row.name} ...")
         size = self.sizes[row.size]
         needed = {(row.size, name) for name in (row.a, row.b) if name}
@@ -98,7 +98,7 @@ class Bench:
         return summary(row, [a.flops.executed / s / self.ceiling for s in seconds]) | {"a": a.name}
 
     def _rest(self, row: Row | None = None) -> None:
-        """Ends the processes of sides that `row` doesn't need: the device's memory is for its pair."""
+        """Ends the processes of sides that `row` doesn't need, so that its pair has the device's memory."""
         for (size_name, name), side in self.sides.items():
             if row is None or size_name != row.size or name not in (row.a, row.b):
                 side.rest()
@@ -112,7 +112,7 @@ class Bench:
         return summary(row, seconds) | {"a": side.name}
 
     def facts(self) -> list[dict[str, Any]]:
-        """Returns what was found out about each side that samples were taken of; JSON can hold it."""
+        """Returns what was measured of each side that has samples; JSON can hold it."""
         found = []
         for (size_name, key), side in self.sides.items():
             if not side.seconds or side.flops is None:
@@ -143,7 +143,7 @@ class Bench:
 
 
 def run(bench: Bench, record: Record, rows: Sequence[Row], save: Callable[[Record], None] = lambda _: None) -> Record:
-    """Measures rows into a record, which is saved after each, and returns it. The last of its machines is this one."""
+    """Measures rows into a record, saves it after each row, and returns it. The last of its machines is this one."""
     date = list(record["machines"])[-1]
     try:
         for n, row in enumerate(rows):
@@ -164,7 +164,7 @@ def add_memory(
     save: Callable[[Record], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Record:
-    """Starts each side of a record's `rows` that was measured without its peak memory once, for that, and returns it."""
+    """Starts once each side of a record's `rows` whose peak memory is missing, adds it, and returns the record."""
     asked = {(row.size, name) for row in rows for name in (row.a, row.b)}
     for side in record["sides"]:
         if side["peak_bytes"] is None and (side["size"], side["key"]) in asked:
@@ -175,14 +175,14 @@ def add_memory(
 
 
 def new_record(suite: str) -> Record:
-    """Returns a record of nothing: the machines by date, the sizes, and what was measured of rows and sides."""
+    """Returns an empty record: the machines by date, the sizes, and what was measured of rows and sides."""
     return {"benchmark": "suite", "suite": suite, "machines": {}, "sizes": {}, "rows": [], "sides": []}
 
 
 def open_record(path: Path | None, suite: str, sizes: Mapping[str, Size], facts: dict[str, Any]) -> Record:
-    """Reads a record to go on with, or makes one; enters this machine.
+    """Reads a record to go on with, or makes one, and adds this machine.
 
-    Rows stay that this run doesn't measure again, except those of a size that is another now.
+    Rows that this run doesn't measure again stay, except those of a size that has changed.
     """
     record = json.loads(path.read_text()) if path is not None and path.exists() else new_record(suite)
     if record.get("benchmark") != "suite" or record["suite"] != suite:

@@ -1,4 +1,4 @@
-"""Two programs against one another on a noisy machine: paired, interleaved samples, and the ratios of the pairs."""
+"""Compares two programs on a noisy machine: paired, interleaved samples, and the ratios of the pairs."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def _nothing() -> None:
 
 @dataclass
 class Side:
-    """A program to be timed: a call of `run` does the work of `tokens` tokens, waits for its end and returns its loss."""
+    """A program to be timed: a call of `run` does the work of `tokens` tokens, waits for its end and returns the loss."""
 
     name: str
     tokens: int
     run: Callable[[], float]
-    guess: float  # the loss of knowing nothing
+    guess: float  # the loss of a model that knows nothing
     initial_loss: float
     compile_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     flops: Flops | None = None
-    seconds: list[float] = field(default_factory=list)  # a token, of the samples that rows were made of
+    seconds: list[float] = field(default_factory=list)  # per token, of the samples that rows were made of
     peak_bytes: int | None = None
     ready: Callable[[], None] = _nothing  # makes it run again after a rest
     rest: Callable[[], None] = _nothing  # gives its memory back; only a side with a process of its own can
     close: Callable[[], None] = _nothing
 
     def timed(self) -> float:
-        """Runs once; returns seconds a token.
+        """Runs once; returns seconds per token.
 
         Raises:
-          RuntimeError: if a call that is not the first compiled something: its time would be the compiler's.
+          RuntimeError: if a call other than the first compiled something: its time would be the compiler's.
         """
         before = compilations()
         start = time.perf_counter()
@@ -52,16 +52,16 @@ class Side:
         return seconds / self.tokens
 
     def check(self) -> None:
-        """Raises unless this side starts at a guess and learns, so that nobody measures a broken program."""
+        """Raises RuntimeError unless this side starts at a guess and learns, so that nobody measures a broken program."""
         if not abs(self.initial_loss - self.guess) < 0.15:
             raise RuntimeError(f"{self.name}: first loss {self.initial_loss:.3f}, expected {self.guess:.3f}, a guess.")
         while not self.losses[-1] < self.initial_loss - 0.05:
             if len(self.losses) >= 32:
                 raise RuntimeError(f"{self.name}: the loss does not fall: {self.initial_loss:.3f}, then {self.losses}.")
-            self.timed()  # few samples of few steps have not shown it yet
+            self.timed()  # a few samples of a few steps may not have shown it yet
 
     def free(self) -> None:
-        """Lets go of the side's model, after the last row that needs it."""
+        """Frees the side's model, after the last row that needs it."""
         self.close()
         self.run = self._freed
 
@@ -73,7 +73,7 @@ class Side:
 class Row:
     """A measurement to make.
 
-    `ratio`: how many times as many tokens a second as `b` does `a` train? `share`: which share of the device's matmul
+    `ratio`: on how many times as many tokens per second as `b` does `a` train? `share`: which share of the device's matmul
     ceiling does `a` reach? `seconds`: how long does the compilation of `a` take?
     """
 
@@ -95,14 +95,14 @@ class Row:
 def compare(row: Row, a: Side, b: Side, tokens_per_step: int, samples: int, turns: bool = False) -> dict[str, Any]:
     """Measures a row of two sides.
 
-    Each sample runs both sides once, one right after the other, alternately `a` and `b` first: what slows the machine
-    down for a while meets both, and a drift favours neither. The ratio is taken within a sample.
+    Each sample runs both sides once, one right after the other, with `a` and `b` first in turn: a temporary slowdown of the
+    machine meets both, and a drift favours neither. The ratio is taken within a sample.
 
     Args:
       row: the comparison.
       a: the side whose speed is the numerator.
       b: the side whose speed is the denominator.
-      tokens_per_step: tokens of the global batch; the milliseconds returned are for so many.
+      tokens_per_step: tokens of the global batch; the milliseconds returned are for that many.
       samples: pairs to measure.
       turns: one side rests while the other runs.
 
@@ -118,7 +118,7 @@ def compare(row: Row, a: Side, b: Side, tokens_per_step: int, samples: int, turn
 
     for side, other in ((a, b), (b, a)):
         if not side.losses:
-            sample(side, other)  # the first call pays for what later ones find ready
+            sample(side, other)  # the first call has costs that later ones don't
     seconds: list[tuple[float, float]] = []
     for n in range(samples):
         gc.collect()
@@ -164,7 +164,7 @@ def summary(row: Row, values: list[float]) -> dict[str, Any]:
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """Returns the first and third quartile; of one value, that value twice."""
+    """Returns the first and third quartile; for one value, that value twice."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -172,8 +172,8 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def guess_loss(vocab_size: int, hidden_size: int) -> float:
-    """Returns the cross-entropy in nats that an untrained model has: a uniform guess's and half its logits' variance.
+    """Returns an untrained model's cross-entropy in nats: that of a uniform guess plus half the variance of its logits.
 
-    Its last hidden states are normalised and its word table is drawn with BERT's standard deviation of 0.02.
+    Its last hidden states are normalised, and its word table is drawn with BERT's standard deviation of 0.02.
     """
     return math.log(vocab_size) + 0.02**2 * hidden_size / 2

@@ -1,4 +1,4 @@
-"""A centralised BERT in JAX and optax alone, as one writes it without a library: what fedbert_jax's own form is worth.
+"""A centralised BERT in JAX and optax only, as one writes it without a library, to compare fedbert_jax's own form with.
 
 One jitted step with donated state, called in a loop; [B, T, D] throughout, a scan over stacked layers, logits at the masked
 positions. Only the drawing of masks is fedbert_jax's, so that the work is the same.
@@ -56,7 +56,7 @@ def layer_norm(p: Params, x: jax.Array) -> jax.Array:
 
 
 def linear(p: Params, x: jax.Array) -> jax.Array:
-    """Applies a dense layer in x's type."""
+    """Applies a dense layer in x's dtype."""
     return x @ p["kernel"].astype(x.dtype) + p["bias"].astype(x.dtype)
 
 
@@ -81,7 +81,7 @@ def loss_fn(params: Params, batch: Any, size: Size) -> jax.Array:
 
 
 def plain_side(size: Size, steps: int) -> Side:
-    """Makes a side of the plain step, `steps` a call."""
+    """Makes a side from the plain step, `steps` of them per call."""
     decays = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
         lambda path, _: path[-1].key not in ("bias", "scale"), params
     )

@@ -8,7 +8,7 @@ from benchmarks.pairs import Side
 from benchmarks.sizes import Size
 
 STRATEGIES = ("centralized", "parallel", "sequential", "merged")
-WAYS = ("", "-1", "-chunks")  # behind a strategy: rounds of one local step; logits at a quarter of the positions at a time
+WAYS = ("", "-1", "-chunks")  # after a strategy: rounds of one local step; logits at a quarter of the positions at a time
 JAX = (*(name + way for name in STRATEGIES for way in WAYS), "parallel-gradients", "plain")
 TORCH = (
     "hf",
@@ -52,7 +52,7 @@ def make_side(name: str, size: Size) -> Side:
 
 
 def load(family: str) -> None:
-    """Imports all that sides of a family (`jax` or `torch`) are built from: what a process holds before its side."""
+    """Imports everything that sides of a family (`jax` or `torch`) are built from, which a process holds before its side."""
     if family == "jax":
         import jax
 

@@ -15,7 +15,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4  # optax's default decay
 
 @dataclass(frozen=True)
 class Size:
-    """The model, the data, the federation, and the arithmetic."""
+    """The sizes of the model, the data and the federation, and the arithmetic."""
 
     hidden: int
     layers: int
@@ -25,7 +25,7 @@ class Size:
     clients: int = 8  # C
     batch: int = 2  # B, per client
     steps: int = 8  # local steps of a round; a call of a side is a round
-    hf_steps: int = 2  # global batches a call of the sides that make logits everywhere: their steps are long
+    hf_steps: int = 2  # global batches per call of the sides that make logits everywhere, whose steps are long
     learning_rate: float = LEARNING_RATE
     dtype: str = "float32"  # of matmuls and activations; parameters and optimizers are float32
     device: str = "cpu"  # or gpu
@@ -51,8 +51,8 @@ def _base(length: int, **changes: object) -> Size:
     return Size(**(dict(hidden=768, layers=12, heads=12, vocab=30522, length=length, learning_rate=1e-4) | changes))  # type: ignore[arg-type]
 
 
-# A round of BERT-base takes many seconds on a CPU, hence its short calls. On the GPU both sides of a pair lie in its memory
-# together, so each may take less than half of 80 GB; logits everywhere are what decides that.
+# A round of BERT-base takes many seconds on a CPU, hence its short calls. On the GPU, both sides of a pair are in memory
+# together, so each may take less than half of 80 GB, which is decided by logits everywhere.
 _GPU: dict[str, object] = dict(clients=16, hf_steps=8, dtype="bfloat16", device="gpu")
 SIZES = {
     "small": Size(hidden=256, layers=4, heads=4, vocab=30522, length=128),
@@ -60,7 +60,7 @@ SIZES = {
     "base-128": _base(128, batch=16, **_GPU),
     "base-512": _base(512, batch=4, **_GPU),
     "large-512": _base(512, hidden=1024, layers=24, heads=16, batch=2, **_GPU),
-    # For debugging: its ratios mean nothing. torch.compile captures the graph, and generates no code.
+    # For debugging: its ratios mean nothing. torch.compile captures the graph but generates no code.
     "fast": Size(hidden=32, layers=2, heads=2, vocab=512, length=32, clients=3, steps=4, compiler="eager"),
 }
 
@@ -68,7 +68,7 @@ SIZES = {
 def random_blocks(size: Size, steps: int) -> np.ndarray:
     """Draws the blocks of `steps` steps, uint16 [K, C, B, T]; each side trains on these again and again.
 
-    Tokens are as uneven as words are (Zipf's law), so a model that works learns quickly which are common: its loss falls.
+    Tokens are as uneven as words (Zipf's law), so a model that works soon learns which are common, and its loss falls.
     """
     rng = np.random.default_rng(0)
     share = np.cumsum(1.0 / np.arange(10, size.vocab - FIRST + 10))

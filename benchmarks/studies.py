@@ -1,4 +1,4 @@
-"""The studies that `python -m benchmarks.study` knows, as data: which configs, with what changed, over how many seeds."""
+"""The studies that `python -m benchmarks.study` knows, as data: which configs, with which changes, over how many seeds."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Changes = Mapping[str, Any]  # of a config, by dotted key; "{model}", "{text}" in a value are what the command names
+Changes = Mapping[str, Any]  # to a config, by dotted key; "{model}" and "{text}" in a value are the command's paths
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things compared."""
+    """One of the configurations compared."""
 
     config: str  # a file of configs/
     changes: Changes = field(default_factory=dict)
@@ -29,12 +29,12 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Study:
-    """What is run, and beside which arm the others are put."""
+    """What is run, and the arm with which the others are compared."""
 
     about: str
     arms: Mapping[str, Arm]
     baseline: str  # an arm
-    changes: Changes = field(default_factory=dict)  # of every arm
+    changes: Changes = field(default_factory=dict)  # to every arm
     seeds: int = 3
     needs: tuple[str, ...] = ()  # which of --model, --text and --glue
     tasks: tuple[
@@ -44,8 +44,8 @@ class Study:
 
 QUIET = {"fill_mask": "()"}
 
-# What is tried for `parallel` that averages every eight steps: with uniform weights each client's AdamW sees as many rows as
-# the others', and a higher rate at the clients makes up for the noise of its few.
+# Variants of `parallel` that average every eight steps: with uniform weights, each client's AdamW sees as many rows as the
+# others', and a higher rate at the clients makes up for the noise of so few rows.
 EIGHT = {"federated.weighting": "uniform", "federated.local_steps": 8}
 HALF = {"federated.batch_size": 2, "federated.rounds": 280}  # twice the steps with the same tokens
 RECIPES = {
@@ -68,7 +68,7 @@ SMALL_GLUE = (
     Tasks(("STS-B",), 3.0, 3e-4, "pearson"),
 )
 
-# 64 clients, each the reviews of one film; 16 take part in a round, so each trains a quarter of the rounds on average.
+# 64 clients, each with the reviews of one film; 16 take part in a round, so each trains a quarter of the rounds on average.
 FILMS = {
     "data.source": "text:{text}",
     "data.text_field": "text",
@@ -94,7 +94,7 @@ CONTINUED = {
     "server_optimizer.warmup_steps": 20,
 }
 SIXTEEN = {"federated.clients_per_round": 16, "federated.rounds": 100}  # x 16 x 4 x 4 x 128 tokens: 3.28 million
-ALL = {"federated.rounds": 25, "eval.every_rounds": 5}  # `local` keeps a model a client, so all 64 take part in every round
+ALL = {"federated.rounds": 25, "eval.every_rounds": 5}  # `local` keeps a model per client, so all 64 take part each round
 
 STUDIES = {
     "strategies": Study(

@@ -1,6 +1,6 @@
 """`python -m benchmarks.study NAME`: configs x seeds, then a comparison. benchmarks/studies.py says what each study runs.
 
-It calls the commands a user would. Each run has a workdir and a log in `runs/NAME`, so a study can be stopped, and goes on.
+It calls the commands that a user would. Each run has a workdir and a log in `runs/NAME`, so a stopped study can go on.
 `--config.KEY=VALUE` changes every run.
 """
 
@@ -48,7 +48,7 @@ def glue_command(model: Path, glue: Path, tasks: Tasks, seeds: int, workdir: Pat
 
 
 def run(name: str, command: list[str], root: Path, say: Any) -> None:
-    """Runs a command to its end, unless that has been done: its output goes to a log.
+    """Runs a command to its end, unless that has been done; its output goes to a log.
 
     Raises:
       Stopped: if it fails, or is interrupted.
@@ -64,10 +64,10 @@ def run(name: str, command: list[str], root: Path, say: Any) -> None:
 
 
 def all_of(jobs: dict[str, list[str]], root: Path, at_once: int, say: Any) -> None:
-    """Runs commands by name, so many at once.
+    """Runs commands by name, `at_once` at a time.
 
     Raises:
-      SystemExit: if one of them stopped; those that have been begun come to their end first.
+      SystemExit: if one of them stopped; those that have begun come to their end first.
     """
     with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(run, name, command, root, say) for name, command in jobs.items()]
@@ -79,7 +79,7 @@ def all_of(jobs: dict[str, list[str]], root: Path, at_once: int, say: Any) -> No
             raise SystemExit(str(error) or "stopped; the same command goes on from there") from None
 
 
-# --- what came of it --------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def judge(losses: dict[str, dict[int, float]], baseline: str) -> dict[str, dict[str, Any]]:
@@ -92,7 +92,7 @@ def judge(losses: dict[str, dict[int, float]], baseline: str) -> dict[str, dict[
     Returns:
       By arm: its `mean` and `deviation` (of a sample, over seeds); `differences` from the baseline, seed by seed, their mean
       `difference` and its standard error `error`; `within`, whether the difference is no larger than the larger deviation of
-      the two. Without a second seed there is no spread, and what depends on it is None.
+      the two. Without a second seed there is no spread, and values that depend on it are None.
     """
     found: dict[str, dict[str, Any]] = {}
     for arm, by_seed in losses.items():
@@ -144,7 +144,7 @@ def heldout(model: Path, pretrained: Path) -> float:
 
 
 def pretraining(study: Study, runs: dict[str, dict[int, Path]]) -> tuple[str, dict[str, Any]]:
-    """Returns the comparison of an study's runs as Markdown, and the numbers behind it."""
+    """Returns the comparison of a study's runs as Markdown, and the numbers behind it."""
     from fedbert_jax.report import comparison
     from fedbert_jax.report.runs import load_run
 

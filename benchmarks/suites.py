@@ -1,4 +1,4 @@
-"""The suites: which sides are compared at which size, and what is asked of them."""
+"""The suites: which sides are compared at which size, and the targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.sizes import SIZES, Size
 
 @dataclass(frozen=True)
 class Suite:
-    """Rows that are measured on one kind of device."""
+    """The rows measured on one kind of device."""
 
     name: str
     rows: tuple[Row, ...]
@@ -25,7 +25,7 @@ class Suite:
         return {row.size: SIZES[row.size] for row in self.rows}
 
     def rows_at(self, fast: bool) -> tuple[Row, ...]:
-        """Returns the rows; if `fast`, each once and at the size that debugs the program."""
+        """Returns the rows; if `fast`, each once and at the size for debugging the program."""
         if not fast:
             return self.rows
         once: dict[str, Row] = {}
@@ -34,7 +34,7 @@ class Suite:
         return tuple(once.values())
 
 
-# Compiling comes first: it needs no side that stays. Rows that share a side stand together, so that each is freed early.
+# Compiling comes first, since it keeps no side. Rows that share a side stand together, so that each side is freed early.
 CPU = Suite(
     "cpu",
     dtype="float32",
@@ -90,7 +90,7 @@ def _gpu_rows(size: str) -> tuple[Row, ...]:
     )
 
 
-# What needs sixteen bodies, and what costs the same at every size, is measured at one.
+# Rows that need sixteen bodies, or that cost the same at every size, are measured at one size.
 GPU = Suite(
     "gpu",
     dtype="bfloat16",

@@ -33,7 +33,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def rows_table(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
-    """Returns the table of rows; those without a result say that they are unmeasured."""
+    """Returns the table of rows; those without a result are marked as unmeasured."""
     found = {(r["size"], r["name"]): r for r in results}
     columns = ("size", "A / B", "A", "B", "A, ms:", "B, ms:", "A / B:", "quartiles", "target", "verdict")
     lines = []
@@ -95,7 +95,7 @@ def sides_table(sides: Sequence[dict[str, Any]]) -> str:
 
 
 def report(suite: Suite, record: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Returns all that is said of a suite: rows, sides, sizes, machines."""
+    """Returns the report of a suite: rows, sides, sizes, machines."""
     order = {(row.size, row.name): n for n, row in enumerate(rows)}
     results = [r for r in record["rows"] if (r["size"], r["name"]) in order]
     sizes = {row.size for row in rows}
@@ -114,7 +114,7 @@ def report(suite: Suite, record: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def describe_size(name: str, s: dict[str, Any]) -> str:
-    """Returns what a size is, in a line."""
+    """Returns a size, described in one line."""
     return (
         f"- `{name}`: {s['hidden']} x {s['layers']}, vocabulary {s['vocab']}; a global batch is {s['clients']} clients x "
         f"{s['batch']} sequences x {s['length']} tokens, and ms are for one; rounds of {s['steps']} steps; {s['dtype']}."

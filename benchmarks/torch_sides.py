@@ -27,13 +27,13 @@ Masked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens [B, T], posit
 def hf_side(size: Size, steps: int, batch: int, compiled: bool = False) -> Side:
     """Hugging Face's `BertForMaskedLM` as people run it, with logits everywhere, in steps of `batch` sequences.
 
-    Fewer than the global batch means as many more steps, all on one model: a simulator that loops over clients does
-    this and moves each client's weights in and out, too.
+    If `batch` is smaller than the global batch, there are more steps in proportion, all on one model: a simulator that
+    loops over clients does this, and moves each client's weights in and out as well.
 
     Args:
       size: of the model and the global batch.
-      steps: global batches a call.
-      batch: sequences a step.
+      steps: global batches per call.
+      batch: sequences per step.
       compiled: use `torch.compile`.
     """
     model, blocks = make_model(size), make_blocks(size, steps).reshape(-1, batch, size.length)
@@ -61,7 +61,7 @@ def gather_side(size: Size, steps: int, compiled: bool = False) -> Side:
 
 
 def split_side(size: Size, steps: int) -> Side:
-    """SplitFed over a U, done well in torch: what `parallel` does, with a loop where the clients differ.
+    """SplitFed over a U, done well in torch: the same as `parallel`, with a loop where the clients differ.
 
     Each client has its own embedding and tied head with an AdamW of its own; one body runs all clients' rows as one
     batch. After `steps` steps the clients' segments and their moments are averaged, as `parallel` does by default.
@@ -87,7 +87,7 @@ def split_side(size: Size, steps: int) -> Side:
                 ]
             )
         losses.sum().backward()
-        # The body's gradient is the mean over clients; each client's own is of its own loss.
+        # The body's gradient is the mean over clients; each client's gradient is that of its own loss.
         torch.autograd.backward(z, down.grad / size.clients)
         torch.autograd.backward(embedded, list((received.grad * size.clients).split(size.batch)))
         for optimizer in (*client_opts, body_opt):
@@ -129,13 +129,13 @@ def _one_model(
     return make_side(name, size, steps, run, initial, flops.per_token(size, logits_everywhere=everywhere))
 
 
-# --- what all of torch's sides are made of -----------------------------------------------------------------------------
+# --- shared by all of torch's sides ------------------------------------------------------------------------------------
 
 
 def make_side(
     name: str, size: Size, steps: int, run: Callable[[], torch.Tensor], initial: float, count: flops.Flops
 ) -> Side:
-    """Makes a side of a function that trains `steps` global batches and returns their mean loss."""
+    """Makes a side from a function that trains `steps` global batches and returns their mean loss."""
 
     def run_to_the_end() -> float:
         loss = run()
@@ -156,7 +156,7 @@ def device(size: Size) -> str:
 
 
 def autocast(size: Size) -> Any:
-    """Returns the context in which forward passes compute in the size's type."""
+    """Returns the context in which forward passes compute in the size's dtype."""
     return torch.autocast(device(size), torch.bfloat16, enabled=size.dtype == "bfloat16")
 
 
@@ -183,7 +183,7 @@ def make_model(size: Size) -> BertForMaskedLM:
 
 
 def client_segment(model: BertForMaskedLM) -> nn.ModuleDict:
-    """Returns what a client holds of a model; a deepcopy keeps embedding and decoder tied."""
+    """Returns the parts of a model that a client holds; a deepcopy keeps embedding and decoder tied."""
     return nn.ModuleDict({"embeddings": model.bert.embeddings, "head": model.cls})
 
 
@@ -218,7 +218,7 @@ def mlm_loss(
     labels: torch.Tensor,
     everywhere: bool = False,
 ) -> torch.Tensor:
-    """Returns the mean loss at the positions [B, M] of z [B, T, D]; `everywhere` makes all T logits for it."""
+    """Returns the mean loss at the positions [B, M] of z [B, T, D]; `everywhere` computes logits at all T."""
     if everywhere:
         spread = torch.full(z.shape[:2], -100, device=z.device).scatter_(1, positions, labels)
         return cross_entropy(head(z).flatten(0, 1), spread.flatten())

@@ -1,8 +1,8 @@
 """SplitFed (Thapa et al. 2022) over a U in torch, as its users write it: a loop over clients, each with its own step.
 
-V1: the server has a body a client, and averages them at the end of the round. V2: one body, which the clients train one
-after another. In both the clients' segments are averaged at the end, unless V2's clients hand theirs on (`relay`), which is
-FedBERT's sequential training. Moments are treated as parameters are, as fedbert_jax does by default.
+V1: the server has one body per client, and averages them at the end of the round. V2: it has one body, which the clients
+train one after another. In both, the clients' segments are averaged at the end, unless V2's clients hand theirs on
+(`relay`), which is FedBERT's sequential training. Moments are treated like parameters, as in fedbert_jax by default.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAMES = {"v1": "torch SplitFed V1", "v2": "torch SplitFed V2", "relay": "torch S
 
 
 class SplitFed:
-    """The clients, the server, and a round of theirs.
+    """The clients, the server, and their round.
 
     Args:
       version: `v1`, `v2` or `relay`.
@@ -84,7 +84,7 @@ class SplitFed:
 
 
 def splitfed_side(size: Size, steps: int, version: str, everywhere: bool) -> Side:
-    """Makes a side of rounds of `steps` local steps."""
+    """Makes a side whose rounds have `steps` local steps."""
     model, blocks = make_model(size), make_blocks(size, steps)
     initial = first_loss(model, size, blocks)
     federation = SplitFed(version, model, size, everywhere)

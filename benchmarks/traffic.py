@@ -1,4 +1,4 @@
-"""Bytes that cross for each client in each step, by what is averaged and in which codec: from shapes, without a run.
+"""Bytes that cross per client and step, by what is averaged and in which codec, computed from shapes without a run.
 
 python -m benchmarks.traffic
 """
@@ -18,7 +18,7 @@ from fedbert_jax.federated.traffic import round_traffic
 from fedbert_jax.models.bert import make_segments
 
 CLIENTS, STEPS = 8, 8
-MODELS = {  # preset, vocabulary, sequences a step and client, tokens
+MODELS = {  # preset, vocabulary, sequences per step and client, tokens
     "tiny, 4 x 128 tokens": ("tiny", 4096, 4, 128),
     "base, 8 x 128 tokens": ("base", 30522, 8, 128),
     "base, 32 x 128 tokens": ("base", 30522, 32, 128),
@@ -35,7 +35,7 @@ STEP = ("activations", "positions", "lengths", "hidden_states", "head_gradient",
 
 
 def bytes_of(preset: str, vocabulary: int, rows: int, tokens: int, settings: dict[str, str]) -> tuple[float, float]:
-    """Returns megabytes a step and client, both ways: of the step's own messages, and of averaging."""
+    """Returns megabytes per step and client, in both directions: of the step's own messages, and of averaging."""
     base = config_lib.from_dict(
         dict(
             model=dict(preset=preset),

@@ -1,4 +1,4 @@
-"""Counts what JAX and torch compile, so that a measurement can be refused that held a compilation."""
+"""Counts what JAX and torch compile, so that a measurement that included a compilation can be refused."""
 
 from __future__ import annotations
 

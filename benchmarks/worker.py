@@ -1,6 +1,6 @@
-"""A side in a process of its own: for its memory, and where two sides of a pair should not share one process.
+"""A side in a process of its own: for its memory, and for when the sides of a pair should not share one process.
 
-The parent writes one JSON object a line to the child's standard input and reads one a line back.
+The parent writes one JSON object per line to the child's standard input, and reads one per line back.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Worker:
         return self.call(self._spec)
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Asks the child; raises RuntimeError with what it says if it fails."""
+        """Sends the child a request and returns its reply; raises RuntimeError with its message if it fails."""
         assert self._child is not None and self._child.stdin is not None and self._child.stdout is not None
         name = self._spec["name"]
         try:
@@ -72,7 +72,7 @@ class Worker:
 
 
 def remote_side(name: str, size: Size) -> Side:
-    """Makes a side that lives in a child; when it rests the child ends, and another one starts from new weights."""
+    """Makes a side that lives in a child; when it rests, the child ends, and the next one starts from new weights."""
     worker = Worker(name, size)
 
     def built() -> dict[str, Any]:
@@ -125,7 +125,7 @@ def peak_of(name: str, size: Size) -> int | None:
 
 
 def peak_bytes(family: str, before: int) -> int | None:
-    """Returns the most memory the side has held: of the GPU's if it runs there, else of this process beyond `before`."""
+    """Returns the most memory the side has held: the GPU's if it runs there, else this process's beyond `before`."""
     if family == "torch":
         import torch
 
@@ -147,7 +147,7 @@ def peak_bytes(family: str, before: int) -> int | None:
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no reply
+    os.dup2(2, 1)  # so that what libraries print is not taken for a reply
 
     def reply(value: dict[str, Any]) -> None:
         replies.write(json.dumps(value) + "\n")

@@ -1,4 +1,4 @@
-"""Fixtures the tests share; the tiny model itself is in tiny.py."""
+"""Fixtures that the tests share; the tiny model itself is in tiny.py."""
 
 from __future__ import annotations
 
@@ -61,4 +61,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.path.with_suffix("").as_posix()
         return next((n for n, end in enumerate(LONGEST) if name.endswith(f"tests/{end}")), len(LONGEST))
 
-    items.sort(key=place)  # stable: within a file, and for all others, the order stays
+    items.sort(key=place)  # stable: the order within a file, and of all other files, stays

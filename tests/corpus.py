@@ -1,4 +1,4 @@
-"""A small corpus made by a seeded generator, and the command line of a run on it: for tests of whole runs."""
+"""A small corpus made by a seeded generator, and the command line of a run on it, for tests of whole runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with a compilation cache if the tests gave one: the same programs in every process."""
+    """This process's environment, including the tests' compilation cache, so that processes share their programs."""
     return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
 
 

@@ -1,7 +1,7 @@
-"""The random draws of a run, written out anew from their definition: what tests compare the package's draws with.
+"""The random draws of a run, written again from their definition, for tests to compare the package's draws with.
 
-A draw of the server's follows from the server's number, one of the clients' from the clients'. On the host it comes from
-numpy's default generator, seeded by the SHA-256 of "PARTY/SEED/TAG/NUMBER/NUMBER...". Inside a program it comes from the key
+The server's draws follow from the server's seed, the clients' from the clients'. On the host, a draw comes from numpy's
+default generator, seeded by the SHA-256 of "PARTY/SEED/TAG/NUMBER/NUMBER...". Inside a program, it comes from the key
 that is the first 8 bytes of the SHA-256 of "PARTY/SEED", into which the tag and the numbers are folded one after another.
 """
 

@@ -1,4 +1,4 @@
-"""The training command, started and waited for: alone, or in two processes on the loopback."""
+"""Starts the training command and waits for it: alone, or in two processes on the loopback."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from corpus import environment
 
-# The tests compile much and compute little: LLVM need not optimise, the older emitters are quicker; each halves the time.
+# The tests compile much and compute little: LLVM need not optimise, and older emitters are quicker; each halves the time.
 FLAGS = "--xla_backend_optimization_level=0"
-if metadata.version("jaxlib").startswith("0.10."):  # later ones end the process over a flag that they no longer have
+if metadata.version("jaxlib").startswith("0.10."):  # later versions end the process at a flag that they don't know
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 def start_alone(args: list[str], devices: int = 1) -> list[subprocess.Popen]:
-    """Starts a command in one process, with so many of XLA's fake CPU devices."""
+    """Starts a command in one process, with `devices` of XLA's fake CPU devices."""
     env = environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}"}
     return [subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
 
@@ -35,8 +35,8 @@ def start_two(args: list[str], *more: list[str], program: str | None = None) -> 
 
     Args:
       args: the training command.
-      more: further arguments, of each process alone.
-      program: Python to run for `-m fedbert_jax.main`.
+      more: further arguments for each process.
+      program: Python code to run instead of `-m fedbert_jax.main`.
     """
     flags = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     if program:
@@ -46,7 +46,7 @@ def start_two(args: list[str], *more: list[str], program: str | None = None) -> 
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> tuple[list[int], list[str], list[str]]:
-    """Waits for all; returns their exit codes, what they said, and their errors."""
+    """Waits for all processes; returns their exit codes, their output, and their errors."""
     try:
         ends = [p.communicate(timeout=timeout) for p in processes]
     finally:

@@ -1,4 +1,4 @@
-"""Sources of text for tests: files to be written, and what is read from them."""
+"""Sources of text for tests: writing files, and reading documents from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedbert_jax.errors import UserError
 
 
 def read(source: object, warnings: list[str] | None = None, **keys: Any) -> list[tuple[str, str]]:
-    """Returns text and group of each document; `warnings` gets what is warned of, which must be nothing without it."""
+    """Returns text and group of each document; collects warnings in `warnings`; without it, there must be none."""
     told: list[str] = []
     documents = read_documents(DataConfig(source=str(source), **keys), warn=told.append)
     if warnings is None:
@@ -32,7 +32,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def refused(source: object, **keys: Any) -> str:
-    """Returns the sentence in which a source is refused."""
+    """Returns the sentence with which a source is refused."""
     with pytest.raises(UserError) as caught:
         read_documents(DataConfig(source=str(source), **keys), warn=lambda _: None)
     assert "\n" not in str(caught.value)

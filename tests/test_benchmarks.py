@@ -41,8 +41,8 @@ CEILING = {
 
 @pytest.fixture(autouse=True, scope="module")
 def few_threads_and_little_garbage():
-    """Threads that wait for one another on a busy machine take longer than the tests' tiny matrices, and the collections
-    between samples longer than the samples, if they look at all that the libraries' imports have made."""
+    """On a busy machine, threads that wait for one another take longer than the tests' tiny matrices, and the collections
+    between samples take longer than the samples if they look at all objects that the libraries' imports have made."""
     torch = pytest.importorskip("torch")
     import benchmarks.torch_splitfed  # noqa: F401
 
@@ -65,7 +65,7 @@ def side(name="a", losses=(4.0, 3.0, 2.0), guess=4.0):
 def test_a_suite_runs_from_end_to_end(name, tmp_path):
     """Both suites on this CPU, the gpu suite in bfloat16.
 
-    Compiling has a test of its own; `merged` and `sequential`, which take seconds to compile, are tested with SplitFed.
+    Compiling has its own test; `merged` and `sequential`, which take seconds to compile, are tested with SplitFed.
     """
     out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png", "md")}
     args = command.parse(
@@ -93,7 +93,7 @@ def test_a_suite_runs_from_end_to_end(name, tmp_path):
     slow = ("merged", "sequential", *(["parallel-1", "parallel-chunks"] if name == "gpu" else []))
     args.rows = [row for row in args.rows if row.kind != "seconds" and row.a not in slow]
     stream = io.StringIO()
-    with jax.numpy_rank_promotion("allow"):  # the plain model is written as one writes without that check
+    with jax.numpy_rank_promotion("allow"):  # the plain model is written as one writes it without that check
         code = command.run(args, CEILING, 1, Console(file=stream))
     record = json.loads(out["json"].read_text())
     assert [r for r in record["rows"] if "failed" in r] == [] and code == 0
@@ -117,7 +117,7 @@ def test_a_suite_runs_from_end_to_end(name, tmp_path):
 
 
 def test_sides_in_processes_of_their_own():
-    """A pair may live in two processes: with their memory, which ends with them."""
+    """A pair may live in two processes, each with its own memory, which is freed when they end."""
     bench = measure.Bench({"tiny": SMALLEST}, samples=1, processes="two")
     row = pairs.Row("centralized/V2", "centralized", "v2-gather", size="tiny")
     result = json.loads(json.dumps(bench.measure(row)))
@@ -153,7 +153,7 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
 
     size = SMALLEST
     setting = jax_sides.make_setting(size, strategy, size.steps)
-    chosen = make_strategy(dataclasses.replace(setting, prepare=lambda _, batch: batch))  # they are masked already
+    chosen = make_strategy(dataclasses.replace(setting, prepare=lambda _, batch: batch))  # the batches are masked already
     blocks = jnp.asarray(sizes.random_blocks(size, size.steps), jnp.int32).reshape(-1, size.batch, size.length)
     keys = jax.random.split(jax.random.key(3), len(blocks))
     batches = jax.vmap(lambda k, b: mask_blocks(k, b, jax_sides.mask_spec(size)))(keys, blocks)
@@ -163,8 +163,8 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     model = torch_sides.make_model(size)
     tensors = huggingface.to_tensors(client, server)
     lost, unexpected = model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in tensors.items()}, strict=False)
-    assert not unexpected and all("decoder" in name for name in lost)  # which is tied
-    everywhere = version == "v1"  # the loss is the same: here one of each
+    assert not unexpected and all("decoder" in name for name in lost)  # the decoder is tied
+    everywhere = version == "v1"  # the loss is the same either way: here one of each
     theirs = SplitFed(version, model, size, everywhere)
     take = lambda x, k, c: torch.from_numpy(np.asarray(x[k, c]).astype(np.int64))  # noqa: E731
     torch_batches = [
@@ -184,14 +184,14 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
 
 
 def test_torch_split_trains_as_parallel_does():
-    """Same text, same optimizer, same averaging: after as many rounds the two losses differ by the draws alone."""
+    """Same text, same optimizer, same averaging: after equally many rounds, the losses differ only by the draws."""
     ours, theirs = sides.make_side("parallel", SMALLEST), sides.make_side("split", SMALLEST)
     v2 = sides.make_side("v2", SMALLEST)
     for one in (ours, theirs, v2):
         while len(one.losses) < 12:
             one.timed()
         one.check()
-    assert theirs.losses[-1] < theirs.losses[0] - 0.1  # so that the next line can tell learning from standing still
+    assert theirs.losses[-1] < theirs.losses[0] - 0.1  # or else the next line could not tell learning from standing still
     assert theirs.losses[-1] == pytest.approx(ours.losses[-1], abs=0.15)
 
 
@@ -240,13 +240,13 @@ def test_flops_are_counted_by_the_stated_formula():
     masked = everywhere - (6 * d * d + 6 * vocab * d) * (t - m) / t
     needed, executed = flops.per_token(size, last_layer_pruned=True)
     assert needed == pytest.approx(masked)
-    # The last layer's keys and values are made at all positions, the rest of it at the masked ones.
+    # The last layer's keys and values are computed at all positions, the rest of it at the masked ones.
     last = 6 * 2 * d * d + (6 * 10 * d * d + 12 * t * d) * m / t
     assert executed == pytest.approx(masked - (6 * 12 * d * d + 12 * t * d) + last)
 
 
 def test_a_record_is_gone_on_with(tmp_path):
-    """Rows measured before stay, unless their size is another now; a new machine is entered once it measured."""
+    """Rows measured before stay, unless their size has changed; machines without any rows left are dropped."""
     path, other = tmp_path / "r.json", dataclasses.replace(SMALLEST, batch=5)
     row = {"size": "s", "name": "a/b", "date": "monday"}
     first = measure.open_record(path, "cpu", {"s": SMALLEST}, {"date": "monday"})
@@ -271,7 +271,7 @@ def test_memory_is_added_to_the_sides_that_lack_it(monkeypatch):
 
 
 def test_results_have_every_row_of_every_suite():
-    """RESULTS.md has been written by this version: `--results` adds the rows that a suite has gained."""
+    """RESULTS.md was written by this version: `--results` adds the rows that a suite has gained."""
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     for suite in SUITES.values():
         block = re.search(rf"<!-- suite:{suite.name} -->(.*?)<!-- end -->", text, re.DOTALL)
@@ -309,7 +309,7 @@ def test_a_wrong_argument_is_named(arguments, says, capsys):
 
 
 def test_a_measurement_that_compiles_is_refused():
-    """What JAX or torch.compile compile within a call is noticed, but for the first call."""
+    """Compilation by JAX or torch.compile within a call is noticed, except in the first call."""
     import torch
 
     watch.compilations()
@@ -328,7 +328,7 @@ def test_a_measurement_that_compiles_is_refused():
 
 
 def test_torch_gather_computes_what_hf_computes():
-    """Logits at the masked positions alone give the loss that logits everywhere give."""
+    """Logits at only the masked positions give the same loss as logits everywhere."""
     import torch
 
     from benchmarks import torch_sides
@@ -367,7 +367,7 @@ def test_pairs_alternate_which_side_is_first():
 
 
 def test_one_side_rests_while_the_other_runs():
-    """Where the device's memory doesn't hold both."""
+    """For when the device's memory doesn't hold both."""
     order: list[str] = []
 
     def make(name: str) -> pairs.Side:
@@ -401,7 +401,7 @@ def test_clients_measures_each_number_in_its_own_process(tmp_path):
 
 
 def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
-    """Same weights, batches and rate: dropout apart, both sides' losses go the same way."""
+    """Same weights, batches and rate: except for dropout, both sides' losses go the same way."""
     model = finetune.synthetic_model(tmp_path, hidden=16)
     glue = finetune.synthetic_task(tmp_path / "glue", 8 * 256, longest=12)  # one padded length to compile for
     sides = finetune.make_sides(model, glue, 1, tmp_path)
@@ -431,7 +431,7 @@ def test_two_means_differ_by_more_than_both_deviations():
 
 @pytest.fixture
 def commands(monkeypatch):
-    """The commands that a study gives, in place of running them; each leaves what it would leave behind."""
+    """The commands that a study gives, recorded instead of run; each leaves behind the files that it would."""
     given: list[list[str]] = []
 
     def run(command, stdout, **_):
@@ -464,7 +464,7 @@ def commands(monkeypatch):
 
 
 def test_a_study_runs_every_arm_with_every_seed_once(tmp_path, commands, capsys):
-    """Each run is the package's own command, in a workdir of its own; a change reaches all, and nothing is done twice."""
+    """Each run is the package's own command in its own workdir; a change reaches all runs, and nothing is done twice."""
     out = tmp_path / "bf16.json"
     options = ["bf16", "--seeds", "2", "--workdir", str(tmp_path / "w"), "--json", str(out)]
     study.main([*options, "--config.data.seq_len=16"])
@@ -493,7 +493,7 @@ def test_a_study_stops_with_a_command_that_fails(tmp_path, commands):
 
 
 def test_a_study_fine_tunes_what_it_has_trained(tmp_path, commands, monkeypatch, capsys):
-    """Beside the checkpoint and a random start, from which a start that differs gets a star."""
+    """It does so beside the checkpoint and a random start; a start that differs from the random one gets a star."""
     monkeypatch.setattr(study, "heldout", lambda model, pretrained: 4.0)
     places = [f"--{name}={tmp_path / name}" for name in ("model", "text", "glue")]
     study.main(["continued", "--workdir", str(tmp_path / "w"), *places])

@@ -1,4 +1,4 @@
-"""The edge of the commands: exit codes, one sentence for a mistake, one word for Ctrl-C from the first moment on."""
+"""How commands end: exit codes, one sentence for a mistake, one word for Ctrl-C from the first moment on."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_word():
 
 
 def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch):
-    """Python only prints what is raised there, with a traceback, and goes on."""
+    """Python only prints an exception raised there, with a traceback, and goes on."""
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(os, "write", lambda fd, text: codes.append(text))
@@ -103,6 +103,6 @@ def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch):
 
     thing = Thing()
     reference = weakref.ref(thing, interrupted)
-    sys.unraisablehook = sys.unraisablehook  # pytest puts its own there between tests
+    sys.unraisablehook = sys.unraisablehook  # pytest sets its own hook between tests
     del thing
     assert codes[:2] == [b"interrupted\n", 130] and reference() is None

@@ -1,4 +1,4 @@
-"""A disk that refuses: one sentence that names the place, nothing half-written taken for whole, and the run goes on."""
+"""A disk that fails: one sentence that names the place, nothing half-written taken for whole, and the run goes on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedbert_jax.workdir.checkpoint import Checkpoints, _join_threads
 from fedbert_jax.workdir.log import MetricsLog, read_metrics, truncate
 from fedbert_jax.workdir.paths import open_workdir, write_atomically
 
-RUST = "No space left on device (os error 28)"  # as tokenizers and safetensors have it
+RUST = "No space left on device (os error 28)"  # as tokenizers and safetensors say it
 TENSORSTORE = (
     'RESOURCE_EXHAUSTED: Error writing local file "/r/w/checkpoints/1.orbax-checkpoint-tmp/state/_sharding": '
     "Failed writing: Failed to write 19041 bytes to file 9: No space left on device [os_error_code='28']"
@@ -38,7 +38,7 @@ TENSORSTORE = (
 
 @contextlib.contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Lets this process write no file beyond so many bytes: as full as a disk gets without being root."""
+    """Keeps this process from writing a file beyond `size` bytes: the closest to a full disk without being root."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -119,7 +119,7 @@ def test_a_line_of_the_metrics_that_does_not_fit_is_a_torn_one(tmp_path):
     with files_of_at_most(path.stat().st_size + 10), pytest.raises(DiskError, match=r"metrics\.jsonl can't be written"):
         log.append({"round": 1, "train_loss": 5.0})
     log.close()
-    assert path.stat().st_size == len('{"round": 0}\n') + 10  # so far it went
+    assert path.stat().st_size == len('{"round": 0}\n') + 10  # it got this far
     assert [record["round"] for record in read_metrics(path)] == [0]
     truncate(path, 0)
     with MetricsLog(path) as log:
@@ -142,7 +142,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_the_one_before_stays
     checkpoints.wait()
 
     def rounds_go_by() -> None:
-        while True:  # as the loop asks in every round, while orbax writes in the background
+        while True:  # as the loop does in every round, while orbax writes in the background
             checkpoints.check()
             time.sleep(0.001)
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_the_one_before_stays
 
 
 def test_a_failed_save_is_over_when_its_last_thread_is():
-    """What it wrote can't be removed before, and what its threads say last would be heard."""
+    """Until then, what it wrote can't be removed, and its threads' last errors would be printed."""
     go = threading.Event()
     late = type("Late", (threading.Thread,), {"__module__": "orbax.checkpoint.some_module"})(target=go.wait)
     late.start()
@@ -176,7 +176,7 @@ def test_a_failed_save_is_over_when_its_last_thread_is():
 
 @pytest.fixture
 def no_compilation_cache():
-    """A cut-off entry would be read by other tests."""
+    """Other tests would read an entry that was cut off."""
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     yield
@@ -185,7 +185,7 @@ def no_compilation_cache():
 
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path, monkeypatch, no_compilation_cache):
-    """In preparing data, and in a checkpoint; each time the workdir is free for the next try."""
+    """The disk is full while preparing data, and in a checkpoint; each time, the workdir is free for the next try."""
     config = write_corpus(tmp_path, clients=2, documents=12)
     config = load(config, federated__rounds=2, checkpoint__every_rounds=1, model__num_layers=1, fill_mask=())
     root, console = tmp_path / "w", Console(file=io.StringIO(), width=200)

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint (`model.init_from`): torch's numbers, names for what lacks, a sentence for what won't do."""
+"""Starting from a checkpoint (`model.init_from`): torch's numbers, names for what is missing, a sentence for a refusal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def torch_model(kind: str, model: ModelConfig | None = None, **settings):
 
 
 def rename(directory: Path, change) -> None:
-    """Writes the checkpoint's tensors anew, as `change` (dict -> dict) leaves them."""
+    """Writes the checkpoint's tensors again, as changed by `change` (dict -> dict)."""
     file = directory / "model.safetensors"
     save_file({k: v.clone() for k, v in change(load_file(file)).items()}, file, {"format": "pt"})
 
@@ -83,7 +83,7 @@ def inputs(vocab: int = VOCAB):
 
 
 def check_equal(directory: Path, reference, names=huggingface.CLIENT, outputs=None) -> list[str]:
-    """Imports the directory and compares with torch, where it has what the model has; returns what was missing."""
+    """Imports the directory and compares it with torch, as far as it has the model's parts; returns what was missing."""
     tensors, hf = huggingface.load_tensors(directory)
     assert {v.dtype for v in tensors.values()} == {np.dtype(np.float32)}
     model = dataclasses.replace(tiny_config().model, **huggingface.sizes_of(hf, str(directory)))
@@ -110,7 +110,7 @@ def check_equal(directory: Path, reference, names=huggingface.CLIENT, outputs=No
 
 
 def sentence(function, *args) -> str:
-    """The text of the UserError that a call ends in."""
+    """The text of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         function(*args)
     assert "\n" not in str(caught.value)
@@ -211,7 +211,7 @@ def test_half_precision_becomes_float32(tmp_path, kind):
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_presets_shape(tmp_path, preset):
-    """Real widths, heads and depths (of large's 24 equal layers four), a small vocabulary."""
+    """Real widths, heads and depths (but only four of large's 24 equal layers), with a small vocabulary."""
     sizes = dict(PRESETS[preset], num_layers=min(PRESETS[preset]["num_layers"], 4 if preset == "large" else 12))
     model = resolve_model(ModelConfig(max_position_embeddings=16, vocab_size=100, **sizes), 100)
     reference = torch_model("BertForMaskedLM", model)
@@ -238,7 +238,7 @@ def test_a_classifier_for_other_labels_is_lacking_not_wrong(tmp_path):
     assert missing == list(huggingface.CLASSIFIER)
     assert np.array_equal(client["classifier"]["kernel"], fresh[0]["classifier"]["kernel"])
     assert np.array_equal(client["pooler"]["kernel"].T, tensors["bert.pooler.dense.weight"])
-    # A masked-LM checkpoint has neither; its untied decoder is none of a classifier's business.
+    # A masked-LM checkpoint has neither; its untied decoder doesn't concern a classifier.
     torch_model("BertForMaskedLM").save_pretrained(tmp_path)
     tensors, _ = huggingface.load_tensors(tmp_path)
     tensors["cls.predictions.decoder.weight"] = np.zeros((VOCAB, 16), np.float32)
@@ -315,7 +315,7 @@ def test_other_sizes_are_refused_with_both(saved):
     "name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.output.LayerNorm.gamma", "cls.predictions.bias"]
 )
 def test_weights_that_are_not_finite_are_refused_by_name(saved, name, value):
-    """Also what is too large for float32, and by the name that the file has."""
+    """So are numbers too large for float32; the name is the one in the file."""
 
     def spoil(tensors):
         tensors = {k.replace("output.LayerNorm.weight", "output.LayerNorm.gamma"): v.double() for k, v in tensors.items()}
@@ -336,7 +336,7 @@ def test_all_that_is_not_finite_is_counted_and_what_is_not_taken_may_be_anything
     rename(saved, lambda t: with_decoder({k: torch.zeros_like(v) for k, v in t.items()}))
     rename(saved, lambda t: t | {"cls.predictions.decoder.weight": t["cls.predictions.decoder.weight"] + float("nan")})
     assert "too large for float32) in cls.predictions.decoder.weight" in sentence(imported, saved)
-    huggingface.check_finite(huggingface.load_tensors(saved)[0], huggingface.CLASSIFIER_CLIENT)  # which has no decoder
+    huggingface.check_finite(huggingface.load_tensors(saved)[0], huggingface.CLASSIFIER_CLIENT)  # it has no decoder
 
 
 def test_a_checkpoint_of_nothing_is_refused(saved):
@@ -373,7 +373,7 @@ def test_a_config_that_is_none_is_named(saved, text):
 
 
 class Trap:
-    """Unpickled, it leaves a file."""
+    """When unpickled, it leaves a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -441,7 +441,7 @@ def test_what_can_t_be_started_from_is_refused_before_text_is_read(saved, tmp_pa
     assert said.startswith("config key model.init_from: the checkpoint has numbers that are not finite")
     assert "cls.predictions.bias (61 of 61)" in said and not (tmp_path / "w" / "config.json").exists()
     (saved / "model.safetensors").unlink()
-    said = sentence(train, config, tmp_path / "other")  # the first one's lock is held for as long as its error is
+    said = sentence(train, config, tmp_path / "other")  # the first run's lock is held as long as its error is
     assert said.startswith(f"config key model.init_from: {saved} holds no model.safetensors")
 
 

@@ -31,7 +31,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run with a body of each client's own."""
+    """A finished run in which each client has a body of its own."""
     folder = tmp_path_factory.mktemp("export")
     config = load(write_corpus(folder), federated__body="private", federated__rounds=4)
     workdir = Workdir(folder / "run")
@@ -133,7 +133,7 @@ def test_the_export_command_takes_the_round_asked_for_and_says_what_is_wrong(tra
 
 
 def test_an_export_needs_neither_the_runs_devices_nor_what_it_began_with(trained, tmp_path, monkeypatch):
-    """Two devices, cuDNN's attention, text in device memory, a checkpoint that has gone: none of it is here."""
+    """Two devices, text in device memory, a starting checkpoint and a tokenizer that are gone: none of it is needed."""
     workdir = Workdir(tmp_path / "copy")
     shutil.copytree(trained.root, workdir.root)
     config = json.loads(workdir.config.read_text())
@@ -145,7 +145,7 @@ def test_an_export_needs_neither_the_runs_devices_nor_what_it_began_with(trained
     config["export"] |= {"base_model": "", "license": "mit"}
     config["data"]["tokenizer"] = str(tmp_path / "gone")
     workdir.config.write_text(json.dumps(config))
-    for saved in workdir.checkpoints.glob("*/meta/metadata"):  # which would say the same, had the run been begun so
+    for saved in workdir.checkpoints.glob("*/meta/metadata"):  # so that it says the same, as if the run had been begun so
         saved.write_text(json.dumps(json.loads(saved.read_text()) | {"config": stamp(workdir.read_config())}))
     meta = workdir.data / "meta.json"
     prepared = json.loads(meta.read_text())
@@ -167,7 +167,7 @@ def test_an_export_needs_neither_the_runs_devices_nor_what_it_began_with(trained
     card = (out / "README.md").read_text()
     assert "license: apache-2.0" in card and f"{scores['client_2']['loss']:.3f} |" in card
     shutil.rmtree(workdir.data)
-    with pytest.raises(UserError, match="no prepared text"):  # and none is prepared, in a workdir that others may use
+    with pytest.raises(UserError, match="no prepared text"):  # and none is prepared in a workdir that others may use
         export(monkeypatch, workdir.root, out)
     assert not workdir.data.exists() and (out / "README.md").read_text() == card
 
@@ -216,7 +216,7 @@ def tmp_path_config(folder, source):
 
 
 def test_the_model_of_an_edited_config_is_not_exported(trained, tmp_path, monkeypatch):
-    """It would compute something else than what was trained."""
+    """It would compute something other than the model that was trained."""
     shutil.copytree(trained.root, tmp_path / "run")
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 0.001'))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the stand-ins n
 
 # --- stand-ins -------------------------------------------------------------------------------------------------------
 
-# Every stand-in writes its name and its arguments to $FAKE/log. A Python "trains" by what the test put in $FAKE/train.
+# Every stand-in writes its name and its arguments to $FAKE/log. A Python "trains" by running the test's $FAKE/train.
 LOG = r"""#!/bin/bash
 line=$(printf '%s\x1f' "${0##*/}" "$@"); printf '%s\n' "$line" >>"$FAKE/log"
 """
@@ -125,7 +125,7 @@ NVIDIA_SMI = (
 """
 )
 
-# Stops as fedbert_jax.main does: after the round under way, with a checkpoint, and 128 + the signal.
+# Stops like fedbert_jax.main: after the round under way, with a checkpoint, and 128 + the signal.
 UNTIL_STOPPED = """
 trap 'echo stopping; echo checkpoint >>"$workdir/done"; exit 143' TERM
 trap 'echo stopping; echo checkpoint >>"$workdir/done"; exit 130' INT
@@ -135,7 +135,7 @@ while :; do read -rt 0.02 <>"$FAKE/never" || true; done
 
 
 class Fake:
-    """A directory of stand-ins, the environment that finds them first, and what they were called with."""
+    """A directory of stand-ins, the environment that finds them first, and the log of their calls."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -220,12 +220,12 @@ def wait_for(*paths: Path) -> None:
 
 
 def commands(printed: str) -> list[list[str]]:
-    """What a shell reads in the lines of a dry run, comments left out."""
+    """The words that a shell reads in the lines of a dry run, without comments."""
     return [shlex.split(line, comments=True) for line in printed.splitlines() if shlex.split(line, comments=True)]
 
 
 def arguments(script: str, *args: object) -> list[str]:
-    """The least that a script needs."""
+    """The smallest set of arguments that a script needs."""
     needed = {"tpu_vm.sh": ["--name=t", "--zone=z", "--type=v4-16", "--version=v"]}.get(script, [])
     return [*needed, "--config=configs/demo.py", "--workdir=/shared/w", *map(str, args)]
 
@@ -304,7 +304,7 @@ def test_what_is_missing_or_wrong(fake, script, args, words):
 
 
 def path_without(place: Path, *names: str) -> str:
-    """A PATH with what the scripts call, and none of these, which the machine may have."""
+    """A PATH with the tools that the scripts call, but without `names`, which the machine may have."""
     (place / "tools").mkdir()
     for tool in ("bash", "dirname", "basename", "cat", "git", "env", "mktemp", "rm"):
         (place / "tools" / tool).symlink_to(shutil.which(tool))
@@ -314,7 +314,7 @@ def path_without(place: Path, *names: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_quotes_odd_arguments(fake, script):
-    """And finds a config of the repository from anywhere, and runs nothing."""
+    """It also finds a config of the repository from anywhere, and runs nothing."""
     odd = [ODD, "--config.seed=3", "", "a\nb", "--", "é~"]
     done = fake.run(LAUNCH / script, *arguments(script, "--dry-run", "--config.federated.rounds=7", "--", *odd))
     assert done.returncode == 0, done.stderr
@@ -345,7 +345,7 @@ def shell_words(printed: str) -> list[list[str]]:
 
 
 def verbs(calls: list[list[str]]) -> list[str]:
-    """gcloud calls in short: create, describe, ssh of what, ..."""
+    """gcloud calls in short: create, describe, the command of an ssh, ..."""
     short = []
     for call in calls:
         verb = call[call.index("tpus") + 2]
@@ -419,7 +419,7 @@ def test_tpu_delete_and_stop(tpu):
 
 @pytest.mark.parametrize("queued", [False, True])
 def test_a_preempted_slice_is_made_again_and_resumes(tpu, tmp_path, queued):
-    """Two workers, their disks lost with the TPU, no capacity at first for a new one, a workdir that they share."""
+    """Two workers share a workdir and lose their disks with the TPU; at first there is no capacity for a new one."""
     workdir = tmp_path / "shared storage"
     tpu.train("""
         if [[ ! -e $workdir/checkpoint ]]; then
@@ -448,7 +448,7 @@ def test_a_preempted_slice_is_made_again_and_resumes(tpu, tmp_path, queued):
 
 
 def test_a_single_host_is_reused(tpu):
-    """And keeps what is installed; the second run has no more files than the checkout."""
+    """It also keeps its installation; the second run has no more files than the checkout."""
     (tpu.path / "hosts").write_text("1")
     (tpu.path / "state").write_text("READY")
     home = tpu.path / "worker0"
@@ -468,7 +468,7 @@ def test_a_single_host_is_reused(tpu):
 
 
 def test_a_worker_whose_python_is_too_old(tpu, root):
-    """And a checkout that isn't git's: what was downloaded as an archive."""
+    """The checkout here isn't git's, as if it had been downloaded as an archive."""
     for name in (".venv/bin/python", "runs/demo/metrics.jsonl", "configs/runs/mine.py"):
         (root / name).parent.mkdir(parents=True)
         (root / name).touch()
@@ -492,7 +492,7 @@ def test_a_worker_whose_python_is_too_old(tpu, root):
 
 @pytest.mark.parametrize("code, runs", [(2, 1), (3, 1), (1, 2)])
 def test_a_tpu_run_that_fails(tpu, code, runs):
-    """A mistake and a divergence would come again; a crash on a healthy TPU is tried again, so many times."""
+    """A mistake or a divergence would come again; a crash on a healthy TPU is tried again, up to `--restarts` times."""
     (tpu.path / "hosts").write_text("1")
     tpu.train(f"echo 'error: as it is'; exit {code}")
     done = tpu.run(LAUNCH / "tpu_vm.sh", *TPU, "--restarts=1", "--delete-after")
@@ -527,7 +527,7 @@ def test_ctrl_c_ends_a_tpu_run_with_a_checkpoint(tpu, tmp_path):
 
 
 def test_a_lost_launcher_finds_its_run_again(tpu, tmp_path):
-    """The run goes on without the connection, once, with the code it began with; the same command follows it to its end."""
+    """The run goes on once, without the connection and with its first code; the same command follows it to its end."""
     (tpu.path / "hosts").write_text("1")
     tpu.train("echo begun; " + UNTIL_STOPPED)
     args = [*TPU[:5], "--workdir", tmp_path / "w"]
@@ -662,7 +662,7 @@ def test_local_dry_run(local):
 
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_local_ends_the_others_if_one_fails(local, tmp_path, stubborn):
-    """Also those that don't listen: they may wait for the one that failed."""
+    """This includes processes that ignore the signal, which may be waiting for the one that failed."""
     other = UNTIL_STOPPED.replace("exit 143", ": ") if stubborn else UNTIL_STOPPED
     local.train(f"if [[ $process == 1 ]]; then until [[ -e $workdir/started0 ]]; do :; done; exit 7; fi\n{other}")
     args = ["--config=configs/demo.py", "--workdir", tmp_path / "w", "--processes=2"]
@@ -767,7 +767,7 @@ def test_slurm_does_not_requeue_a_failure(slurm, code):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_slurm_requeues_before_the_time_limit(slurm, tmp_path, late):
-    """With a checkpoint if the round under way ends in time, without one if not."""
+    """It requeues with a checkpoint if the round under way ends in time, else without one."""
     slurm.env["SLURM_JOB_NUM_NODES"] = "1"
     slurm.train(UNTIL_STOPPED.replace("exit 143", "until [[ -e $FAKE/end ]]; do :; done; exit 0") if late else UNTIL_STOPPED)
     job = slurm.start(

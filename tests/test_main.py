@@ -149,7 +149,7 @@ def test_configs_of_the_repository_are_valid(path):
     assert len(ast.get_docstring(ast.parse(path.read_text()))) > 100  # says what it does, costs and reaches
     config = read_config(path)
     if path.stem == "text":
-        with pytest.raises(ConfigError, match=r"data\.source='text:'"):  # it is the user's to give
+        with pytest.raises(ConfigError, match=r"data\.source='text:'"):  # the user has to give it
             from_dict(config)
         config.data.source = "text:here"
     from_dict(config)
@@ -157,7 +157,7 @@ def test_configs_of_the_repository_are_valid(path):
 
 @pytest.mark.parametrize("name", ["gradients", "sequential", "centralized", "fedavg", "local"])
 def test_what_is_compared_with_the_demo_has_its_data_and_its_budget(name):
-    """All but the strategy, and for two of them the rates, is the demo's."""
+    """Everything except the strategy, and for two of them the rates, is the demo's."""
     demo, other = (flatten(to_dict(from_dict(read_config(CONFIGS / f"{n}.py")))) for n in ("demo", name))
     differ = {key for key in demo if demo[key] != other[key]} - {"fill_mask"}
     assert differ & {"federated.strategy", "federated.average"}
@@ -236,7 +236,7 @@ HUGE = {
 
 
 def test_the_last_round_of_all_may_diverge_too(config_file, tmp_path):
-    """Its loss is of before the step; the evaluation tells. Nothing is saved or exported, and what is written is JSON."""
+    """Its loss is from before the step; the evaluation shows it. Nothing is saved or exported, and the files are JSON."""
     config = load(config_file, federated__rounds=1, federated__local_steps=1, model__num_layers=1, **HUGE)
     words = "round 1: the held-out loss is not finite, of clients client_0, client_1; there was no checkpoint yet"
     with pytest.raises(DivergedError, match=words) as raised:
@@ -249,7 +249,7 @@ def test_the_last_round_of_all_may_diverge_too(config_file, tmp_path):
 
 
 def test_what_is_not_finite_is_never_saved_and_the_last_checkpoint_is_whole(config_file, tmp_path, monkeypatch):
-    """One client of many goes in round 4, where its loss doesn't show it yet, and nobody is evaluated."""
+    """One client's numbers fail in round 4, when its loss doesn't show it yet and nobody is evaluated."""
     config = load(
         config_file,
         federated__strategy="local",
@@ -278,7 +278,7 @@ def test_what_is_not_finite_is_never_saved_and_the_last_checkpoint_is_whole(conf
 
 
 def test_a_checkpoint_that_is_not_finite_is_no_start(tmp_path):
-    """As an earlier version may have left one."""
+    """An earlier version may have left one."""
     checkpoints, here = Checkpoints(tmp_path / "c", keep=2), jax.sharding.NamedSharding(make_mesh(MeshConfig()), P())
     state = {"head": {"bias": jnp.array([1.0, float("nan")])}}
     for n, saved in ((1, jax.tree.map(jnp.ones_like, state)), (2, state)):
@@ -312,5 +312,5 @@ def test_a_profile_of_some_rounds_is_written(config_file, tmp_path):
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     rounds = [dict(e.stats)["step_num"] for p in planes for line in p.lines for e in line.events if e.name == "round"]
     assert sorted(rounds) == [2, 3]
-    # Another profile, or none, is no other run.
+    # With another profile, or none, it is still the same run.
     assert train(load(config_file, federated__rounds=4), tmp_path / "w", QUIET) == 0

@@ -1,4 +1,4 @@
-"""A run killed at any moment and started again ends as one that never stopped (invariant 6)."""
+"""A run killed at any moment and started again ends like one that never stopped (invariant 6)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def finished_rounds(workdir: Path) -> int:
 
 
 def kill_after(args: list[str], workdir: Path, rounds: int, number: int = signal.SIGKILL) -> subprocess.Popen:
-    """Starts the command and sends the signal when so many rounds are written."""
+    """Starts the command and sends the signal once `rounds` rounds are written."""
     process = subprocess.Popen(args, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.monotonic() + 240
     while finished_rounds(workdir) < rounds and process.poll() is None:
@@ -144,7 +144,7 @@ def test_compiling_is_no_part_of_a_rounds_speed_but_of_its_time(undisturbed):
     _, reference = undisturbed
     records = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     tokens = records[1]["tokens"]
-    assert records[1]["tokens_per_second"] > 2 * tokens / records[1]["seconds"]  # of a tiny round it is nearly all
+    assert records[1]["tokens_per_second"] > 2 * tokens / records[1]["seconds"]  # compiling is nearly all of a tiny round
     assert all(r["tokens_per_second"] == tokens / r["seconds"] for r in records[2:])
 
 

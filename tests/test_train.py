@@ -1,4 +1,4 @@
-"""Which mean a run's held-out numbers are: `federated.weighting` decides, and both stand beside it by name."""
+"""Which mean a run's held-out numbers are: `federated.weighting` decides, and both are recorded beside it by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOUND = Evaluation({0: Score(3.0, 0.5), 2: Score(1.0, 0.2)}, over_clients=Score(
 
 
 def loop(weighting: str) -> SimpleNamespace:
-    """What evaluation needs of a run's loop."""
+    """The parts of a run's loop that evaluation needs."""
     run = SimpleNamespace(
         config=tiny_config(federated=dict(weighting=weighting)), dataset=SimpleNamespace(client_names=("a", "b", "c"))
     )

@@ -1,4 +1,4 @@
-"""The tiny model the tests share: its config, its strategies, its random text."""
+"""The tiny model that the tests share: its config, its strategies, its random text."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def tiny_config(**changes: Any) -> config_lib.Config:
         ),
         data=dict(seq_len=LENGTH),
         federated=dict(num_clients=3, local_steps=2, batch_size=2, rounds=4),
-        # The key's bias has no gradient but rounding (softmax ignores it). Adam would blow that up to a full step, and
-        # two equal programs apart: a large eps keeps zero at zero.
+        # The key's bias has no gradient except rounding errors (softmax ignores it). Adam would blow these up to full steps,
+        # and so drive two equal programs apart: a large eps keeps zero at zero.
         client_optimizer=dict(warmup_steps=2, learning_rate=0.01, eps=1e-3),
         server_optimizer=dict(warmup_steps=2, learning_rate=0.01, eps=1e-3),
         mlm=dict(mask_prob=0.25),
     )
-    if changes.get("task") == "finetune":  # which has none of these
+    if changes.get("task") == "finetune":  # fine-tuning has none of these
         del values["federated"]["rounds"], values["mlm"]
         for optimizer in ("client_optimizer", "server_optimizer"):
             del values[optimizer]["warmup_steps"]
@@ -87,7 +87,7 @@ def cohort(
 
 @functools.cache
 def program(config: config_lib.Config) -> tuple[Setting, Strategy, State, Any]:
-    """A config's setting, strategy, first state and compiled round: made once for all tests that ask for it."""
+    """A config's setting, strategy, first state and compiled round, made once for all tests that ask for them."""
     setting, strategy, state = make_strategy(config)
     return setting, strategy, state, jax.jit(strategy.round)
 

@@ -25,7 +25,7 @@ def weighted_average(stacked: Any, weights: jax.Array) -> Any:
     """Averages parameters or optimizer states over clients.
 
     Args:
-      stacked: pytree of arrays [C, ...]. Integers (step counters, equal for all) are the first client's.
+      stacked: pytree of arrays [C, ...]. Integers (step counters, equal for all) are taken from the first client.
       weights: float32 [C], summing to 1. A client of weight 0 changes nothing, even if its numbers are not finite.
     """
 
@@ -38,7 +38,7 @@ def weighted_average(stacked: Any, weights: jax.Array) -> Any:
 
 
 def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns the sum over clients of weights [C] times x [C, ...]; a weight of 0 leaves its client out, finite or not."""
+    """Returns the sum over clients of weights [C] times x [C, ...]; a client of weight 0 is left out, finite or not."""
     if tuning.adds_clients_up_in_one_pass():
         parts = [jnp.where(weights[n] > 0, weights[n] * x[n], 0.0) for n in range(x.shape[0])]
         return functools.reduce(jnp.add, parts)
@@ -48,10 +48,10 @@ def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 @jax.named_scope("aggregate")
 def add_up(channel: Channel | None, stacked: Params, weights: jax.Array) -> Params:
-    """Returns the sum over clients of what a server receives of their weighted parts.
+    """Returns the sum, over clients, of their weighted parts as the server receives them.
 
     Args:
-      channel: what a part goes through; None is nothing. Sums of slices of a cohort add up, before `channel.total`.
+      channel: what each part is sent through; None: unchanged. Sums over slices of a cohort add up, before `channel.total`.
       stacked: each client's parameters, moves or gradients, float32 [C, ...].
       weights: float32 [C]; a client of weight 0 is left out, finite or not.
     """
@@ -62,10 +62,10 @@ def add_up(channel: Channel | None, stacked: Params, weights: jax.Array) -> Para
 
 
 def add_up_with_feedback(channel: Channel | None, grads: Params, weights: jax.Array, unsent: Any) -> tuple[Params, Any]:
-    """Returns `add_up` of gradients at a codec that loses something, and what it has lost of each client's [C, ...].
+    """Returns `add_up` of gradients through a lossy codec, and what the codec has lost of each client's, [C, ...].
 
-    What was lost is added to what a client sends next (Seide et al. 2014; Karimireddy et al. 2019), so that nothing is lost
-    for good. Without `unsent`, (), it is.
+    What was lost is added to what the client sends next (Seide et al. 2014; Karimireddy et al. 2019), so that nothing is
+    lost for good. If `unsent` is (), it is.
     """
     if channel is None or not jax.tree.leaves(unsent):
         return add_up(channel, grads, weights), unsent
@@ -78,9 +78,9 @@ def add_up_with_feedback(channel: Channel | None, grads: Params, weights: jax.Ar
 
 
 def pool(batch: MaskedBatch, weights: jax.Array) -> MaskedBatch:
-    """Makes C clients' batches one client's, [1, C*B, ...], whose loss is the weighted mean of theirs.
+    """Pools C clients' batches into one client's, [1, C*B, ...], whose loss is the weighted mean of theirs.
 
-    A client of weight 0 becomes padding throughout: whatever it had stays out of every number.
+    A client of weight 0 becomes padding throughout: nothing it had enters any number.
     """
     counts = jnp.maximum(jnp.sum(batch.weights, axis=(1, 2), keepdims=True), 1.0)
     there = weights[:, None, None] > 0
@@ -94,7 +94,7 @@ def pool(batch: MaskedBatch, weights: jax.Array) -> MaskedBatch:
 
 
 def weighted(tree: Params, weight: jax.Array) -> Params:
-    """Returns a client's part of a sum; of weight 0 it is 0, even where the client's numbers are not finite."""
+    """Returns a client's part of a weighted sum; with weight 0 it is 0, even if the client's numbers are not finite."""
     return jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, 0.0), tree)
 
 
@@ -105,10 +105,10 @@ def outer_update(tx: optax.GradientTransformation | None, params: Params, averag
     Args:
       tx: from `optim.make_aggregator`; None is FedAvg: the average is the new parameters.
       params: the global parameters the round began with.
-      average: of the clients' parameters; with a `tx`, of their moves away from `params`. The average of C equal numbers is
-        that number but for rounding, of which Adam would make full steps: it would move what no client has trained
-        (positions beyond the blocks' length). The average of moves of 0 is 0.
-      state: the transform's.
+      average: of the clients' parameters; with a `tx`, of their moves away from `params`. The average of C equal numbers
+        equals that number only up to rounding, and Adam would turn the rounding error into full steps: it would move
+        parameters that no client has trained (positions beyond the blocks' length). The average of moves of 0 is 0.
+      state: the transform's state.
     """
     if tx is None:
         return average, state

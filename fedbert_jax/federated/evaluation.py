@@ -1,6 +1,6 @@
-"""Evaluation: how well held-out text is predicted from its context, client by client, by the model that client would use.
+"""Evaluation: how well each client's held-out text is predicted from context by the model that client would use.
 
-Every chosen position of held-out text becomes [MASK], so there is nothing to copy. What guessing by frequency reaches is
+Every chosen position of held-out text becomes [MASK], so there is nothing to copy. The score of guessing by frequency is
 computed at exactly the same positions.
 """
 
@@ -24,10 +24,10 @@ from fedbert_jax.models.bert import Segments
 class EvalPlan(NamedTuple):
     """Which held-out blocks are scored, in batches of one client each. NumPy arrays."""
 
-    rows: np.ndarray  # int64 [S, B], the blocks' numbers among all clients'
-    real: np.ndarray  # float32 [S, B], 0 for a row that fills a batch up
-    blocks: np.ndarray  # int32 [S, B], the blocks' numbers among their client's
-    clients: np.ndarray  # int32 [S], whose text it is
+    rows: np.ndarray  # int64 [S, B], indices among all clients' blocks
+    real: np.ndarray  # float32 [S, B], 0 for a row that pads a batch
+    blocks: np.ndarray  # int32 [S, B], indices among the client's own blocks
+    clients: np.ndarray  # int32 [S], the client of each batch
 
 
 class EvalSet(NamedTuple):
@@ -50,21 +50,21 @@ class Evaluation(NamedTuple):
     """The scores of the clients that were evaluated, and their two means."""
 
     clients: dict[int, Score]  # by client id
-    over_clients: Score  # every client counts the same
-    by_text: Score  # every client counts as much as its training text
+    over_clients: Score  # every client has the same weight
+    by_text: Score  # clients are weighted by their amount of training text
 
     def headline(self, weighting: str) -> Score:
-        """Returns the mean in which clients count as they do in training, by `federated.weighting`."""
+        """Returns the mean that weights clients as training does (`federated.weighting`)."""
         return self.over_clients if weighting == "uniform" else self.by_text
 
     def fields(self, loss: str, accuracy: str, weighting: str) -> dict[str, float]:
-        """Returns both means by name, `{loss}_over_clients` and so on; without such an ending, the headline."""
+        """Returns both means by name, `{loss}_over_clients` and so on; names without such a suffix hold the headline."""
         named = {"": self.headline(weighting), "_over_clients": self.over_clients, "_by_text": self.by_text}
         pairs = [(f"{loss}{end}", score.loss) for end, score in named.items()]
         return dict(pairs + [(f"{accuracy}{end}", score.accuracy) for end, score in named.items()])
 
     def scope(self, weighting: str, num_clients: int) -> str:
-        """Says which mean the headline is, and over how many clients of how many."""
+        """Returns which mean the headline is, and how many of all clients it covers."""
         mean = "mean over" if weighting == "uniform" else "mean by text,"
         return f"{mean} {len(self.clients):,} of {num_clients:,} clients"
 
@@ -77,13 +77,13 @@ def plan_evaluation(
     Args:
       offsets: int [N+1]; client c's held-out blocks are offsets[c]:offsets[c+1].
       clients: int [E], the clients to evaluate; those without held-out blocks are passed over.
-      max_blocks: a client's share in the cost.
-      batch: rows a batch, at most `max_blocks`.
+      max_blocks: per client; bounds its share of the cost.
+      batch: rows per batch, at most `max_blocks`.
       seeds: the run's.
-      multiple: B is filled up to a multiple of this, so that devices divide it.
+      multiple: B is padded to a multiple of this, so that it can be divided over devices.
 
     Returns:
-      The plan. No score depends on how rows fall into batches.
+      The plan. No score depends on how rows are grouped into batches.
     """
     rows, real, numbers, owners = [], [], [], []
     batch = min(batch, max_blocks)
@@ -94,7 +94,7 @@ def plan_evaluation(
         chosen = np.sort(rng.choice(held, min(held, max_blocks), replace=False))
         for start in range(0, len(chosen), batch):
             part = chosen[start : start + batch]
-            filled = np.resize(part, size)  # repeats rows to fill the batch up; they count 0
+            filled = np.resize(part, size)  # pads the batch with repeated rows, which have weight 0
             rows.append(offsets[c] + filled)
             real.append((np.arange(size) < len(part)).astype(np.float32))
             numbers.append(filled)
@@ -109,7 +109,7 @@ def plan_evaluation(
 
 
 def masked(of: Secrets, batch: EvalSet, spec: MaskSpec) -> MaskedBatch:
-    """Masks one batch [B, T] of an eval set: the same way whenever, and whatever strategy, evaluates it."""
+    """Masks one batch [B, T] of an eval set, in the same way at every evaluation and for every strategy."""
 
     def one(block: jax.Array, number: jax.Array) -> MaskedBatch:
         drawn = mask_blocks(streams.key(of, Stream.EVAL_MASK, batch.clients, number), block[None], spec, hide_all=True)
@@ -121,7 +121,7 @@ def masked(of: Secrets, batch: EvalSet, spec: MaskSpec) -> MaskedBatch:
 def make_evaluate(
     segments: Segments, spec: MaskSpec, seeds: Seeds, model_of: Callable[[Any, jax.Array], Pair]
 ) -> Callable[[Any, EvalSet], jax.Array]:
-    """Returns the function (state, eval set) -> float32 [S, 3]: summed loss, right answers and count a batch."""
+    """Returns the function (state, eval set) -> float32 [S, 3]: summed loss, right answers and count per batch."""
 
     def evaluate(state: Any, data: EvalSet) -> jax.Array:
         def one(batch: EvalSet) -> jax.Array:
@@ -137,7 +137,7 @@ def make_evaluate(
 
 
 def make_evaluate_frequencies(spec: MaskSpec, seeds: Seeds) -> Callable[[jax.Array, EvalSet], jax.Array]:
-    """Returns the same for guessing by frequency: (log-probabilities float32 [V], eval set) -> float32 [S, 3]."""
+    """Returns the same function for guessing by frequency: (log-probabilities float32 [V], eval set) -> float32 [S, 3]."""
 
     def evaluate(log_probs: jax.Array, data: EvalSet) -> jax.Array:
         def one(batch: EvalSet) -> jax.Array:
@@ -153,16 +153,16 @@ def make_evaluate_frequencies(spec: MaskSpec, seeds: Seeds) -> Callable[[jax.Arr
 def _sums(nll: jax.Array, guesses: jax.Array, questions: MaskedBatch, real: jax.Array) -> jax.Array:
     weights = questions.weights * real[:, None]
     right = (guesses == questions.labels).astype(jnp.float32)
-    # What weighs nothing is taken out, not multiplied by 0: it need not be finite.
+    # Positions of weight 0 are left out rather than multiplied by 0, since their loss need not be finite.
     return jnp.stack([jnp.sum(jnp.where(weights > 0, nll, 0.0)), jnp.sum(right * weights), jnp.sum(weights)])
 
 
 def log_frequencies(counts: np.ndarray, special_ids: tuple[int, ...]) -> np.ndarray:
-    """Returns log-probabilities of guessing by frequency, float32 [V].
+    """Returns the log-probabilities for guessing by frequency, float32 [V].
 
     Args:
-      counts: int [V], how often each token is in the training blocks; each counts once more, so that none is impossible.
-      special_ids: tokens that are never guessed, nor asked for: their log-probability is -inf.
+      counts: int [V], how often each token is in the training blocks; 1 is added to each, so that none is impossible.
+      special_ids: tokens that are never guessed nor asked for; their log-probability is -inf.
     """
     smoothed = np.where(np.isin(np.arange(len(counts)), special_ids), 0, counts + 1).astype(np.float64)
     with np.errstate(divide="ignore"):
@@ -170,11 +170,11 @@ def log_frequencies(counts: np.ndarray, special_ids: tuple[int, ...]) -> np.ndar
 
 
 def evaluation(sums: np.ndarray, owners: np.ndarray, sizes: np.ndarray) -> Evaluation | None:
-    """Turns sums of batches into scores; None when nothing was asked.
+    """Turns the sums of batches into scores; returns None if no position was scored.
 
     Args:
-      sums: float32 [S, 3], summed loss, right answers and count a batch.
-      owners: int [S], whose batch it is. A client at which nothing was asked is left out.
+      sums: float32 [S, 3], summed loss, right answers and count per batch.
+      owners: int [S], the client of each batch. A client without a scored position is left out.
       sizes: int [N], every client's amount of training text.
     """
     clients, weights = {}, []

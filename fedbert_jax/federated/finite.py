@@ -1,4 +1,4 @@
-"""Whether every number of a run is finite, in its state, its rounds and its scores; where one isn't, whose it is."""
+"""Checks that every number of a run is finite, in its state, rounds and scores, and says whose number is not."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jax.sharding import PartitionSpec as P
 from fedbert_jax.config import Arrangement
 from fedbert_jax.devices.mesh import has_client_axis, path_name
 
-SHOWN = 5  # names in a sentence
+SHOWN = 5  # names listed in a sentence
 
 
 class NotFiniteError(Exception):
-    """Training has come upon a number that is not finite; the message says which, and whose."""
+    """Training met a number that is not finite; the message says which, and whose."""
 
 
 def require(problem: str) -> None:
-    """Raises NotFiniteError with a sentence of this module; "" is no problem."""
+    """Raises NotFiniteError with a sentence from this module, unless it is ""."""
     if problem:
         raise NotFiniteError(problem)
 
@@ -33,19 +33,19 @@ class NotFinite(NamedTuple):
     """Where numbers are not finite."""
 
     arrays: tuple[str, ...]  # paths, "model/client/head/bias"
-    owners: tuple[int, ...]  # where arrays have a leading axis [N] of clients (or [S] of seeds): which of these
+    owners: tuple[int, ...]  # the clients (or seeds) concerned, in arrays with a leading axis [N] (or [S]) of them
 
     def sentence(self, names: Sequence[str] | None = None, kind: str = "client") -> str:
-        """Returns "model/head/bias and 3 more arrays, of client north" or the like; `names` are the owners'."""
+        """Returns "model/head/bias and 3 more arrays, of client north" or the like; `names` are those of the owners."""
         more = len(self.arrays) - 1
         where = self.arrays[0] + (f" and {more} more array{'s' * (more > 1)}" if more else "")
         return where + (f", of {listed([names[n] for n in self.owners], kind)}" if self.owners and names else "")
 
 
 def not_finite(state: Any) -> NotFinite | None:
-    """Looks at every floating-point array of a state, on the devices it lies on; None if all its numbers are finite.
+    """Checks every floating-point array of a state on its own devices; returns None if all numbers are finite.
 
-    One reduction an array, whose results come back together. Of several processes all have to call it.
+    Makes one reduction per array and fetches all the results together. With several processes, all have to call it.
     """
     named = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
     floats = {name: x for name, x in named if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -64,13 +64,13 @@ def not_finite(state: Any) -> NotFinite | None:
 
 
 def in_state(state: Any, names: Sequence[str], kind: str = "client") -> str:
-    """Says what of a state is not finite, and of which clients (or seeds) where each has its own; "" if all of it is."""
+    """Says which arrays of a state are not finite, and of which clients (or seeds) if each has its own; "" if none."""
     bad = not_finite(state)
     return f"not all numbers are finite of {bad.sentence(names, kind)}" if bad else ""
 
 
 def in_round(loss: float, client_norm: float, server_norm: float, first: Sequence[str]) -> str:
-    """Says that a round's loss or a gradient's norm is not finite, and with whom that began; "" if all are finite."""
+    """Says that a round's loss or a gradient norm is not finite, and with whom that began; "" if all are finite."""
     if all(map(math.isfinite, (loss, client_norm, server_norm))):
         return ""
     numbers = f"loss {loss}, gradient norms {client_norm} at the clients, {server_norm} at the server"
@@ -78,7 +78,7 @@ def in_round(loss: float, client_norm: float, server_norm: float, first: Sequenc
 
 
 def in_scores(scores: Mapping[str, Any]) -> str:
-    """Says which clients' held-out numbers are not finite, of a line of metrics.jsonl; "" if all are finite."""
+    """Says which clients' held-out numbers in a line of metrics.jsonl are not finite; "" if all are finite."""
     clients = scores.get("eval_clients") or {}
     bad = [name for name, score in clients.items() if not all(map(math.isfinite, score.values()))]
     means = [value for key, value in scores.items() if isinstance(value, float) and "eval_" in key]
@@ -88,10 +88,11 @@ def in_scores(scores: Mapping[str, Any]) -> str:
 
 
 def first_to_fail(failed: np.ndarray, how: Arrangement) -> list[int]:
-    """Returns with whom of a cohort a round's numbers stopped being finite, by place in it; none where that can't be told.
+    """Returns the places in a cohort of the clients whose numbers first stopped being finite; none if that is not known.
 
-    What isn't finite stays so and spreads: to who has the next turn, or, side by side, to everybody in the next step,
-    through what they share. So it began with the first in turn, or with whoever failed in the most steps.
+    A number that is not finite stays so and spreads: to the client with the next turn, or, among clients side by side, to
+    all of them in the next step, through what they share. So it began with the first of those that failed, in the order of
+    turns, or with the clients that failed in the most steps.
 
     Args:
       failed: `RoundMetrics.failed`, int [C].
@@ -122,5 +123,5 @@ def _by_owner(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
 
 
 def _jitted(fn: Callable[..., jax.Array], mesh: Mesh | None) -> Callable[..., jax.Array]:
-    """Compiles `fn` with a result that every process has whole."""
+    """Compiles `fn` so that every process holds the whole result."""
     return jax.jit(fn) if mesh is None else jax.jit(fn, out_shardings=NamedSharding(mesh, P()))

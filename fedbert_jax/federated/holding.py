@@ -1,4 +1,4 @@
-"""Who holds what: which parts of a model, and of its optimizers' states, are one, copies for a round, or clients' own."""
+"""Who holds what: which parts of a model and its optimizer states are one for all, copies for a round, or clients' own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedbert_jax.federated.state import Pair, State, pick
 
 
 class Holding(NamedTuple):
-    """How the two sides' parts are held: `one`, `copies`, `own`; of optimizer states also `none`, made anew each time."""
+    """How the two sides' parts are held: `one`, `copies` or `own`; optimizer states also `none`, made anew each time."""
 
     model: Pair
     opt: Pair
@@ -25,8 +25,8 @@ class Holding(NamedTuple):
 def holding(how: Arrangement, mode: str) -> Holding:
     """Returns how an arrangement's parts are held.
 
-    Optimizer states are held as what they train; but those of copies, and of a segment that is handed on from turn to turn,
-    as `federated.client_optimizer_state` says.
+    Optimizer states are held like the parameters they train. Those of copies, and of a segment that is handed on from turn
+    to turn, follow `federated.client_optimizer_state` instead.
     """
     by_mode = {"average": None, "reset": "none", "keep": "own"}[mode]
     client = (by_mode or how.client) if how.client == "copies" or how.clients == "in turn" else how.client
@@ -35,7 +35,7 @@ def holding(how: Arrangement, mode: str) -> Holding:
 
 
 def sides(fn: Callable[..., Any], *pairs: Any) -> Pair:
-    """Applies a function to the client's parts of pairs, and to the server's."""
+    """Applies a function to the client parts of pairs, and to their server parts."""
     return Pair(*(fn(*parts) for parts in zip(*pairs, strict=True)))
 
 
@@ -45,7 +45,7 @@ def only(kinds: tuple[str, ...], held: Pair, pair: Pair) -> Pair:
 
 
 def first_state(s: Setting, held: Holding, model: Pair) -> State:
-    """Returns the state before the first round, of a fresh model: of what is each client's own, [N, ...]."""
+    """Returns the state before the first round, from a fresh model; parts that are each client's own become [N, ...]."""
     at_rest = lambda h, x: replicate(x, s.num_clients) if h == "own" else () if h == "none" else x  # noqa: E731
     outer = s.outer.init(only(("copies",), held.model, model)) if s.outer else ()
     if s.config.wire.gradient_codec == "int8":
@@ -54,13 +54,13 @@ def first_state(s: Setting, held: Holding, model: Pair) -> State:
 
 
 def begun(s: Setting, held: Holding, state: State) -> Pair:
-    """Returns the optimizer states that a round, or a turn, begins with: made anew where none are held."""
+    """Returns the optimizer states that a round or a turn begins with, made anew where none are held."""
     new = lambda h, opt, tx, params: tx.init(params) if h == "none" else opt  # noqa: E731
     return sides(new, held.opt, state.opt, Pair(s.client_tx, s.server_tx), state.model)
 
 
 def spread(held: Pair, pair: Pair, clients: int) -> Pair:
-    """Returns a pair of which each client of a cohort has its own, [C, ...]."""
+    """Returns the pair as [C, ...], one for each client of a cohort."""
     return sides(lambda h, x: constrain_clients(x if h == "own" else replicate(x, clients)), held, pair)
 
 
@@ -70,12 +70,12 @@ def take(held: Pair, pair: Pair, client: jax.Array) -> Pair:
 
 
 def put(held: Pair, pair: Pair, client: jax.Array, ended: Pair) -> Pair:
-    """Returns a pair at rest after a client's turn, which ended with another."""
+    """Returns the pair between turns, updated with the pair that a client's turn ended with."""
     set_ = lambda all_, x: all_.at[client].set(x)  # noqa: E731
     own = lambda h, x, new: jax.tree.map(set_, x, new) if h == "own" else () if h == "none" else new  # noqa: E731
     return sides(own, held, pair, ended)
 
 
 def merge(held: Pair, averaged: Pair, kept: Pair) -> Pair:
-    """Returns the averages where copies are held, and what is kept elsewhere."""
+    """Returns the averages where copies are held, and the kept parts elsewhere."""
     return sides(lambda h, new, x: new if h == "copies" else x, held, averaged, kept)

@@ -1,4 +1,4 @@
-"""The uncut model: what arrangements without a cut train, and what every model is judged as."""
+"""The uncut model: arrangements without a cut train it, and every model is evaluated in this form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def joined_loss(
 ) -> jax.Array:
     """Returns the loss of the uncut model on one client's batch [B, ...].
 
-    With the same keys, [G], dropout draws are those of `split_step`.
+    With the same keys [G], its dropout draws are those of `split_step`.
     """
     z = _joined_hidden(segments, client_params, server_params, batch, keys)
     with jax.named_scope("predict"):

@@ -1,4 +1,4 @@
-"""The numbers of a round: of its steps, of clients, and of the whole."""
+"""The metrics of a round: per step, per client, and as a whole."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import jax.numpy as jnp
 
 from fedbert_jax.federated.average import weighted_sum
 
-Metric = Any  # an array: of a round a scalar, of its steps [K], of clients' steps [C, K]
+Metric = Any  # an array: a scalar for a round, [K] for its steps, [C, K] for clients' steps
 
 
 class RoundMetrics(NamedTuple):
-    """Means over a round's steps (and clients, by weight); and who failed."""
+    """Means over a round's steps (and over clients, by weight), and which clients failed."""
 
     loss: Metric
     client_norm: Metric  # of the gradient, before clipping
     server_norm: Metric
-    failed: jax.Array  # int32 [C], in how many steps a client's loss or its segment's gradient was not finite
+    failed: jax.Array  # int32 [C], number of steps in which a client's loss or its segment's gradient was not finite
 
 
 def not_finite(loss: jax.Array, norm: jax.Array) -> jax.Array:
-    """Returns 1 where a client's loss or gradient norm is not finite, 0 elsewhere; int32 like them."""
+    """Returns 1 where a client's loss or gradient norm is not finite, 0 elsewhere; int32, in their shape."""
     return (~(jnp.isfinite(loss) & jnp.isfinite(norm))).astype(jnp.int32)
 
 

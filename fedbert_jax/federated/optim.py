@@ -1,4 +1,4 @@
-"""Optimizers: an optax transform by name, clipped by its own segment, on a schedule that counts global steps."""
+"""Optimizers: an optax transform by name, clipped per segment, with a schedule over global steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OptState = Any
 
 
 class Optimizer(NamedTuple):
-    """An optimizer of one segment. The global step is an argument: a client that joins late has the others' rate."""
+    """The optimizer of one segment. The global step is an argument, so that clients that join late have the others' rate."""
 
     init: Callable[[Params], OptState]
     update: Callable[..., tuple[Params, OptState, jax.Array]]  # (grads, state, params, step) -> (params, state, norm)
@@ -32,11 +32,11 @@ def make_optimizer(config: OptimizerConfig, section: str, total_steps: int, firs
     Args:
       config: name, arguments and schedule.
       section: the config's section, for error messages.
-      total_steps: global steps that the schedule is made for: after so many it ends, unless `decay_steps` says otherwise.
+      total_steps: number of global steps after which the schedule ends, unless `decay_steps` says otherwise.
       first_step: the global step at which the schedule begins.
 
     Returns:
-      An `Optimizer` whose `update` returns also the global norm of the gradient before clipping.
+      An `Optimizer` whose `update` also returns the global norm of the gradient before clipping.
     """
     # Every accepted optax optimizer ends in `scale by -learning_rate`, so with a rate of 1 the schedule is a factor.
     tx = _optax(config, section, learning_rate=1.0)
@@ -59,14 +59,14 @@ def make_optimizer(config: OptimizerConfig, section: str, total_steps: int, firs
 def global_norm(grads: Params) -> jax.Array:
     """Returns the Euclidean norm of all entries, a float32 scalar.
 
-    The barrier keeps the squares in the sum's own pass. Without it the compiler shares them with Adam's second moment, so
-    writes and reads them once more: for C word tables, half of what Adam costs.
+    The barrier keeps the squares within the pass that sums them. Without it, the compiler shares them with Adam's second
+    moment and so writes and reads them once more: for C word tables, half of Adam's cost.
     """
     return optax.tree.norm(jax.lax.optimization_barrier(grads))
 
 
 def schedule_span(federated: FederatedConfig, steps_per_round: int) -> tuple[int, int]:
-    """Returns how many global steps the schedules are made for, and at which they begin."""
+    """Returns how many global steps the schedules last, and at which step they begin."""
     start = federated.schedule_from
     rounds = federated.rounds - start if federated.schedule_rounds is None else federated.schedule_rounds
     return rounds * steps_per_round, start * steps_per_round
@@ -75,7 +75,8 @@ def schedule_span(federated: FederatedConfig, steps_per_round: int) -> tuple[int
 def make_schedule(config: OptimizerConfig, total_steps: int, first_step: int = 0) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the global step: linear warm-up from 0, then the decay.
 
-    The warm-up begins at `first_step`, from where `total_steps` and `decay_steps` are counted; before it, it is of no use.
+    The warm-up begins at `first_step`, from which `total_steps` and `decay_steps` count; the rate of earlier steps is
+    meaningless.
     """
     if first_step:
         begun = make_schedule(config, total_steps)
@@ -92,7 +93,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int, first_step: int = 0
         decay = optax.polynomial_schedule(peak, end, power, steps)
     if not warmup:
         return decay
-    # One more than the step: the first step must move.
+    # One more than the step, so that the rate of the first step is not 0.
     return optax.join_schedules([lambda n: peak * (n + 1) / warmup, decay], [warmup])
 
 
@@ -111,11 +112,11 @@ def check(config: Config) -> None:
 
 
 def warnings(config: Config, steps_per_round: int) -> list[str]:
-    """Returns a sentence about schedules that never get to their peak, or are at 0 for a part of the run."""
-    found: dict[str, list[str]] = {}  # the optimizers' sections, by what is wrong with both alike
+    """Returns sentences about schedules that never reach their peak, or are 0 for a part of the run."""
+    found: dict[str, list[str]] = {}  # problem -> the sections of the optimizers that have it
     f = config.federated
     total, first = schedule_span(f, steps_per_round)
-    steps = f.rounds * steps_per_round - first  # that are trained on this schedule
+    steps = f.rounds * steps_per_round - first  # trained on this schedule
     for section in ("client_optimizer", "server_optimizer"):
         o: OptimizerConfig = getattr(config, section)
         if not o.learning_rate:
@@ -150,8 +151,8 @@ def lamb(
 ) -> optax.GradientTransformation:
     """LAMB (You et al. 2020) with a trust ratio for each matrix of each layer.
 
-    `optax.lamb` takes an array for a layer. Here an array is a stack of layers, and in attention of three matrices, which
-    would share one ratio.
+    `optax.lamb` treats each array as one layer. Here an array stacks all layers, and in attention also three matrices, which
+    would all share one ratio.
     """
 
     def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:

@@ -1,7 +1,7 @@
 """One round of training, for every arrangement: who steps with whom, and what is averaged at its end.
 
-A strategy is a row of `config/arrangement.py`; `make_strategy` turns any row into a program. A round reads in the order of
-the data: each step draws its batches, takes them across the cut, and updates; at the end of the round, copies are averaged.
+A strategy is a row of `config/arrangement.py`; `make_strategy` turns any row into a program. A round follows the data: each
+step draws its batches, takes them across the cut, and updates; at the end of the round, copies are averaged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def make_strategy(s: Setting) -> Strategy:
     """Returns the program of a setting's arrangement."""
     how, cut, at_rest = s.how, s.cut(), ("own", "one")
     segment, mean = cut.channels.segment, cut.channels.mean
-    coded = segment if how.averages_gradients else None  # what gradients go through; copies go through `segment`
-    # What a client does to its own dL/dz can't be done to the pooled one, in which its weight is a factor already.
+    coded = segment if how.averages_gradients else None  # the channel of gradients; copies go through `segment`
+    # A client clips its own dL/dz and adds noise to it; that can't be done to the pooled one, which contains its weight.
     wire = s.config.wire
     own_gradients = coded is not None or wire.gradient_clip is not None or wire.gradient_noise > 0
     held = hold.holding(how, s.config.federated.client_optimizer_state)
@@ -53,7 +53,7 @@ def make_strategy(s: Setting) -> Strategy:
             server, opt_s, server_norm = s.server_tx.update(grads, opt.server, model.server, first + k)
             return (Pair(client, server), Pair(opt_c, opt_s)), RoundMetrics(loss, norm, server_norm, failed)
 
-        # In the first step all clients hold the global segment, so no copies are made of it: they come to be by updating.
+        # In the first step all clients hold the global segment, so it is not copied: the update makes the copies.
         own = (held.model.client == "own", held.opt.client == "own")
         carry, head = step((model, opt), (jnp.int32(0), pick(cohort.rows, 0)), *own)
         later = (jnp.arange(1, num_steps(cohort.rows)), jax.tree.map(lambda x: x[1:], cohort.rows))
@@ -61,7 +61,7 @@ def make_strategy(s: Setting) -> Strategy:
         return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([b, a[None]]), head, tail)
 
     def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, unsent: Any = ()) -> Any:
-        """All clients train one model: in each step, the weighted mean of their gradients moves it. Metrics are [K]."""
+        """All clients train one model: each step updates it with the weighted mean of their gradients. Metrics are [K]."""
 
         def step(carry: Any, x: Any) -> Any:
             (model, opt, unsent), (k, rows) = carry, x
@@ -73,7 +73,7 @@ def make_strategy(s: Setting) -> Strategy:
                     loss = lambda m: joined_loss(s.segments, m.client, m.server, pick(batch, 0), keys)  # noqa: E731
                     return unsent, jax.value_and_grad(loss)(model)
                 if (len(cohort.weights) == 1 and coded is None) or not own_gradients:
-                    # Only the sum is asked for, so clients are one, and no gradient of any of them exists.
+                    # Only the sum is needed, so the clients are treated as one, and none has a gradient of its own.
                     if len(cohort.weights) > 1:
                         batch, weights = pool(batch, weights), jnp.ones(1)
                     out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
@@ -111,9 +111,9 @@ def make_strategy(s: Setting) -> Strategy:
             cohort = Cohort(jax.tree.map(lambda x: x[:, :1], cohort.rows), cohort.clients[:1], jnp.ones(1), cohort.round)
         if len(cohort.weights) == 1:
             cohort = cohort._replace(rows=constrain(cohort.rows, None, None, "data"))
-        unsent = pick(state.outer, cohort.clients)  # () but for a codec that loses something
+        unsent = pick(state.outer, cohort.clients)  # (), unless the codec is lossy
         model, opt, metrics, unsent = train_one(state.model, state.opt, cohort, first, unsent)
-        there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # who is absent keeps what it has
+        there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # absent clients keep theirs
         put = lambda all_, x: all_.at[there].set(x, mode="drop")  # noqa: E731
         return State(model, opt, jax.tree.map(put, state.outer, unsent)), of_steps(metrics)
 
@@ -144,7 +144,7 @@ def make_strategy(s: Setting) -> Strategy:
         return State(model, opt, state.outer), of_turns(metrics, cohort.weights)
 
     def settle(state: State, model: Pair, opt: Pair, weights: jax.Array) -> tuple[Any, Any]:
-        """Returns what is kept as it is at the end of a round, and what adds up over clients: the averages' parts."""
+        """Returns the parts kept as they are at the end of a round, and the sums over clients that make the averages."""
         ended = only(("copies",), held.model, model)
         if s.outer:
             begun = only(("copies",), held.model, state.model)

@@ -1,4 +1,4 @@
-"""What every arrangement's round is made from, and a cohort in slices."""
+"""The setting that every arrangement's round is built from, and the division of a cohort into slices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedbert_jax.models.bert import Segments
 
 @dataclass(frozen=True)
 class Setting:
-    """What every arrangement's round is made from."""
+    """The parts that every arrangement's round is built from."""
 
     config: Config
     segments: Segments
@@ -32,7 +32,7 @@ class Setting:
     outer: optax.GradientTransformation | None
     num_clients: int  # N
     cohort: int  # C
-    secrets: Secrets | None = None  # where they aren't the config's: several seeds are trained side by side
+    secrets: Secrets | None = None  # None: the config's; given where several seeds are trained side by side
 
     @property
     def how(self) -> Arrangement:
@@ -56,7 +56,7 @@ class Setting:
         return jax.vmap(self.prepare)(draws(Stream.MASK), rows), keys
 
     def fresh(self) -> Pair:
-        """Returns the model's initial values: the client segment's by the clients' secret, the body's by the server's."""
+        """Returns a new model: its client segment is drawn with the clients' secret, its body with the server's."""
         of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
         return Pair(*self.segments.init(streams.key(of, Stream.SEGMENT), streams.key(of, Stream.BODY)))
 
@@ -78,7 +78,7 @@ def make_setting(
     cohort: int,
     span: tuple[int, int],
 ) -> Setting:
-    """Returns the setting of a config: its optimizers and its averaging, beside what depends on the text.
+    """Returns the setting of a config: its optimizers and averaging, with the given parts that depend on the text.
 
     Args:
       config: with `model` resolved.
@@ -95,9 +95,9 @@ def make_setting(
 
 
 def slices(cohort: int, at_once: int | None, devices: int) -> tuple[int, int]:
-    """Returns into how many slices a cohort is divided, and their size, which the devices divide.
+    """Returns how many slices a cohort is divided into, and their size, which is a multiple of `devices`.
 
-    Their product is what the cohort is padded to; of a cohort padded already it is the cohort.
+    Their product is the size that the cohort is padded to; for a cohort already padded, it is the cohort's own size.
     """
     up = lambda n: n + -n % devices  # noqa: E731
     count = -(-cohort // up(at_once or cohort))
@@ -105,12 +105,12 @@ def slices(cohort: int, at_once: int | None, devices: int) -> tuple[int, int]:
 
 
 def over_slices(s: Setting, fn: Callable[[Any], tuple[Any, Any]], per_client: Any) -> tuple[Any, Any]:
-    """Runs `fn` on the whole cohort, or on one slice after another, of `clients_at_once` clients or a few more.
+    """Runs `fn` on the whole cohort, or slice by slice, with `clients_at_once` clients or a few more in each.
 
     Args:
       s: the setting.
-      fn: takes a slice of `per_client`; returns (what each client of it has, [c, ...]; what adds up over clients). A single
-        whole number in the latter is a step counter, everybody's: it doesn't add up.
+      fn: takes a slice of `per_client`; returns (each client's own results [c, ...], results to sum over clients). A scalar
+        integer among the latter is a step counter, the same for all clients, and is not summed.
       per_client: pytree of arrays [C, ...].
 
     Returns:
@@ -120,7 +120,7 @@ def over_slices(s: Setting, fn: Callable[[Any], tuple[Any, Any]], per_client: An
     count, size = slices(cohort, s.config.federated.clients_at_once, 1 if mesh.empty else mesh.shape["data"])
     if count == 1:
         return fn(per_client)
-    # A slice is every count-th client, so that each of the devices that share the cohort out has some.
+    # A slice takes every count-th client, so that each device over which the cohort is spread has some of them.
     apart = lambda x: jnp.swapaxes(x.reshape(size, count, *x.shape[1:]), 0, 1)  # noqa: E731
     together = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
     counter = lambda x: x.ndim == 0 and not jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731

@@ -6,9 +6,9 @@
     server_backward  dz     --> dh         message 4, down   and the body's gradient
     client_finish    dh     --> the client's gradient
 
-Each half is a pure function of its own side's things and of the message it got. What it has to remember until the next
-message (`Kept`, a pytree) never leaves that side. A simulation composes the five in one program (`split_step`), a network
-calls them in two processes. Nothing else joins the segments for training.
+Each half is a pure function of its own side's values and of the message received. What it has to remember until the next
+message (`Kept`, a pytree) never leaves that side. A simulation composes the five in one program (`split_step`); over a
+network, they would be called in two processes. Nothing else joins the segments for training.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Up(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What one step yields before any optimizer sees it."""
+    """The result of one step, before any optimizer has used it."""
 
     loss: jax.Array  # float32 [C]: each client's own mean over its masked positions
     client_grads: ClientParams  # [C, ...]: of each client's own loss, not scaled by its weight
     server_grads: ServerParams  # of the weighted mean of the clients' losses
-    messages: dict[str, Payload]  # what crossed, [C, ...], by `wire.MESSAGES`
+    messages: dict[str, Payload]  # what crossed, [C, ...], by name in `wire.MESSAGES`
 
 
 def client_begin(cut: Cut, params: ClientParams, batch: MaskedBatch, keys: StepKeys) -> tuple[Up, Kept]:
@@ -55,17 +55,17 @@ def client_begin(cut: Cut, params: ClientParams, batch: MaskedBatch, keys: StepK
 
 
 def server_forward(cut: Cut, params: ServerParams, up: Up, weights: jax.Array, keys: StepKeys) -> tuple[Payload, Kept]:
-    """Runs the rows of C clients as one batch through the one body: one large matmul, where a map would make C.
+    """Runs the rows of C clients through the body as one batch: one large matmul, where a map would make C.
 
     Args:
-      cut: both sides'.
+      cut: the same on both sides.
       params: the body's.
       up: leaves [C, B, ...].
-      weights: float32 [C]; a client of weight 0 is not there, even if its numbers are not finite.
-      keys: the server's are used.
+      weights: float32 [C]; a client of weight 0 is left out, even if its numbers are not finite.
+      keys: only the server's are used.
 
     Returns:
-      Message 2, [C, B, M, D] (T for M where all hidden states are wanted back), and what `server_backward` takes.
+      Message 2, [C, B, M, D] (T for M if all hidden states are wanted back), and the residuals for `server_backward`.
     """
 
     def transform(params: ServerParams, h: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ def server_forward(cut: Cut, params: ServerParams, up: Up, weights: jax.Array, k
         return z.reshape(clients, size, *z.shape[1:])
 
     with jax.named_scope("transform"):
-        # What weighs nothing is taken out, not multiplied by 0: 0 times what is not finite is not finite.
+        # Clients of weight 0 are left out rather than multiplied by 0: 0 times a number that is not finite is not finite.
         received = jnp.where(_share(weights) > 0, cut.channels.activations.receive(up.h), 0.0)
         z, kept = jax.vjp(transform, params, received)
     with jax.named_scope("downlink"):
@@ -86,7 +86,7 @@ def server_forward(cut: Cut, params: ServerParams, up: Up, weights: jax.Array, k
 def client_head(
     cut: Cut, params: ClientParams, batch: MaskedBatch, z: Payload, keys: StepKeys
 ) -> tuple[jax.Array, ClientParams, Payload]:
-    """Returns one client's loss, the gradient of its head, and message 3: dL/dz, like z."""
+    """Returns one client's loss, the gradient of its head, and message 3: dL/dz, in the shape of z."""
 
     def loss(params: ClientParams, z: jax.Array) -> jax.Array:
         asked = z if cut.masked_only else take_positions(z, batch.positions)
@@ -101,8 +101,8 @@ def client_head(
 def server_backward(cut: Cut, kept: Kept, dz: Payload, weights: jax.Array) -> tuple[ServerParams, Payload]:
     """Returns the body's gradient, of the weighted mean of C clients' losses, and message 4: dL/dh [C, B, T, D].
 
-    Scaling dz makes the weighted mean in one backward pass. It scales what flows on to each client, too, which is undone:
-    a client's gradient is of its own loss.
+    Scaling dz gives the weighted mean in one backward pass. It also scales the gradients that flow on to each client, which
+    is undone: a client's gradient is that of its own loss.
     """
     share = _share(weights)
     with jax.named_scope("transform"):
@@ -114,7 +114,7 @@ def server_backward(cut: Cut, kept: Kept, dz: Payload, weights: jax.Array) -> tu
 
 
 def client_finish(cut: Cut, kept: Kept, dh: Payload, head_grads: ClientParams) -> ClientParams:
-    """Returns one client's gradient. The word table is tied, so its two parts add up."""
+    """Returns one client's gradient. The word table is tied, so its two gradients are added."""
     with jax.named_scope("embed"):
         (embed_grads,) = kept(cut.channels.input_gradient.receive(dh))
         return jax.tree.map(jnp.add, head_grads, embed_grads)
@@ -134,9 +134,9 @@ def split_step(
 
     Args:
       cut: from `make_cut`.
-      client_params: [C, ...], each client's own; or without the client axis if `shared_client`, when all clients hold
-        the same (their gradients are their own either way).
-      server_params: the one body's.
+      client_params: [C, ...], each client's own; with `shared_client`, without the client axis, the same for all clients
+        (each client has its own gradient either way).
+      server_params: the body's.
       batch: leaves [C, B, ...].
       weights: float32 [C], non-negative, summing to 1: each client's share in the body's gradient. A client of weight
         0 (padding, or absent) changes nothing, even if its numbers are not finite.

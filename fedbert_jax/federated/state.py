@@ -10,45 +10,45 @@ import jax.numpy as jnp
 
 from fedbert_jax.federated.metrics import RoundMetrics
 
-Rows = Any  # what a batch is made of: token blocks that are masked in the step, or a `MaskedBatch` that is ready
+Rows = Any  # what a batch is made from: token blocks to be masked in the step, or a ready `MaskedBatch`
 
 
 class Pair(NamedTuple):
-    """Something of the client segment and the same of the server body: parameters, gradients, optimizer states."""
+    """A value for the client segment and the same for the server body: parameters, gradients, optimizer states."""
 
     client: Any
     server: Any
 
 
 class State(NamedTuple):
-    """All that changes from round to round. A part that each client has of its own has a leading axis [N]."""
+    """Everything that changes from round to round. Parts that each client has of its own have a leading axis [N]."""
 
     model: Pair
     opt: Pair
-    # Averaging's own: the outer optimizer's state; where gradients are averaged, what their codec has yet to send [N, ...].
+    # State of the averaging: the outer optimizer's; if gradients are averaged, what their codec has yet to send [N, ...].
     outer: Any
 
 
 class Cohort(NamedTuple):
-    """One round's data, C clients. Where all text is pooled it is one client's."""
+    """One round's data for C clients. If all text is pooled, it counts as one client's."""
 
-    rows: Rows  # [K, C, B, ...]; K is `federated.local_steps`, or, in a run's last round, fewer
+    rows: Rows  # [K, C, B, ...]; K is `federated.local_steps`, or fewer in a run's last round
     clients: jax.Array  # int32 [C]
     weights: jax.Array  # float32 [C], summing to 1; 0 for a client that pads the cohort
     round: jax.Array  # int32, from 0
 
 
 class Strategy(NamedTuple):
-    """What `rounds.make_strategy` makes of a setting."""
+    """The program that `rounds.make_strategy` builds from a setting."""
 
     init: Callable[[Pair], State]  # from a fresh model
     round: Callable[[State, Cohort], tuple[State, RoundMetrics]]
     model_of: Callable[[State, jax.Array], Pair]  # (state, client id) -> the model that client would use
-    steps_per_round: int  # global steps: how far the schedules move in a round
+    steps_per_round: int  # global steps by which the schedules advance in a round
 
 
 def num_steps(rows: Rows) -> int:
-    """Returns K of a round's data [K, ...]."""
+    """Returns K, the number of steps in a round's data [K, ...]."""
     return int(jax.tree.leaves(rows)[0].shape[0])
 
 

@@ -1,4 +1,4 @@
-"""Bytes that a round moves between clients and server, by message: what `wire.MESSAGES` names, from shapes alone."""
+"""Bytes that a round moves between clients and server, by message of `wire.MESSAGES`, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedbert_jax.federated.wire import num_bytes
 
 
 def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
-    """Returns the bytes of a round's messages, of the whole cohort.
+    """Returns the bytes of a round's messages, for the whole cohort.
 
     Args:
       s: the setting.
-      rows: the shapes of what one client trains on in one step, [B, ...].
+      rows: the shapes of the data that one client trains on in one step, [B, ...].
     """
     how, f = s.how, s.config.federated
     model = jax.eval_shape(s.fresh)
@@ -48,8 +48,8 @@ def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
 
     if how.client == "copies" or (how.clients == "in turn" and how.client == "one"):
         travels("segment", model.client, opt.client)
-    if how.averages_gradients and s.cohort < s.num_clients:  # who wasn't there has to be told what it missed
+    if how.averages_gradients and s.cohort < s.num_clients:  # absent clients have to be sent what they missed
         travels("segment", model.client, opt.client, back=False)
-    if how.body == "copies" and not how.cut:  # else the bodies stay on the server
+    if how.body == "copies" and not how.cut:  # with a cut, the bodies stay on the server
         travels("body", model.server, opt.server)
     return sizes

@@ -1,4 +1,4 @@
-"""The wire between client and server: what crosses it, in which direction, as what, and how many bytes that is."""
+"""The wire between client and server: what crosses it, in which direction and encoding, and how many bytes that is."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fedbert_jax.models.bert import Keys, Segments
 Payload = Any  # a pytree of arrays: what crosses, and whose bytes are counted
 Way = Literal["up", "down"]  # to the server, or to the clients
 
-# Everything that crosses, and where to. Tokens and labels are not here.
+# Everything that crosses, and its direction. Tokens and labels are not in it.
 MESSAGES: dict[str, Way] = {
-    # In each step. Positions are those whose hidden states are asked for (`wire.downlink=masked`): random draws among those
-    # that hold no special token, so they tell a little of where documents end, and with `mlm.whole_word` of where long words
-    # are. Lengths cross where sequences are padded.
+    # In each step. Positions are those whose hidden states are asked for (`wire.downlink=masked`). They are drawn at random
+    # among those without a special token, so they reveal a little about where documents end, and with `mlm.whole_word` about
+    # where long words are. Lengths cross if sequences are padded.
     "activations": "up",  # h [B, T, D]
     "positions": "up",  # uint16 [B, M]
     "lengths": "up",  # uint16 [B]
-    "hidden_states": "down",  # z [B, M, D], or of all positions
+    "hidden_states": "down",  # z [B, M, D], or at all positions
     "head_gradient": "up",  # dL/dz, like z
     "input_gradient": "down",  # dL/dh, like h
-    # In each step, where gradients are averaged.
+    # In each step, if gradients are averaged.
     "segment_gradient": "up",
     "mean_gradient": "down",
-    # In each round, of the clients who take part: what they begin with, and what they end with.
+    # In each round, for the clients that take part: what they begin with, and what they end with.
     "segment": "down",
     "segment_optimizer": "down",
     "trained_segment": "up",
@@ -44,11 +44,11 @@ MESSAGES: dict[str, Way] = {
 
 
 class Channel(NamedTuple):
-    """What a sender does to a pytree of arrays, and what the receiver does with what crossed: both ends of one hook."""
+    """Both ends of one hook: what a sender does to a pytree of arrays, and what the receiver does with what crossed."""
 
     send: Callable[[Any, Keys | None], Payload]  # (x, the sender's keys [G]) -> what crosses
-    receive: Callable[[Payload], Any]  # what crossed -> what is computed with, or added up over senders
-    total: Callable[[Any], Any] = lambda x: x  # the sum of what was received from several -> what is computed with
+    receive: Callable[[Payload], Any]  # what crossed -> values to compute with, or to sum over senders
+    total: Callable[[Any], Any] = lambda x: x  # the sum over senders of what was received -> values to compute with
 
 
 class Channels(NamedTuple):
@@ -58,12 +58,12 @@ class Channels(NamedTuple):
     hidden_states: Channel
     head_gradient: Channel
     input_gradient: Channel
-    segment: Channel | None  # a client's weighted part of an average, of parameters or gradients; None: as it is
-    mean: Channel | None  # the mean gradient on its way back; None: as it is
+    segment: Channel | None  # a client's weighted part of an average, of parameters or gradients; None: unchanged
+    mean: Channel | None  # the mean gradient on its way back; None: unchanged
 
 
 class Cut(NamedTuple):
-    """What both sides agree on: the segments, what messages go through, and which hidden states come back."""
+    """What both sides agree on: the segments, the channels of messages, and which hidden states come back."""
 
     segments: Segments
     channels: Channels
@@ -73,9 +73,9 @@ class Cut(NamedTuple):
 class StepKeys(NamedTuple):
     """One step's PRNG keys, [C], or [G] for G groups of a client's rows; None where nothing is drawn."""
 
-    client: Keys | None = None  # of dropout in the client's segments
-    noise: Keys | None = None  # of what the client adds to what it sends
-    server: Keys | None = None  # of dropout in the body: drawn by the server
+    client: Keys | None = None  # for dropout in the client's segments
+    noise: Keys | None = None  # for the noise that the client adds to what it sends
+    server: Keys | None = None  # for dropout in the body, drawn by the server
 
 
 NO_KEYS = StepKeys()
@@ -96,12 +96,12 @@ def chain(*links: Channel) -> Channel:
 
 
 def codec(name: str, dtype: DTypeLike) -> Channel:
-    """Returns the channel of a type.
+    """Returns the channel that sends numbers in a given type.
 
     Args:
-      name: `float32` (as it was computed), `bfloat16`, or `int8`: whole numbers from -127 to 127 in units of a scale, which
-        each row, along the last axis, has of its own. A number is off by at most half a unit.
-      dtype: what the receiver computes with.
+      name: `float32` (as it was computed), `bfloat16`, or `int8`: integers from -127 to 127 in units of a scale, with one
+        scale for each row along the last axis. A number is off by at most half a unit.
+      dtype: the type in which the receiver computes.
     """
 
     def send(x: jax.Array) -> Payload:
@@ -124,7 +124,7 @@ def codec(name: str, dtype: DTypeLike) -> Channel:
 
 
 def clip(norm: float) -> Channel:
-    """Returns the channel whose sender shortens each row, along the last axis, to at most this Euclidean norm."""
+    """Returns the channel whose sender scales each row, along the last axis, down to at most this Euclidean norm."""
 
     def send(x: jax.Array) -> jax.Array:
         size = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
@@ -138,7 +138,7 @@ def noise(deviation: float, tag: int) -> Channel:
 
     Args:
       deviation: in units of what is sent.
-      tag: tells apart the noise of different messages of a step.
+      tag: keeps the noise of different messages of a step apart.
     """
 
     def send(x: jax.Array, keys: Keys | None) -> jax.Array:
@@ -151,11 +151,11 @@ def noise(deviation: float, tag: int) -> Channel:
 
 
 def fixed_point(bits: int = 24) -> Channel:
-    """Returns the channel of whole numbers modulo 2**32, in units of 2**-bits.
+    """Returns the channel of integers modulo 2**32, in units of 2**-bits.
 
-    Sums over senders come out exactly, in whatever order, and whatever is added that adds up to 0 modulo 2**32. Their
-    absolute value must stay below 2**(31 - bits); a single number beyond that is cut down to it. What is not finite has no
-    whole number: beside them goes a 0, or for a tensor that holds such a number a NaN, which makes the sum NaN.
+    Sums over senders are exact, in any order, and remain so if terms are added that sum to 0 modulo 2**32. Their absolute
+    value must stay below 2**(31 - bits); a single number beyond that is clipped to it. A number that is not finite has no
+    integer form: each tensor carries a 0 beside its integers, or a NaN if it holds such a number, which makes the sum NaN.
     """
     most = 2.0 ** (31 - bits) - 2.0**-bits * 128  # below 2**31 in units, float32's rounding included
 
@@ -172,11 +172,11 @@ def fixed_point(bits: int = 24) -> Channel:
 
 
 def make_channels(wire: WireConfig, privacy: PrivacyConfig, dtype: DTypeLike) -> Channels:
-    """Returns what the messages of a run go through.
+    """Returns the channels of a run's messages.
 
     Args:
-      wire: what a config says of the four messages and of gradients that are averaged.
-      privacy: what it says of averaging.
+      wire: the config of the four messages and of gradients that are averaged.
+      privacy: the config of averaging.
       dtype: of activations and their gradients at the receiver.
     """
     plain = codec(wire.codec, dtype)
@@ -196,7 +196,7 @@ def make_channels(wire: WireConfig, privacy: PrivacyConfig, dtype: DTypeLike) ->
 
 
 def make_cut(segments: Segments, wire: WireConfig, privacy: PrivacyConfig | None = None) -> Cut:
-    """Returns what a config makes of a model's cut."""
+    """Returns a model's cut with the channels that the config sets."""
     channels = make_channels(wire, privacy or PrivacyConfig(), segments.dtype)
     return Cut(segments, channels, wire.downlink == "masked")
 
@@ -207,5 +207,5 @@ def num_bytes(tree: Any) -> int:
 
 
 def by_way(sizes: Mapping[str, int], way: Way) -> dict[str, int]:
-    """Returns the bytes of those messages that go one way."""
+    """Returns the bytes of the messages that go in one direction."""
     return {name: size for name, size in sizes.items() if MESSAGES[name] == way}

@@ -28,10 +28,11 @@ def classifier_card(
     """Returns the README.md of a fine-tuned model.
 
     Args:
-      config: the run's, resolved.
-      task: what it was fine-tuned on.
-      scores: this model's metrics by what it was judged by (`dev`, `holdout`, ...), each at most 1.
-      seeds: of all seeds, once they are done: `values`, the task's number for each, and their `median`, `mean` and `std`.
+      config: the run's config, resolved.
+      task: the task it was fine-tuned on.
+      scores: this model's metrics by split evaluated (`dev`, `holdout`, ...), each at most 1.
+      seeds: results over all seeds, once they are done: `values`, the task's number for each, and their `median`, `mean` and
+        `std`.
     """
     f, t = config.federated, config.finetune
     own = f"this model's, of seed {config.seed}, after the last epoch"
@@ -112,5 +113,5 @@ def _subset(task: Task) -> str:
 
 
 def _hub_split(split: str) -> str | None:
-    """Returns what the hub's dataset calls a split; None for what it doesn't have."""
+    """Returns the name of a split in the hub's dataset; None if it doesn't have that split."""
     return split.replace("dev", "validation") if split.startswith("dev") else "test" if split == MSR_TEST else None

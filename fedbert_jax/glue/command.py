@@ -1,6 +1,6 @@
 """python -m fedbert_jax.glue --model DIR --glue DIR [--tasks all] [--seeds 5] [--learning-rate 3e-4,1e-3] [--json FILE]
 
-Fine-tunes a model on every GLUE task found, the ordinary way, and prints GLUE's table. Run again, it goes on.
+Fine-tunes a model on every GLUE task found, the ordinary way, and prints GLUE's table. When run again, it goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedbert_jax.glue.tasks import TASKS, Task, find_task
 if TYPE_CHECKING:
     from rich.console import Console
 
-# What the command line calls a config's keys.
+# The command line's flag for each of these config keys.
 FLAGS = {
     "data.source": "--glue",
     "data.seq_len": "--max-length",
@@ -80,7 +80,7 @@ def main() -> None:
             with about("--model"):
                 model = huggingface.sizes_of(huggingface.read_config(huggingface.local(args.model)), args.model)
         configs = [_config(args, task.name, model) for task in tasks]
-        # Before hours of work, not after: whatever else may be wrong.
+        # Whatever else may be wrong should be found before hours of work, not after.
         resolve(configs[0], tokenizer_of(configs[0]))  # the others have the same model
         for task in tasks:
             with about("--glue"):
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def _tasks(args: argparse.Namespace, console: Console) -> list[Task]:
-    """Returns the tasks asked for; of all, those whose files are there, and says which are not."""
+    """Returns the tasks asked for; with `all`, returns those whose files are there, and prints which are not."""
     named = args.tasks.replace(" ", "").split(",")
     if named != ["all"]:
         with about("--tasks"):
@@ -170,7 +170,7 @@ def _config(args: argparse.Namespace, task: str, model: dict[str, Any]) -> Confi
 
 @contextlib.contextmanager
 def _by_flags() -> Iterator[None]:
-    """Names this command's flags where an error names a config's keys."""
+    """Replaces the config keys that an error names by this command's flags."""
     try:
         yield
     except UserError as error:
@@ -178,9 +178,9 @@ def _by_flags() -> Iterator[None]:
 
 
 def in_flags(text: str) -> str:
-    """Returns a message with this command's flags for a config's keys; what no flag sets is said without its section."""
+    """Returns a message with config keys replaced by this command's flags; a key without a flag loses its section."""
     start = re.search(r"model\.init_from \(was (\S+), now .*?\), data\.tokenizer \(was .*?, now .*?\)", text)
-    if start:  # with it, the model's sizes and tokenizer are taken and nothing else
+    if start:  # which takes the model's sizes and tokenizer and nothing else
         change = "was given, and isn't now" if start[1] == "''" else "wasn't given, and is now"
         text = text.replace(start[0], f"--random-start ({change})")
     for key, flag in FLAGS.items():

@@ -19,7 +19,7 @@ class TaskData:
 
     task: tasks.Task
     train: Sequences
-    dev: dict[str, Sequences]  # what is judged by, `files.dev_splits`; with `finetune.holdout` it is "holdout"
+    dev: dict[str, Sequences]  # the splits to evaluate on: `files.dev_splits`, or "holdout" with `finetune.holdout`
     test: dict[str, Sequences]  # empty unless predictions are asked for
     test_ids: dict[str, list[str]]
 
@@ -33,10 +33,10 @@ def task_of(config: Config) -> tasks.Task:
 def read_task(config: Config, tokenizer: Any) -> TaskData:
     """Reads and tokenises the task that `data.source` names: `glue:TASK` from the hub or `glue:TASK@DIR`.
 
-    With `finetune.holdout` so much of the training examples is kept back and judged by; the dev files are not read.
+    With `finetune.holdout`, that share of the training examples is held out to evaluate on, and the dev files are not read.
 
     Raises:
-      UserError: for a task, file, line or label that is wrong.
+      UserError: for a wrong task, file, line or label.
     """
     task, directory = task_of(config), config.data.source.partition("@")[2]
     holdout, folder = config.finetune.holdout, Path(directory).expanduser() if directory else None

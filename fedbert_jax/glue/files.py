@@ -13,7 +13,7 @@ from fedbert_jax.data import hub
 from fedbert_jax.errors import UserError
 from fedbert_jax.glue.tasks import MAX_SCORE, MSR_TEST, MSR_TRAIN, TASKS, Examples, Task, find_task, key, test_splits
 
-_QQP_FRAGMENTS = 100  # more lines than this that are no rows, and the file is not merely the official one
+_QQP_FRAGMENTS = 100  # a file with more broken lines than this is damaged beyond the official one
 
 
 def dev_splits(task: Task, directory: Path | None = None) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def dev_splits(task: Task, directory: Path | None = None) -> tuple[str, ...]:
 
 
 def find_tasks(directory: Path) -> list[Task]:
-    """Returns the tasks that have a folder in the directory, in the order of `TASKS`; of a task's own folder, that task.
+    """Returns the tasks that have a folder in the directory, in the order of `TASKS`; for a task's own folder, that task.
 
     Raises:
       UserError: if the directory can't be read, or is the folder of a task whose name it doesn't bear.
@@ -79,7 +79,7 @@ def _tsv_files(task: Task, folder: Path) -> dict[str, Path]:
 
 
 def lacking(task: Task, directory: Path, splits: Sequence[str]) -> str:
-    """Returns in a sentence which files of a task are not there, and what is; "" if all are.
+    """Returns a sentence that says which files of a task are missing and which are there; "" if none is missing.
 
     Raises:
       UserError: if the directory or the task's folder can't be read.
@@ -109,8 +109,8 @@ def load(task: Task, directory: Path | None, splits: Sequence[str]) -> dict[str,
     """Reads splits of a task.
 
     Args:
-      task: which.
-      directory: the task's own folder, or the one in which that folder is; None reads the hub.
+      task: the task.
+      directory: the task's own folder, or the one that contains it; None reads the hub.
       splits: of "train", `dev_splits` and `test_splits`.
 
     Raises:
@@ -127,7 +127,7 @@ def load(task: Task, directory: Path | None, splits: Sequence[str]) -> dict[str,
 
 
 def check(task: Task, directory: Path, tests: bool = False) -> None:
-    """Reads all of a task's files and forgets them: for who wants to know of what is wrong before other work.
+    """Reads all of a task's files and discards them, so that errors are found before other work begins.
 
     Raises:
       UserError: as `load` does.
@@ -136,15 +136,15 @@ def check(task: Task, directory: Path, tests: bool = False) -> None:
 
 
 def read_tsv(task: Task, path: Path, labelled: bool) -> Examples:
-    """Reads an official file: a row a line, columns found by their header, and quotes that are part of the text.
+    """Reads an official file: one row per line, columns found by their header, and quotes that are part of the text.
 
     Args:
       task: whose file it is.
       path: the file.
-      labelled: whether it is a train or dev file; of a test file no label is read.
+      labelled: whether it is a train or dev file; no labels are read from a test file.
 
     Raises:
-      UserError: naming the file, and line, column, label or byte, that is not as the task's files are.
+      UserError: naming the file, and the line, column, label or byte that doesn't fit the task.
     """
     lines = _lines(path)
     has_header = not (labelled and task.headerless)
@@ -222,12 +222,12 @@ def _label(task: Task, text: str, path: Path, number: int) -> float:
 
 
 def _from_hub(task: Task, split: str) -> Examples:
-    import datasets  # here, because it takes a second and files do without it
+    import datasets  # here, because it takes a second and reading files does not need it
 
     subset = key(task.name)
     try:
         table: Any = datasets.load_dataset(hub.GLUE, subset, split=split.replace("dev", "validation"))
-    except Exception as error:  # no network, no cache, a proxy's answer: each raises what it likes
+    except Exception as error:  # no network, no cache, a proxy's answer: each raises another kind
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(f"{hub.GLUE} ({subset}, {split}) cannot be loaded from the hub: {reason}.") from error
     first, *second = [list(table[column]) for column in task.hub_columns or task.columns]

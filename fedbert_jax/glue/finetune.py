@@ -35,24 +35,24 @@ from fedbert_jax.models import huggingface
 from fedbert_jax.workdir import resume
 from fedbert_jax.workdir.paths import Workdir, check_inputs, check_same, fingerprint, open_workdir, write_atomically
 
-TRIAL = 2**30  # turns a seed into one that is none of those reported, however many
+TRIAL = 2**30  # XORed with a seed, gives one that is not among those reported, however many there are
 
 
 def finetune(config: Config, root: Path, console: Console | None = None) -> int:
-    """Fine-tunes on a task in a workdir, from wherever it stands; writes metrics, results and the model.
+    """Fine-tunes on a task in a workdir, going on from what is there; writes metrics, results and the model.
 
     A finished workdir can be given more seeds, and be asked for predictions.
 
     Args:
       config: validated, with task='finetune'.
       root: the workdir.
-      console: where to speak; the terminal by default.
+      console: where messages go; the terminal by default.
 
     Returns:
       The exit code: 0, or 128 + the signal that interrupted it.
 
     Raises:
-      UserError: for what the user can mend.
+      UserError: for an error that the user can mend.
     """
     console = console or make_console()
     optim.check(config)
@@ -84,7 +84,7 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
     if str(config.seed) not in results["seeds"]:
         huggingface.check_target(workdir.hf)  # now, not after hours of training
     tuning = Finetuning(config, data, start, all_seeds[:at_once])
-    workdir.write_config(config)  # now that nothing about it was refused
+    workdir.write_config(config)  # now that all checks have passed
     workdir.write_facts({"inputs": inputs, "config": resume.stamp(config)})
     with Interrupts() as interrupts:
         while pending := [seed for seed in all_seeds if str(seed) not in results["seeds"]]:
@@ -98,14 +98,14 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
             if config.seed in group:
                 with disk.writing(workdir.hf):
                     export(tuning, state, tokenizer, workdir.hf, scores_of_all[group.index(config.seed)])
-                for split in tasks.test_splits(data.task):  # another model's predictions, if there are any
+                for split in tasks.test_splits(data.task):  # predictions of an earlier model, if there are any
                     (workdir.root / "predictions" / submission_name(data.task, split)).unlink(missing_ok=True)
-            results = {"seeds": results["seeds"]}  # without the summary of fewer seeds
+            results = {"seeds": results["seeds"]}  # without the summary over fewer seeds
             for seed, scores in zip(group, scores_of_all, strict=True):
                 results["seeds"][str(seed)] = scores
                 console.print(f"  seed {seed}: {show(scores)}")
             write_results(workdir.root, results)
-            shutil.rmtree(workdir.checkpoints / group_name(group), ignore_errors=True)  # its results are safe
+            shutil.rmtree(workdir.checkpoints / group_name(group), ignore_errors=True)  # its results are saved
             if interrupts.received:  # in the group's last round, or after it
                 console.print("stopped; the same command goes on from there")
                 return interrupts.exit_code
@@ -114,7 +114,7 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
         write_results(workdir.root, results)
         if trained_now and workdir.hf.is_dir():
             card = classifier_card(config, data.task, results["seeds"][str(config.seed)], results)
-            write_atomically(workdir.root / "README.md", card)  # beside its place: hf/ holds an export and nothing else
+            write_atomically(workdir.root / "README.md", card)  # not in hf/, which holds an export and nothing else
             os.replace(workdir.root / "README.md", workdir.hf / "README.md")
         _predict(tuning, workdir)
     median, mean, std = (100 * results[k] for k in ("median", "mean", "std"))
@@ -126,7 +126,7 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
 
 
 def _next_group(pending: Sequence[int], at_once: int, workdir: Workdir) -> tuple[int, ...]:
-    """Returns the seeds to train next: those of a group that was interrupted, however many it has, or `at_once`."""
+    """Returns the seeds to train next: those of an interrupted group, however many it has, or the next `at_once`."""
 
     def begun(group: Sequence[int]) -> bool:
         folder = workdir.checkpoints / group_name(group)
@@ -153,15 +153,15 @@ def _predict(tuning: Finetuning, workdir: Workdir) -> None:
 
 
 def choose_rate(config: Config, rates: Sequence[float], root: Path, console: Console) -> tuple[float, int]:
-    """Tries learning rates, the same for both segments, on a tenth of the training examples that is kept back for this.
+    """Tries learning rates, the same for both segments, judged by a tenth of the training examples, held out for this.
 
     Neither the dev set nor a seed that is reported has a part in the choice.
 
     Args:
-      config: of the task, with the seeds to report.
-      rates: to choose from, one seed each; a single one is not tried.
-      root: of the workdirs, one a rate.
-      console: where to speak.
+      config: the task's config, with the seeds to report.
+      rates: to choose from, each tried with one seed; a single rate is not tried.
+      root: the directory of the workdirs, one per rate.
+      console: where messages go.
 
     Returns:
       The rate with the best score, and the exit code: 0, or 128 + the signal that interrupted it.
@@ -194,14 +194,14 @@ def with_rate(config: Config, rate: float) -> Config:
 
 
 def export(tuning: Finetuning, state: State, tokenizer: Any, directory: Path, scores: Scores | None = None) -> None:
-    """Writes a directory that `AutoModelForSequenceClassification` loads: the model of the first of the seeds.
+    """Writes the model of the first seed as a directory that `AutoModelForSequenceClassification` loads.
 
     Args:
-      tuning: of these seeds.
-      state: [S, ...].
+      tuning: the fine-tuning of these seeds.
+      state: its state, [S, ...].
       tokenizer: the run's.
       directory: a new or empty one, or an earlier export, which is replaced.
-      scores: that model's, for its card.
+      scores: that model's scores, for its card.
     """
     client, server = jax.device_get(jax.tree.map(lambda x: x[0], state.model))
     task, config = tuning.data.task, tuning.config

@@ -1,4 +1,4 @@
-"""Some seeds of a task as a job of the loop: what their rounds say, when they are scored and saved."""
+"""A group of seeds of a task as a job of the loop: what its rounds report, and when it is evaluated and saved."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fedbert_jax.workdir.paths import Workdir
 
 
 class SeedGroup:
-    """Some seeds of a task as the loop's job (`loop.Job`). An epoch's end is evaluated and, but for the last, saved.
+    """A group of seeds of a task as the loop's job (`loop.Job`). Each epoch's end is evaluated and, except the last, saved.
 
     Args:
-      tuning: of these seeds.
-      console: where to speak.
+      tuning: the fine-tuning of these seeds.
+      console: where messages go.
     """
 
     remedy = "lower the learning rates"
@@ -45,7 +45,7 @@ class SeedGroup:
         self.scores: list[Scores] = []  # each seed's, of the last epoch
 
     def begin(self) -> tuple[State, Record]:
-        """Makes the seeds' states, and says what the checkpoint gave them."""
+        """Makes the seeds' states, and prints what the checkpoint gave them."""
         with about("config key model.init_from"):
             state, missing = self.tuning.init_state()
         said = self.tuning.start.classifier if isinstance(self.tuning.start, Checkpoint) else ""
@@ -58,7 +58,7 @@ class SeedGroup:
         return state, {}
 
     def resume(self, round: int, meta: dict[str, Any]) -> None:
-        """Takes up the losses that no line of the log has yet."""
+        """Takes up the losses that are not in the log yet."""
         self.losses = meta["losses"]
 
     def run_round(self, state: State, round: int) -> tuple[State, RoundMetrics]:
@@ -66,16 +66,16 @@ class SeedGroup:
         return self.tuning.step(state, round)
 
     def evaluates(self, round: int) -> bool:
-        """At the end of an epoch, and of training."""
+        """Returns whether to evaluate: at the end of each epoch, and of training."""
         epochs = self.tuning.epochs
         return int(epochs(round)) > int(epochs(round - 1)) or round == self.total
 
     def saves(self, round: int) -> bool:
-        """At the end of every epoch but the last, after which results are written at once."""
+        """Returns whether to save: at the end of every epoch but the last, after which results are written at once."""
         return self.evaluates(round) and round < self.total
 
     def record(self, round: int, done: Done) -> Record:
-        """Takes a round's losses; returns the line of an epoch."""
+        """Collects a round's losses; at an epoch's end, returns the line for the log."""
         self.tuning.check_round(round - 1, done.metrics)
         self.losses.append(np.asarray(done.metrics.loss, np.float64).tolist())
         if not self.evaluates(round):
@@ -84,20 +84,20 @@ class SeedGroup:
         return {"round": round, "epoch": self.tuning.epochs(round), "train_loss": mean}
 
     def evaluate(self, state: State) -> Record:
-        """Scores the seeds on what the task is judged by."""
+        """Scores the seeds on the splits that the task is evaluated on."""
         self.check(state)
         self.scores = self.tuning.scores(state)
         return {"scores": self.scores}
 
     def say(self, record: Record) -> None:
-        """Says nothing: the seeds' scores come when they are done."""
+        """Prints nothing: the seeds' scores are printed when they are done."""
 
     def show(self, done: Done) -> str:
         """Returns the numbers beside the progress bar."""
         return f"loss {float(np.mean(done.metrics.loss)):.3f}"
 
     def check(self, state: State) -> None:
-        """Looks at every number of the seeds' states."""
+        """Requires every number of the seeds' states to be finite."""
         finite.require(finite.in_state(state, [str(seed) for seed in self.tuning.seeds], "seed"))
 
     def meta(self, round: int) -> dict[str, Any]:
@@ -108,16 +108,16 @@ class SeedGroup:
 def train_group(
     tuning: Finetuning, workdir: Workdir, interrupts: Interrupts, console: Console
 ) -> tuple[State, list[Scores]] | None:
-    """Trains a group of seeds to its last round; returns the state and each seed's scores, None if it was interrupted."""
+    """Trains a group of seeds to its last round; returns the state and each seed's scores, or None if interrupted."""
     name, job = group_name(tuning.seeds), SeedGroup(tuning, console)
     loop = Loop(job, Checkpoints(workdir.checkpoints / name, keep=1), workdir.root / f"metrics-{name}.jsonl", console)
     state = loop.run(loop.begin(), interrupts)
     loop.close()
     if not loop.finished:
         return None
-    return state, job.scores or tuning.scores(state)  # which are not known where a signal came after the last round
+    return state, job.scores or tuning.scores(state)  # there are none if a signal came after the last round
 
 
 def group_name(seeds: Sequence[int]) -> str:
-    """Returns what the files of a group of seeds are called."""
+    """Returns the name of a group of seeds in file names."""
     return f"seed-{seeds[0]}" if len(seeds) == 1 else f"seeds-{seeds[0]}-{seeds[-1]}"

@@ -1,4 +1,4 @@
-"""A task's results.json: each seed's scores, and what they come to."""
+"""A task's results.json: each seed's scores, and their summary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def summarise(task: tasks.Task, seeds: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_results(root: Path) -> dict[str, Any]:
-    """Returns what results.json says; without it, that no seed is done.
+    """Returns the content of results.json; without that file, no seed is done.
 
     Raises:
       UserError: if it is damaged.

@@ -12,7 +12,7 @@ from fedbert_jax.glue.tasks import Task
 
 
 def _correlation(function: Callable[..., tuple[float, float]], predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns 0 where there is no correlation to speak of because one side is constant: a collapsed model's score."""
+    """Returns the correlation; 0 if it is undefined because one side is constant, as a collapsed model's scores are."""
     x, y = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
     return 0.0 if np.ptp(x) == 0.0 or np.ptp(y) == 0.0 else function(x, y)[0]
 
@@ -30,7 +30,7 @@ def score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, 
     """Returns the task's metrics by name, each at most 1.
 
     Args:
-      task: which; its `metrics` says what is computed.
+      task: its `metrics` says what is computed.
       predictions: class ids [N], or float scores [N] for a regression.
       labels: [N] of the same kind.
     """
@@ -38,5 +38,5 @@ def score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 
 def summary(task: Task, scores: Mapping[str, float]) -> float:
-    """Returns GLUE's number for the task: the mean of its metrics in what `score` returned."""
+    """Returns GLUE's number for the task: the mean of the metrics that `score` returned."""
     return float(np.mean([scores[name] for name in task.metrics]))

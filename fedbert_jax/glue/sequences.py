@@ -1,4 +1,4 @@
-"""Labelled sentences and pairs to arrays, and the batches of fine-tuning: sequences of like length together."""
+"""Labelled sentences and pairs as arrays, and the batches of fine-tuning, which group sequences of similar length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.streams import Seeds, Stream, generator
 
-WINDOW = 16  # rounds' worth of examples within which sequences are sorted by length
-BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # the lengths that batches are padded to: one program each
+WINDOW = 16  # sequences are sorted by length within this many rounds' worth of examples
+BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # the lengths that batches are padded to, one program each
 
 
 class Sequences(NamedTuple):
-    """Examples, tokenised; a row is [CLS] first [SEP] or [CLS] first [SEP] second [SEP], and padding."""
+    """Tokenised examples; a row is [CLS] first [SEP] or [CLS] first [SEP] second [SEP], then padding."""
 
     tokens: np.ndarray  # int32 [n, T]
     token_types: np.ndarray  # int32 [n, T], 1 on the second sentence
@@ -33,7 +33,7 @@ class Sequences(NamedTuple):
 def encode(
     tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, labels: np.ndarray | None, max_length: int
 ) -> Sequences:
-    """Tokenises sentences or pairs; of a pair that is too long, the longer sentence loses its end first.
+    """Tokenises sentences or pairs; if a pair is too long, the end of the longer sentence is cut first.
 
     Args:
       tokenizer: a fast Hugging Face tokenizer.
@@ -44,7 +44,7 @@ def encode(
     """
     pairs = (list(first),) if second is None else (list(first), list(second))
     found = tokenizer(*pairs, truncation=True, max_length=max_length, return_token_type_ids=True)
-    tokenizer.backend_tokenizer.no_truncation()  # which the call above left set, and an export would write down
+    tokenizer.backend_tokenizer.no_truncation()  # the call above left it set, and an export would save it
     lengths = np.array([len(ids) for ids in found["input_ids"]], np.int32)
     tokens = np.full((len(lengths), lengths.max(initial=1)), tokenizer.pad_token_id or 0, np.int32)
     types = np.zeros_like(tokens)
@@ -75,13 +75,13 @@ def take(data: Sequences, index: np.ndarray, length: int) -> MaskedBatch:
 class ExampleStream:
     """A client's endless stream of examples, one shuffled epoch after another: a function of (seeds, client).
 
-    Within windows of some rounds an epoch is sorted by length and cut into rounds again, whose order is shuffled, so that
-    little of a round is padding. The round in which one epoch ends and the next begins is filled up with examples of any
-    length; then the next is cut into whole rounds again.
+    Within windows of `WINDOW` rounds, an epoch is sorted by length and cut into rounds again, whose order is shuffled, so
+    that little of a round is padding. The round in which one epoch ends and the next begins is filled with examples of any
+    length; after it, the next epoch is cut into whole rounds again.
 
     Args:
-      seeds: of the order.
-      client: whose stream.
+      seeds: they decide the order.
+      client: the client's number.
       lengths: int [n], of the client's examples.
       steps: K.
       batch: B.
@@ -106,7 +106,7 @@ class ExampleStream:
         if epoch not in self._orders:
             rng, unit = generator(self.seeds, Stream.EXAMPLES, self.client, epoch), self.steps * self.batch
             order, units = rng.permutation(len(self.lengths)), []
-            filling = -epoch * len(order) % unit  # so many does the round lack in which the epoch before ends
+            filling = -epoch * len(order) % unit  # examples that the round in which the previous epoch ends lacks
             for start in range(filling, len(order), WINDOW * unit):
                 window = order[start : start + WINDOW * unit]
                 window = window[np.argsort(self.lengths[window], kind="stable")]
@@ -120,7 +120,7 @@ class ExampleStream:
 
 
 def eval_batches(data: Sequences, batch: int, limit: int) -> Iterator[tuple[np.ndarray, MaskedBatch]]:
-    """Yields (examples [B], batch) over all examples, shortest first; the last is filled up to B rows by repeating some."""
+    """Yields (examples [B], batch) over all examples, shortest first; the last is padded to B rows by repeating some."""
     order = np.argsort(data.lengths, kind="stable")
     for start in range(0, len(order), batch):
         part = order[start : start + batch]

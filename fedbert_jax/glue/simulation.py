@@ -55,7 +55,7 @@ class Finetuning:
             )
         self.clients = self._deal(1 if f.arrangement.pools_text else f.num_clients or 1)
         self.per_step = len(self.clients) * f.batch_size  # examples
-        self.steps = math.ceil(config.finetune.epochs * len(data.train) / self.per_step)  # of each client
+        self.steps = math.ceil(config.finetune.epochs * len(data.train) / self.per_step)  # per client
         self.rounds = math.ceil(self.steps / f.local_steps)  # the last may be short
         steps = self.steps * (len(self.clients) if f.arrangement.clients == "in turn" else 1)
         optimizers = [
@@ -65,7 +65,7 @@ class Finetuning:
         self.setting = make_setting(
             dataclasses.replace(config, client_optimizer=optimizers[0], server_optimizer=optimizers[1]),
             make_segments(config.model, compute_dtype(config), data.task.num_outputs),
-            prepare=lambda _, batch: batch,  # examples come ready
+            prepare=lambda _, batch: batch,  # the batches are ready
             num_clients=len(self.clients),
             cohort=len(self.clients),
             span=(steps, 0),
@@ -76,7 +76,7 @@ class Finetuning:
         self.segments: Segments = self.setting.segments
         self.mesh = make_mesh(config.mesh)
         count, size = slices(len(self.clients), f.clients_at_once, self.mesh.shape["data"])
-        if count > 1 and count * size != len(self.clients):  # nobody pads a cohort here
+        if count > 1 and count * size != len(self.clients):  # the cohort is not padded here
             raise ConfigError(
                 f"config key federated.clients_at_once={f.clients_at_once}: accepted with task='finetune' on "
                 f"{self.mesh.shape['data']} devices (mesh.data): None, or what divides {len(self.clients)} clients there."
@@ -90,12 +90,12 @@ class Finetuning:
             self._predict = jax.jit(jax.vmap(self._one_predict, (0, None)), out_shardings=everywhere)
 
     def epochs(self, rounds: int) -> float:
-        """Returns how many epochs the first so many rounds are."""
+        """Returns how many epochs the first `rounds` rounds make."""
         steps = min(rounds * self.config.federated.local_steps, self.steps)
         return steps * self.per_step / len(self.data.train)
 
     def for_seeds(self, seeds: tuple[int, ...]) -> Finetuning:
-        """Returns the same for other seeds; if they are as many as here, with the same compiled programs."""
+        """Returns the same for other seeds, with the same compiled programs if they are as many as here."""
         if len(seeds) != len(self.seeds):
             return Finetuning(self.config, self.data, self.start, seeds)
         other = copy.copy(self)
@@ -122,7 +122,7 @@ class Finetuning:
         train, partition = self.data.train, self.config.data.partition
         if count == 1:
             return [np.arange(len(train))]
-        labels = np.round(train.labels).astype(int)  # a regression's, to the nearest whole number
+        labels = np.round(train.labels).astype(int)  # scores of a regression are rounded to integers
         _, owned = assign([str(x) for x in labels], np.ones(len(train)), partition, count, seeds_of(self.config))
         empty = [n for n, own in enumerate(owned) if not len(own)]
         if empty:
@@ -158,7 +158,7 @@ class Finetuning:
         return make_strategy(s).round(state, cohort)
 
     def order(self, round: int) -> np.ndarray:
-        """Returns the clients [C] in the order of a round: of their turns, if they take turns."""
+        """Returns the clients [C] in their order in a round: that of their turns, if they take turns."""
         f, count = self.config.federated, len(self.clients)
         shuffled = f.arrangement.clients == "in turn" and f.order == "shuffled"
         return turn_order(seeds_of(self.config), round, count) if shuffled else np.arange(count)
@@ -178,7 +178,7 @@ class Finetuning:
     def step(self, state: State, round: int) -> tuple[State, RoundMetrics]:
         """Dispatches a round; `state` is used up. Metrics are [S]."""
         seeds, data = len(self.seeds), self.mesh.shape["data"]
-        # Seeds are spread over `data` where it divides them, else each step's sequences: [S, K, C, B, ...].
+        # Seeds are spread over `data` if it divides their number, else each step's sequences are: [S, K, C, B, ...].
         spec = P("data") if seeds % data == 0 else P(None, None, None, "data")
         rows = seeds if seeds % data == 0 else self.config.federated.batch_size
         batches = jax.device_put(self.batches(round), self._spread(spec, rows))
@@ -187,7 +187,7 @@ class Finetuning:
             return self._round(state, batches, clients, jnp.int32(round), self._secrets())
 
     def check_round(self, round: int, metrics: RoundMetrics) -> None:
-        """Requires that the loss and the gradients of every seed be finite, of a round from 0."""
+        """Requires every seed's loss and gradients in a round, from 0, to be finite."""
         loss, client_norm, server_norm, failed = (np.asarray(values) for values in metrics)  # [S], the last [S, C]
         for s, seed in enumerate(self.seeds):
             places = finite.first_to_fail(failed[s], self.config.federated.arrangement)
@@ -196,7 +196,7 @@ class Finetuning:
             finite.require(f"of seed {seed}, {problem}" if problem else "")
 
     def _spread(self, spec: P, rows: int) -> NamedSharding:
-        """Lays an axis of `rows` over the devices; all devices hold all of it if `data` doesn't divide it."""
+        """Spreads an axis of `rows` over the devices; each device holds all of it if `data` doesn't divide it."""
         return NamedSharding(self.mesh, spec if rows % self.mesh.shape["data"] == 0 else P())
 
     def _one_predict(self, model: Pair, batch: MaskedBatch) -> jax.Array:
@@ -206,7 +206,7 @@ class Finetuning:
         """Returns the outputs of models [S, ...] for all sequences, float32 [S, n, outputs].
 
         Raises:
-          DivergedError: if one is not finite.
+          DivergedError: if an output is not finite.
         """
         models = jax.tree.leaves(model)[0].shape[0]
         result = np.zeros((models, len(data), self.data.task.num_outputs), np.float32)

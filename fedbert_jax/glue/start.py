@@ -16,13 +16,13 @@ from fedbert_jax.models.bert import Params
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's tensors, with which a fresh model is filled."""
+    """A checkpoint's tensors, from which a fresh model is filled."""
 
     tensors: huggingface.Tensors
-    classifier: str = ""  # what became of its own classifier, for the person to read; "" if it has none
+    classifier: str = ""  # a sentence on what became of its own classifier; "" if it has none
 
     def __call__(self, client: Params, server: Params) -> tuple[Params, Params, list[str]]:
-        """Fills parameters; returns also the names of what it lacks."""
+        """Fills parameters; also returns the names of those that the checkpoint lacks."""
         return huggingface.from_tensors(self.tensors, client, server, huggingface.CLASSIFIER_CLIENT)
 
 
@@ -42,7 +42,7 @@ def resolve(config: Config, tokenizer: Any) -> tuple[Config, Checkpoint | None]:
     A classifier that the checkpoint has is kept if its labels are the task's, with its outputs in the task's order.
 
     Raises:
-      UserError: for a task that is none, or a checkpoint that can't be started from.
+      UserError: for an unknown task, or a checkpoint that can't be started from.
     """
     task, config = task_of(config), experiment.resolve(config, vocab_size(tokenizer))
     if not config.model.init_from:

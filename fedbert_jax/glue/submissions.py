@@ -1,4 +1,4 @@
-"""Predictions of a GLUE task's test files, as gluebenchmark.com takes them."""
+"""Predictions for a GLUE task's test files, in gluebenchmark.com's format."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fedbert_jax.glue.tasks import MAX_SCORE, Task
 
 
 def submission_name(task: Task, split: str) -> str:
-    """Returns what gluebenchmark.com wants the split's predictions to be called."""
+    """Returns the file name that gluebenchmark.com expects for the split's predictions."""
     suffix = {"_matched": "-m", "_mismatched": "-mm"}.get(split.removeprefix("test"), "")
     return f"{task.name}{suffix}.tsv"
 
 
 def write_submission(path: Path, task: Task, split: str, ids: Sequence[str], predictions: np.ndarray) -> None:
-    """Writes predictions as gluebenchmark.com wants them, whole or not at all.
+    """Writes predictions in gluebenchmark.com's format, whole or not at all.
 
     Args:
-      path: the file, or a directory, in which the file is called `submission_name`.
-      task: whose predictions they are.
-      split: of which split.
+      path: the file, or a directory in which the file is named by `submission_name`.
+      task: the task predicted.
+      split: the split predicted.
       ids: N, from `Examples.ids`.
       predictions: class ids [N], or for a regression scores [N], which are clipped to the range of the labels.
     """

@@ -11,8 +11,8 @@ import numpy as np
 from fedbert_jax.errors import UserError
 
 MAX_SCORE = 5.0  # STS-B's scores are from 0 to this
-# MRPC as Microsoft publishes it. GLUE's dev set is a list of ids from the first file, which comes with neither; the second
-# has labels, and is what the task's own paper judges by (Dolan and Brockett, 2005, https://aclanthology.org/I05-5002).
+# MRPC as Microsoft publishes it. GLUE's dev set is a list of ids from the first file, and comes with neither. The second has
+# labels, and the task's own paper evaluates on it (Dolan and Brockett, 2005, https://aclanthology.org/I05-5002).
 MSR_TRAIN, MSR_TEST = "msr_paraphrase_train", "msr_paraphrase_test"
 
 
@@ -20,15 +20,15 @@ MSR_TRAIN, MSR_TEST = "msr_paraphrase_train", "msr_paraphrase_test"
 class Task:
     """A GLUE task (Wang et al., 2019, https://arxiv.org/abs/1804.07461) and how its official files are laid out."""
 
-    name: str  # of the official folder
-    labels: tuple[str, ...]  # what a head's output i means, in the order of the hub's dataset; () for a regression
+    name: str  # as the official folder is named
+    labels: tuple[str, ...]  # the meaning of each output of the head, in the order of the hub's dataset; () for a regression
     columns: tuple[str, ...]  # headers of the sentence, or of the two sentences
     metrics: tuple[str, ...]  # GLUE's number for the task is their mean
     label_column: str = "label"
-    text_labels: bool = False  # whether files spell the labels; if not, they hold 0 and 1
+    text_labels: bool = False  # whether files spell out the labels; if not, they hold 0 and 1
     index_column: str = "index"
-    headerless: tuple[str, ...] = ()  # the columns of train and dev where those have no header line
-    parts: tuple[str, ...] = ("",)  # what `dev` and `test` end in
+    headerless: tuple[str, ...] = ()  # the columns of train and dev if those have no header line
+    parts: tuple[str, ...] = ("",)  # the suffixes of `dev` and `test`
     hub_columns: tuple[str, ...] = ()  # where the hub's differ from `columns`
 
     @property
@@ -43,12 +43,12 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the task's head."""
+        """The number of outputs of the task's head."""
         return len(self.labels) or 1
 
     @property
     def label_values(self) -> tuple[str, ...]:
-        """What files and submissions write for each of `labels`."""
+        """How files and submissions write each of `labels`."""
         return self.labels if self.text_labels else tuple(str(i) for i in range(len(self.labels)))
 
 
@@ -57,8 +57,8 @@ class Examples(NamedTuple):
 
     first: list[str]
     second: list[str] | None  # None for tasks of one sentence
-    labels: np.ndarray | None  # int32 [N] ids into `Task.labels`, or float32 [N] scores; None where they are secret
-    ids: list[str]  # what a submission calls them
+    labels: np.ndarray | None  # int32 [N] ids into `Task.labels`, or float32 [N] scores; None if they are secret
+    ids: list[str]  # by which a submission names them
 
 
 _F1 = ("f1", "accuracy")
@@ -105,7 +105,7 @@ TASKS = {
         ),
         Task("QNLI", _ENTAILMENT, ("question", "sentence"), _ACCURACY, text_labels=True),
         Task("RTE", _ENTAILMENT, _SENTENCES, _ACCURACY, text_labels=True),
-        Task("WNLI", _ENTAILMENT[::-1], _SENTENCES, _ACCURACY),  # the one whose 1 is entailment
+        Task("WNLI", _ENTAILMENT[::-1], _SENTENCES, _ACCURACY),  # the only one in which 1 means entailment
     )
 }
 

@@ -4,8 +4,8 @@
     transform(server_params, h, positions, lengths)  [B, T, D] -> z [B, M, D] at the positions asked for, or [B, T, D]
     loss(client_params, z, batch)                    [B, M, D] -> scalar, over logits [B, M, V]
 
-`nnx.split` is called once, here; every runtime (simulated, networked, centralised, fine-tuning, export) uses these same
-functions, so a client is nothing but a leading axis on a pytree of arrays.
+`nnx.split` is called only here; every runtime (simulated, centralised, fine-tuning, export) uses these same functions, so a
+client is nothing but a leading axis on a pytree of arrays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Params = Any  # a nested dict of float arrays
 ClientParams = Params  # what a client holds: embeddings, head, and the first `model.client_layers` layers
 ServerParams = Params  # what the server holds: {"layers": leaves [L, ...]}
 Keys = jax.Array  # PRNG keys [G], one for each of G equal groups of rows
-OWN_LAYERS = np.uint32(2**32 - 1)  # a tag of the client's own layers; no place in a batch has this number
+OWN_LAYERS = np.uint32(2**32 - 1)  # a tag of the client's own layers; no position in a batch has this number
 
 
 class Embed(Protocol):
@@ -38,7 +38,7 @@ class Embed(Protocol):
 
 
 class Transform(Protocol):
-    """Maps h [B, T, D] to z [B, M, D] at positions [B, M], or without them to [B, T, D]; lengths [B] leave padding out."""
+    """Maps h [B, T, D] to z [B, M, D] at positions [B, M], or to [B, T, D] without them; lengths [B] leave padding out."""
 
     def __call__(
         self,
@@ -57,7 +57,7 @@ class Predict(Protocol):
 
 
 class Loss(Protocol):
-    """Returns the mean loss of what `predict` makes of z [B, M, D], over the batch's positions of weight 1."""
+    """Returns the mean loss of `predict` on z [B, M, D], over the batch's positions of weight 1."""
 
     def __call__(self, params: ClientParams, z: jax.Array, batch: MaskedBatch, keys: Keys | None = None) -> jax.Array: ...
 
@@ -66,7 +66,7 @@ class Segments(NamedTuple):
     """A model cut in a U. Without keys there is no dropout."""
 
     config: ModelConfig
-    dtype: jnp.dtype  # of h and z, and of their gradients: what a receiver computes with
+    dtype: jnp.dtype  # of h, z and their gradients, in which a receiver computes
     init: Callable[[jax.Array, jax.Array], tuple[ClientParams, ServerParams]]  # (client's key, server's)
     embed: Embed
     transform: Transform
@@ -78,10 +78,10 @@ def make_segments(config: ModelConfig, compute_dtype: DTypeLike = jnp.float32, o
     """Builds the segments of a model.
 
     Args:
-      config: resolved (`config.resolve_model`): every size is set.
+      config: resolved (`config.resolve_model`), so that every size is set.
       compute_dtype: of matmuls and activations; parameters, LayerNorm, softmax and loss are float32.
-      outputs: None gives the client an MLM head; a number gives it a pooler and a classifier of so many classes, or, with
-        1, a regression.
+      outputs: None gives the client an MLM head; a number gives it a pooler and a classifier with that many classes, or,
+        if it is 1, a regression.
     """
     assert config.num_layers is not None
     own, layers = config.client_layers, config.num_layers - config.client_layers  # the client's, the server's
@@ -135,7 +135,7 @@ def make_segments(config: ModelConfig, compute_dtype: DTypeLike = jnp.float32, o
         else:
             below = (jax.tree.map(lambda leaf: leaf[:last], stack), jnp.arange(last))
             x, _ = jax.lax.scan(lambda x, layer: (apply(x, *layer, None), None), x, below)
-        # The last layer makes only what is asked for; all it needs of the other positions is their keys and values.
+        # The last layer computes only the positions asked for; of the others it needs only their keys and values.
         x = apply(x, jax.tree.map(lambda leaf: leaf[last], stack), jnp.int32(last), positions)
         return x.reshape(batch, -1, size)
 

@@ -1,6 +1,6 @@
 """The Flax NNX modules of BERT, grouped by who holds them: `ClientSegment` and one Transformer `Layer`.
 
-Post-LN, exact GELU, learned positions, token types: Devlin et al. 2019, and number for number what
+Post-LN, exact GELU, learned positions and token types, as in Devlin et al. 2019; the numbers are those that
 `transformers.BertForMaskedLM` computes. Modules hold parameters only; a dropout key comes with the call.
 """
 
@@ -21,16 +21,16 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     """Zeroes entries of x with probability `rate` and scales the rest by 1 / (1 - rate).
 
     Args:
-      x: [R, T, D]; its rows fall into G equal groups, one a client.
+      x: [R, T, D]; its rows fall into G equal groups, one per client.
       rate: probability of a zero.
-      keys: PRNG keys [G], or None for no dropout. What is drawn for (row, position, channel) depends on these three, the
-        group's own key and the number of its rows. It depends neither on T and D, so a batch may be padded for another's
-        sake, nor on who else is in it.
+      keys: PRNG keys [G], or None for no dropout. The draw for (row, position, channel) depends on these three, the group's
+        own key and the number of its rows. It depends neither on T and D, so that a batch may be padded for another's
+        sake, nor on the other groups in it.
     """
     if keys is None or rate == 0.0:
         return x
     rows = x.shape[0] // keys.shape[0]
-    # A key for each (row, position), by a number that doesn't contain T. Within it, a draw is a function of its place.
+    # One key for each (row, position), by a number that doesn't contain T. Under one key, a draw depends on its channel.
     places = jnp.arange(rows)[:, None] + rows * jnp.arange(x.shape[1])[None]  # [R/G, T]
 
     def draw(key: jax.Array, place: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation in float32, whatever comes in; returns the type that came in."""
+    """Layer normalisation, computed in float32; returns the dtype of its input."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         assert config.hidden_size is not None
@@ -114,7 +114,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (r.reshape(batch, r.shape[0] // batch, self.num_heads, -1) for r in rows)  # [B, M or T, H, D/H]
         mask = None if mask is None else mask[:, None, None, :].astype(bool)  # [B, 1, 1, T]
         if keys is None or self.dropout_rate == 0.0:
-            flash = self.flash and mask is None  # a mask [B, 1, 1, T] is none of cuDNN's
+            flash = self.flash and mask is None  # cuDNN takes no mask [B, 1, 1, T]
             y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if flash else None)
         else:  # the fused kernels have no dropout on the probabilities
             scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -154,11 +154,11 @@ class Layer(nnx.Module):
         keys: jax.Array | None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps x [B*T, D] to [B*T, D], or to [B*M, D] at `positions` [B, M] alone.
+        """Maps x [B*T, D] to [B*T, D], or to [B*M, D], only at `positions` [B, M].
 
         `shape` is (B, T), `mask` [B, T] is 1 where a token is real, `keys` are [G].
         """
-        # Flat rows: XLA on CPU multiplies [B*T, D] by 12-18% faster than [B, T, D].
+        # Flat rows: XLA on CPU multiplies [B*T, D] 12-18% faster than [B, T, D].
         asked = None
         if positions is not None:
             asked = take_positions(x.reshape(*shape, -1), positions).reshape(positions.size, -1)
@@ -185,7 +185,7 @@ class Embeddings(nnx.Module):
 
     def __call__(self, tokens: jax.Array, token_types: jax.Array | None, keys: jax.Array | None) -> jax.Array:
         length = tokens.shape[-1]
-        # Without token types, row 0 serves every token: a row's broadcast, not a gather.
+        # Without token types, every token has row 0: it is broadcast, not gathered.
         types = self.token_type.embedding[:1][None] if token_types is None else self.token_type(token_types)
         x = self.word(tokens) + self.position.embedding[:length][None] + types
         return dropout(self.norm(x), self.dropout_rate, keys)
@@ -202,7 +202,7 @@ class MlmHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,)))
 
     def features(self, z: jax.Array) -> jax.Array:
-        """Maps hidden states [R, D] to what the decoder multiplies, [R, D]."""
+        """Maps hidden states [R, D] to the decoder's input, [R, D]."""
         return self.norm(gelu(self.dense(z)))
 
     def __call__(self, z: jax.Array, table: jax.Array) -> jax.Array:
@@ -228,7 +228,7 @@ class ClientSegment(nnx.Module):
         return self.head(z.reshape(-1, z.shape[-1]), self.embeddings.word.embedding[...]).reshape(*z.shape[:-1], -1)
 
     def loss(self, z: jax.Array, labels: jax.Array, weights: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """The mean cross-entropy of the logits at z [B, M, D]; there may be more of them than memory holds at a time."""
+        """The mean cross-entropy of the logits at z [B, M, D]; there may be more logits than fit in memory at a time."""
         if self.logits_at_once is None:
             return cross_entropy(self.predict(z, keys), labels, weights)
         x = self.head.features(z.reshape(-1, z.shape[-1]))
@@ -239,7 +239,7 @@ class ClientSegment(nnx.Module):
 class ClassifierSegment(nnx.Module):
     """What a client holds to classify sequences: the embeddings, the pooler and the classifier.
 
-    As `transformers.BertForSequenceClassification`: tanh of a dense layer on [CLS], dropout, a linear layer.
+    Like `transformers.BertForSequenceClassification`: tanh of a dense layer on [CLS], dropout, a linear layer.
     """
 
     def __init__(self, config: ModelConfig, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):

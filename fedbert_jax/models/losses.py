@@ -33,16 +33,16 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """Returns `cross_entropy` of the logits x table^T + bias, of which no more than `at_once` rows exist at a time.
 
-    Gradients are made chunk by chunk along with the loss, so no logits are kept or computed again. They go into the products
-    in the arithmetic's type, and are added up in float32. The gradient by `weights` is taken to be 0.
+    Gradients are computed chunk by chunk along with the loss, so that no logits are kept or computed again. They enter the
+    products in the compute dtype and are summed in float32. The gradient with respect to `weights` is taken to be 0.
 
     Args:
-      x: [R, D] features, in the arithmetic's type.
+      x: [R, D] features, in the compute dtype.
       table: float32 [V, D], the decoder.
       bias: float32 [V].
       labels: int32 [R].
       weights: float32 [R].
-      at_once: rows; R is cut into as few equal chunks of at most so many as there can be.
+      at_once: the most rows in a chunk; R is cut into as few equal chunks as possible.
     """
     return _by_chunks(x, table, bias, labels, weights, at_once, with_grads=False)[0]
 
@@ -64,13 +64,13 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 def _by_chunks(
     x: jax.Array, table: jax.Array, bias: jax.Array, labels: jax.Array, weights: jax.Array, at_once: int, with_grads: bool
 ) -> tuple[jax.Array, Any]:
-    """Returns the loss, and its gradients by x, table and bias, or None."""
+    """Returns the loss, and its gradients with respect to x, table and bias, or None."""
     rows, vocab = x.shape[0], table.shape[0]
     count = -(-rows // at_once)
     size = -(-rows // count)
-    # Rows that fill the last chunk up weigh nothing.
+    # Rows that pad the last chunk have weight 0.
     chunks = [jnp.pad(a, [(0, count * size - rows)] + [(0, 0)] * (a.ndim - 1)) for a in (x, labels, weights)]
-    # A chunk is every count-th row, so that each of the devices that share the rows out has some.
+    # A chunk takes every count-th row, so that each device over which the rows are spread has some of them.
     chunks = [jnp.swapaxes(a.reshape(size, count, *a.shape[1:]), 0, 1) for a in chunks]
     decoder, total = table.astype(x.dtype), jnp.maximum(jnp.sum(weights), 1.0)
     dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -88,7 +88,7 @@ def _by_chunks(
         one_hot = labels[:, None] == jnp.arange(vocab, dtype=labels.dtype)[None]
         dlogits = share * (jnp.exp(logits - normalizer) - one_hot)
         dlogits = dlogits.astype(x.dtype)
-        # The bias is the weight of a feature that is always 1: a sum over rows by the same product, not by a slow pass.
+        # The bias is the weight of a feature that is always 1, so the same product sums over rows, without a slow pass.
         features = jnp.concatenate([x, jnp.ones((size, 1), x.dtype)], axis=1)
         both = dot(dlogits, features, (((0,), (0,)), ((), ())))  # [V, D + 1]
         dtable, dbias = dtable + both[:, :-1], dbias + both[:, -1]

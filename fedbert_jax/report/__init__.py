@@ -1,1 +1,1 @@
-"""What is read off finished rounds: runs, plots, a page of one run, many runs side by side."""
+"""Reports on finished rounds: runs, plots, a page for one run, many runs side by side."""

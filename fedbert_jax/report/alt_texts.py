@@ -1,4 +1,4 @@
-"""The plots of a run in words, with their values: for whoever does not see them."""
+"""The plots of a run in words, with their values, for readers who do not see them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LONGEST = 80  # characters of a client's name
 
 
 def alt_texts(run: Run) -> dict[str, str]:
-    """Returns a sentence or a few for each plot of `fedbert_jax.report.plots`, by the plot's name."""
+    """Returns one or a few sentences for each plot of `fedbert_jax.report.plots`, by the plot's name."""
     baselines = run.facts.get("baselines") or {}
     unigram, commonest = baselines.get("unigram_loss"), baselines.get("commonest_accuracy")
     scope = f" ({run.scope})" if run.scope else ""

@@ -1,4 +1,4 @@
-"""Runs side by side, drawn: held-out loss against tokens, and against bytes or time."""
+"""The plot of runs side by side: held-out loss against tokens, and against bytes or time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(groups: Sequence[Group], directory: str | os.PathLike[str]) -> None:
 
 
 def draw(groups: Sequence[Group]) -> Figure:
-    """Draws held-out loss against tokens, and against bytes or, where nobody sends any, time."""
+    """Draws held-out loss against tokens, and against bytes or, if no run sends any, time."""
     runs = [run for group in groups for run in group.runs]
     names = [plot_name(group.name, MAX_LEGEND, LEGEND_LINE) for group in groups]
     columns = 1 if any(len(line) > LEGEND_LINE // 2 for name in names for line in name.split("\n")) else 2
@@ -52,12 +52,12 @@ def draw(groups: Sequence[Group]) -> Figure:
     so_far = _bytes_so_far if sent else _seconds_so_far
     starts_right = _curves(right, groups, names, lambda run: so_far(run) / per, key)
     if sent and sent[-1] > 20 * sent[0]:
-        # Logarithmic from the first evaluation on, and straight from 0 to there: before round 1 nothing was sent.
+        # Logarithmic from the first evaluation on, and linear from 0 to there: before round 1 nothing was sent.
         first = min(x[x > 0].min() for run in runs if run.bytes and (x := _bytes_so_far(run) / per).any())
         right.set_xscale("symlog", linthresh=first)
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     late = [y[(y < np.inf) & (x > 0.05 * run.tokens)] for run in runs for x, y in [run.series(key)]]
-    if any(y.size for y in late):  # the fall at the very start would flatten all that differs later
+    if any(y.size for y in late):  # the fall at the very start would flatten all later differences
         left.set_ylim(top=1.02 * max(y.max() for y in late if y.size))
         _mark_starts_above(left, starts_left)
         _mark_starts_above(right, starts_right)
@@ -67,7 +67,7 @@ def draw(groups: Sequence[Group]) -> Figure:
 
 
 def _mark_starts_above(axes: Axes, starts: Sequence[tuple[float, float, str]]) -> None:
-    """Shows where curves begin whose first point (x, y, colour) lies above the axes: a triangle at the edge, and its y."""
+    """Marks each curve whose first point (x, y, colour) lies above the axes by a triangle at the edge, and gives its y."""
     above = [start for start in starts if start[1] > axes.get_ylim()[1]]
     if not above:
         return
@@ -81,7 +81,7 @@ def _mark_starts_above(axes: Axes, starts: Sequence[tuple[float, float, str]]) -
 def _curves(
     axes: Axes, groups: Sequence[Group], names: Sequence[str], x_of: Callable[[Run], np.ndarray], key: str
 ) -> list[tuple[float, float, str]]:
-    """Draws a line a group, the mean over its seeds, in a band of one standard deviation either way.
+    """Draws a line for each group, the mean over its seeds, in a band of one standard deviation either way.
 
     Returns:
       Each line's first point and its colour.

@@ -1,4 +1,4 @@
-"""Runs side by side: grouped by what their configs share, summed up over seeds, and checked for being comparable."""
+"""Runs side by side: grouped by config, summarised over seeds, and checked for whether they are comparable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedbert_jax.console.output import shown
 from fedbert_jax.report.runs import BYTE_UNITS, Run, duration, load_run, number, percent, quantity
 from fedbert_jax.workdir.log import to_json
 
-# Keys that change where and how often a run saves, and what its export says, and none of its numbers.
+# Keys that change where and how often a run saves, and what its export says, but none of its numbers.
 IGNORED = FREE | frozenset(
     {
         "seed",
@@ -32,7 +32,7 @@ IGNORED = FREE | frozenset(
         "data.store",
     }
 )
-# Keys that decide what is read and what is asked of it: losses compare only where they are the same.
+# Keys that decide which text is read and what is asked of it: losses are comparable only if these are the same.
 DATA = (
     "data.source",
     "data.tokenizer",
@@ -56,7 +56,7 @@ class Group:
     label: str
     runs: tuple[Run, ...]
     settings: dict[str, Any]  # the config values that are not the same in every group
-    remarks: tuple[str, ...]  # in a few words: how many seeds, and what sets it apart from most others
+    remarks: tuple[str, ...]  # in a few words: how many seeds, and which settings most others don't have
 
     @property
     def name(self) -> str:
@@ -65,15 +65,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Summary:
-    """A quantity over a group's runs; `mean` is None if a run has no value, `sd` (of a sample) if there is one run."""
+    """A quantity over a group's runs; `mean` is None if a run has no value, `sd` (of a sample) if there is only one run."""
 
     mean: float | None
     sd: float | None
     values: tuple[float | None, ...]
 
 
-# What is compared: a column's title, how a run's value is read, how a value is printed. What has no title is in
-# compare.json alone: the headline is another mean where federated.weighting is another.
+# The quantities compared: a column's title, how a run's value is read, how a value is printed. Those without a title are in
+# compare.json only: the headline is a different mean if federated.weighting is different.
 QUANTITIES: dict[str, tuple[str, Callable[[Run], float | None], Callable[[float | None], str]]] = {
     "final_eval_loss_by_text": ("loss by text", lambda run: run.final("eval_loss_by_text"), number),
     "final_eval_loss_over_clients": ("loss over clients", lambda run: run.final("eval_loss_over_clients"), number),
@@ -98,12 +98,12 @@ QUANTITIES: dict[str, tuple[str, Callable[[Run], float | None], Callable[[float 
 
 
 def loss_key(runs: Iterable[Run]) -> str:
-    """Returns which held-out loss runs are ordered and drawn by: the same mean for all, whatever each one's headline is."""
+    """Returns the held-out loss by which runs are ordered and drawn: the same mean for all, whatever their headlines are."""
     return "eval_loss_by_text" if all(run.final("eval_loss_by_text") is not None for run in runs) else "eval_loss"
 
 
 def load_groups(workdirs: Iterable[str | os.PathLike[str]]) -> list[Group]:
-    """Reads the workdirs and returns them grouped, the lowest final held-out loss first.
+    """Reads the workdirs and returns their runs in groups, with the lowest final held-out loss first.
 
     Raises:
       UserError: if one of them is no workdir, or holds no metrics yet.
@@ -112,7 +112,7 @@ def load_groups(workdirs: Iterable[str | os.PathLike[str]]) -> list[Group]:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Returns runs that differ only in their seed together; groups without a finite final loss come last."""
+    """Groups runs that differ only in their seed; groups without a finite final loss come last."""
     together: dict[str, list[Run]] = {}
     for run in runs:
         key = to_json({key: value for key, value in sorted(run.config.items()) if key not in IGNORED})
@@ -153,12 +153,12 @@ def _remarks(runs: Sequence[Run], settings: dict[str, Any], configs: Sequence[di
 
 
 def _labels(members: Sequence[tuple[Run, ...]]) -> list[str]:
-    """Names groups by what their workdirs' names begin with alike, with the parents' too where that is not enough."""
+    """Names each group by the common start of its workdirs' names, with that of their parents too if names repeat."""
     labels, parents = [], []
     for runs in members:
         paths = [run.workdir.resolve() for run in runs]
         name = _common_start([path.name for path in paths])
-        if len(runs) > 1:  # "pooled" of pooled_seed0 and pooled_seed1
+        if len(runs) > 1:  # "pooled" from pooled_seed0 and pooled_seed1
             name = re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", name)
         parents.append(_common_start([path.parent.name for path in paths]))
         labels.append(name or parents[-1] or paths[0].name)
@@ -174,7 +174,7 @@ def _common_start(names: Sequence[str]) -> str:
 
 
 def summarize(group: Group, name: str) -> Summary:
-    """Returns a quantity of `QUANTITIES` over a group's runs; NaN where a run's value was not finite."""
+    """Returns a quantity of `QUANTITIES` over a group's runs; NaN if a run's value was not finite."""
     values = tuple(QUANTITIES[name][1](run) for run in group.runs)
     known = [value for value in values if value is not None]
     if len(known) < len(values):
@@ -212,7 +212,7 @@ def warn(groups: Sequence[Group]) -> list[str]:
 
 
 def _baselines_differ(runs: Sequence[Run]) -> bool:
-    """Runs of one seed hold out the same text. Another seed may hold out other text, of much the same difficulty."""
+    """Whether runs seem to hold out different texts. Another seed may hold out other text, of much the same difficulty."""
     for key, between_seeds in (("unigram_loss", 0.02), ("commonest_accuracy", 0.1)):
         known = [(run.config["seed"], (run.facts.get("baselines") or {}).get(key)) for run in runs]
         for (seed_a, a), (seed_b, b) in itertools.combinations([pair for pair in known if pair[1] is not None], 2):
@@ -240,7 +240,7 @@ def _cells(groups: Sequence[Group], plus_minus: str) -> tuple[list[str], list[li
 
 
 def scope(groups: Sequence[Group]) -> str:
-    """Says what the held-out numbers are of; "" where there are none."""
+    """Returns a sentence on what the held-out numbers measure; "" if there are none."""
     runs = [run for group in groups for run in group.runs]
     scored = sorted({int(n) for run in runs if (n := run.final("eval_clients_scored")) is not None})
     if not scored:
@@ -273,12 +273,12 @@ def to_markdown(groups: Sequence[Group]) -> str:
 
 
 def _as_markdown(name: str) -> str:
-    """Escapes what Markdown, HTML in it and formulas on GitHub would take for theirs."""
+    """Escapes what Markdown, HTML in it, and formulas on GitHub would take for markup."""
     return re.sub(r"([\\`*|$<>&~]|(?<=\])\(|(?<!\w)_|_(?!\w))", r"\\\1", name)
 
 
 def to_dict(groups: Sequence[Group]) -> dict[str, Any]:
-    """Returns what compare.json holds: every group's quantities over its runs, its settings, and the warnings."""
+    """Returns the contents of compare.json: every group's quantities over its runs, its settings, and the warnings."""
     return {
         "warnings": warn(groups),
         "groups": [

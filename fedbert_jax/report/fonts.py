@@ -1,4 +1,4 @@
-"""Names in plots: as they are where a font here has their letters, else with these escaped; never taken for markup."""
+"""Names in plots: letters that no font here has are escaped, and nothing is taken for markup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedbert_jax.console.output import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIRST = "DejaVu Sans"  # matplotlib brings it along
+FIRST = "DejaVu Sans"  # it comes with matplotlib
 JOINERS = frozenset("\u200b\u200c\u200d\ufe0e\ufe0f")  # they draw nothing of their own
 
 
@@ -22,14 +22,14 @@ def plot_name(name: str, longest: int = 24, line: int = 1000) -> str:
 
     Args:
       name: any text.
-      longest: how many characters of it are shown; an escape counts as many.
-      line: where lines are folded.
+      longest: how many characters of it are shown; an escape counts as several.
+      line: the length at which lines are folded.
     """
     name = " ".join(shown(" ".join(name.split())).split())
     without = frozenset(name) - JOINERS - covered(name)
-    kept = (c for c in name if c not in JOINERS or not without)  # nothing is left to join where letters became escapes
+    kept = (c for c in name if c not in JOINERS or not without)  # nothing is left to join if letters became escapes
     letters = [c if c not in without else c.encode("unicode_escape").decode() for c in kept]
-    if sum(map(len, letters)) > longest:  # out of the middle, since names of one kind often differ at their end
+    if sum(map(len, letters)) > longest:  # cut in the middle, since names of one kind often differ at their end
         end = _as_many(letters[::-1], (longest - 1) // 3)[::-1]
         letters = [*_as_many(letters, longest - 1 - sum(map(len, end))), "…", *end]
     name = "\n".join(textwrap.wrap("".join(letters), line))
@@ -62,7 +62,7 @@ def use_fonts(figure: Figure) -> None:
 
 
 def _families(text: str) -> list[str]:
-    """Returns what other fonts a text needs, by family."""
+    """Returns the families of the other fonts that a text needs."""
     from matplotlib.font_manager import get_font
 
     lacking, families = frozenset(text) - _letters(_path_of_first()) - JOINERS, []

@@ -1,6 +1,6 @@
-"""The report of one run: plots, and a page of HTML that needs nothing beside itself.
+"""The report of one run: plots, and a self-contained HTML page.
 
-`python -m fedbert_jax.report --workdir DIR` writes it at any time, of a run that has not finished too.
+`python -m fedbert_jax.report --workdir DIR` writes it at any time, also for a run that has not finished.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PLOTS = {
     "partition": (partition_figure, "Partition", "How much text each holds, and how unlike the whole its words are."),
     "bytes": (bytes_figure, "Traffic", "Bytes between all clients and the server."),
 }
-# In the dark, plots are inverted with their hues turned back; the background is what 0.9 makes of white.
+# In dark mode, plots are inverted with their hues turned back; the background is what invert(.9) makes of white.
 PAGE = string.Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -87,7 +87,7 @@ $sections
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
-    """Writes `report/` into a workdir, over the one that is there: five PNGs and index.html, whose path it returns.
+    """Writes `report/` into a workdir, over an earlier one: five PNGs and index.html, whose path it returns.
 
     The run may still be going on, and run.json may be missing.
 
@@ -107,7 +107,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """Returns what a reader asks first about a run, in words."""
+    """Returns the facts that a reader first asks for about a run, in words."""
     c, f = run.config, run.facts
     clients = f.get("num_clients") or c["federated.num_clients"]
     cohort = f.get("clients_per_round") or c["federated.clients_per_round"] or clients
@@ -139,9 +139,9 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def _model(c: dict[str, Any]) -> str:
-    """Returns the model's own sizes: any of them may be another than the preset's."""
+    """Returns the model's own sizes, any of which may differ from the preset's."""
     sizes = [c[f"model.{name}"] for name in ("num_layers", "hidden_size", "vocab_size")]
-    if None in sizes:  # of a run that never began
+    if None in sizes:  # the run never began
         return str(c["model.preset"])
     layers, width, words = sizes
     start = f", begun from {c['model.init_from']}" if c["model.init_from"] else ""
@@ -149,7 +149,7 @@ def _model(c: dict[str, Any]) -> str:
 
 
 def _both(run: Run, key: str, show: Callable[[float | None], str]) -> str:
-    """Returns both means at the end, by name; the headline alone where they are not known."""
+    """Returns both means at the end, by name, or the headline alone if they are not known."""
     by_text, over_clients = run.final(f"{key}_by_text"), run.final(f"{key}_over_clients")
     if by_text is None or over_clients is None:
         return f"{show(run.final(key))} at the end"
@@ -238,7 +238,7 @@ def _count(value: int | None) -> str:
 
 
 def _escape(text: str) -> str:
-    """Returns text for HTML: nothing in it is a tag, and all of it can be encoded."""
+    """Returns text for HTML, in which nothing is a tag and everything can be encoded."""
     return html.escape(shown(text))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and only the func
 # From Okabe and Ito's set, which the colour-blind can tell apart (and Tol's indigo in place of its yellow and black).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288")
 INK, FAINT, GRID = "#444444", "#8a8a8a", "#e6e6e6"
-MAX_LINES, MAX_BARS = 12, 40  # clients that are shown one by one: in a plot, as bars
+MAX_LINES, MAX_BARS = 12, 40  # the most clients shown one by one: as lines, as bars
 
 
 # --- drawing (compare.png is drawn with these too) -------------------------------------------------------------------
@@ -35,7 +35,7 @@ def new_figure(height: float = 3.8, width: float = 6.4) -> Figure:
 
 
 def panel(figure: Figure, xlabel: str, ylabel: str, position: Any = 111) -> Axes:
-    """Adds axes in the house's style."""
+    """Adds axes in the house style."""
     axes = figure.add_subplot(position)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
@@ -48,7 +48,7 @@ def panel(figure: Figure, xlabel: str, ylabel: str, position: Any = 111) -> Axes
 
 
 def curve(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    """Draws a line, with markers where the points are so few that each is worth seeing."""
+    """Draws a line, with markers if the points are so few that each is worth seeing."""
     axes.plot(x, y, **{"marker": "o" if len(x) <= 30 else None, "markersize": 3.5, "linewidth": 1.8} | style)
 
 
@@ -123,7 +123,7 @@ def accuracy_figure(run: Run) -> Figure:
 
 
 def clients_figure(run: Run) -> Figure:
-    """Draws held-out loss by client: a line each, or quantiles where they are many."""
+    """Draws held-out loss by client: a line for each, or quantiles if there are many."""
     per, label = token_axis([run])
     axes = panel(figure := new_figure(), label, "held-out loss (nats per masked token)")
     rows = [row for row in run.metrics if row.get("eval_clients")]
@@ -133,7 +133,7 @@ def clients_figure(run: Run) -> Figure:
     names = list(dict.fromkeys(name for row in rows for name in row["eval_clients"]))
     values = [[(row["eval_clients"].get(name) or {}).get("loss") for name in names] for row in rows]
     losses = np.ma.masked_invalid(np.array(values, np.float64))  # [R, clients]
-    order = np.argsort(-losses[-1].filled(np.inf), kind="stable")  # from highest to lowest, as the lines end
+    order = np.argsort(-losses[-1].filled(np.inf), kind="stable")  # from highest to lowest by the lines' ends
     if len(names) <= MAX_LINES:
         for rank, i in enumerate(order):
             color, dashes = PALETTE[rank % len(PALETTE)], "-" if rank < len(PALETTE) else (0, (4, 1.5))
@@ -153,7 +153,7 @@ def clients_figure(run: Run) -> Figure:
 
 
 def bytes_figure(run: Run) -> Figure:
-    """Draws bytes sent against tokens, and which messages they are."""
+    """Draws bytes sent against tokens, and the bytes of each message."""
     (x, up), (_, down) = run.series("uplink_bytes"), run.series("downlink_bytes")
     if not x.size or not up[-1] + down[-1]:
         return _no_plot("Nothing crossed a wire.")
@@ -182,7 +182,7 @@ def bytes_figure(run: Run) -> Figure:
 
 
 def partition_figure(run: Run) -> Figure:
-    """Draws how much text clients hold and how far it is from the whole: bars, or histograms of many."""
+    """Draws how much text clients hold and how far it is from the whole: bars, or histograms if there are many."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     clients = [client for client in run.facts.get("clients") or [] if client.get("tokens") is not None]

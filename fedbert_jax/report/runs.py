@@ -1,4 +1,4 @@
-"""A run as its workdir tells of it, and its numbers as people read them."""
+"""A run as read from its workdir, and its numbers as people read them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BYTE_UNITS, COUNT_UNITS = ("B", "kB", "MB", "GB", "TB", "PB"), ("", "k", "M", "B
 
 @dataclass(frozen=True)
 class Run:
-    """What a workdir says about its run.
+    """The contents of a run's workdir.
 
-    `config` is flat ({"federated.rounds": 200, ...}); a key that was not there yet when the run was made has its
-    default. `facts` is run.json, and may be empty.
+    `config` is flat ({"federated.rounds": 200, ...}); a key that did not exist when the run was made has its default.
+    `facts` is run.json, and may be empty.
     """
 
     workdir: Path
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def scope(self) -> str:
-        """Which mean `eval_loss` and `eval_accuracy` are, and of how many clients; "" if that isn't known."""
+        """Which mean `eval_loss` and `eval_accuracy` are, and over how many clients; "" if that isn't known."""
         scored, there = self.final("eval_clients_scored"), self.facts.get("num_clients")
         if scored is None:
             return ""
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def messages(self) -> dict[str, dict[str, int]]:
-        """Bytes of a round's messages, {"up": {"activations": 3000, ...}, "down": ...}; without those of none."""
+        """Bytes of a round's messages, {"up": {"activations": 3000, ...}, "down": ...}, without empty ones."""
         known = self.facts.get("bytes_per_round") or {}
         if "up" not in known:  # an older run's: activations_up and so on
             known = {w: {k.removesuffix(f"_{w}"): n for k, n in known.items() if k.endswith(w)} for w in ("up", "down")}
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training: the sum of the rounds' own."""
+        """Seconds of training, summed over the rounds."""
         return float(np.nansum(self.series("seconds")[1]))
 
 
@@ -131,7 +131,7 @@ def scale(largest: float, units: Sequence[str]) -> tuple[float, str]:
 
 
 def quantity(value: float | None, units: Sequence[str] = COUNT_UNITS) -> str:
-    """Returns `value` to three digits with its unit: 12345678 is "12.3 M"; None, never measured, is a dash."""
+    """Returns `value` to three digits with its unit: 12345678 is "12.3 M"; None (never measured) is a dash."""
     if value is None or not math.isfinite(value):
         return "–" if value is None else "not finite"
     value = float(f"{value:.3g}")  # before the unit is chosen, or 999,999 would be "1,000 k"
@@ -140,7 +140,7 @@ def quantity(value: float | None, units: Sequence[str] = COUNT_UNITS) -> str:
 
 
 def number(value: float | None, digits: int = 3, unit: str = "") -> str:
-    """Returns `value` to a fixed number of digits; None, never measured, is a dash."""
+    """Returns `value` to a fixed number of digits; None (never measured) is a dash."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}{unit}" if math.isfinite(value) else "not finite"
@@ -152,7 +152,7 @@ def percent(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Returns "48 s", "12 min 5 s" or "3 h 20 min"; None, never measured, is a dash."""
+    """Returns "48 s", "12 min 5 s" or "3 h 20 min"; None (never measured) is a dash."""
     if seconds is None:
         return "–"
     if seconds < 99.5:

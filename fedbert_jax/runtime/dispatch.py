@@ -1,4 +1,4 @@
-"""Rounds under way: each is started and left to itself, its numbers are read in a thread, and its time is its own."""
+"""Rounds under way: starts them without waiting, reads their metrics in a thread, and times each one by itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAST = EVENTS + "backend_compile_duration"
 
 
 class Compiling:
-    """Within `with`, measures what this thread spends on compiling; `seconds` is 0 where all was compiled before."""
+    """Measures, within `with`, the time this thread spends compiling; `seconds` is 0 if everything was compiled before."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []
@@ -41,7 +41,7 @@ class Compiling:
 
     @property
     def seconds(self) -> float:
-        """The time covered by all that was noted, each second once: tracing a function includes those that it calls."""
+        """The time covered by all events noted, each second counted once: tracing a function includes those it calls."""
         total, end = 0.0, -1.0
         for start, stop in sorted(self._spans):
             total += max(0.0, stop - max(start, end))
@@ -49,7 +49,7 @@ class Compiling:
         return total
 
     def tell(self, console: Console, what: str) -> None:
-        """Prints how long it took, if there was anything to compile."""
+        """Prints how long compiling took, if there was anything to compile."""
         if self.done:
             console.print(f"compiling {what} took {self.seconds:.1f} s", style="dim", markup=False)
 
@@ -60,15 +60,15 @@ class Dispatched(NamedTuple):
     round: int  # from 1
     started: float
     compiling: Compiling
-    numbers: Future[tuple[RoundMetrics, float]]  # its metrics, on the host, and when they were there
+    numbers: Future[tuple[RoundMetrics, float]]  # its metrics, on the host, and the time when they arrived
 
 
 class Done(NamedTuple):
     """A round's numbers."""
 
     metrics: RoundMetrics  # on the host
-    seconds: float  # that it took, with compiling it
-    running: float  # and without
+    seconds: float  # duration, including compilation
+    running: float  # duration, without compilation
 
 
 class Dispatcher:
@@ -76,7 +76,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fedbert-metrics")
-        self._finished = 0.0  # when the last round that was collected had ended
+        self._finished = 0.0  # when the last round collected had ended
 
     def start(
         self, run_round: Callable[[State, int], tuple[State, RoundMetrics]], state: State, n: int
@@ -103,5 +103,5 @@ class Dispatcher:
 
 
 def _read(metrics: RoundMetrics) -> tuple[RoundMetrics, float]:
-    """Waits for a round's metrics; runs in a thread of its own, so that the time is the round's and not the reader's."""
+    """Waits for a round's metrics; runs in its own thread, so that the time is the round's and not the reader's."""
     return jax.device_get(metrics), time.perf_counter()

@@ -1,6 +1,6 @@
-"""What a round is fed: who takes part, in which turn, with which token blocks and what weight, and where that lies.
+"""A round's data: which clients take part, in which order, with which token blocks and weights, and on which devices.
 
-Several processes draw the same; each gathers the blocks of its own devices alone.
+All processes draw the same; each gathers only the blocks of its own devices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedbert_jax.federated.state import Cohort
 
 
 class Feed:
-    """Draws rounds' cohorts and blocks, functions of (seeds, round); fetches the next round's while one runs.
+    """Draws each round's cohort and blocks, functions of (seeds, round), and fetches the next round's while one runs.
 
     Args:
       config: the run's.
@@ -36,11 +36,11 @@ class Feed:
         self.config, self.blocks, self.mesh, self.seeds = config, blocks, mesh, seeds_of(config)
         self.num_clients = blocks.num_clients
         self.cohort = min(f.clients_per_round or self.num_clients, self.num_clients)
-        # Whether a step's rows come from one stream of all blocks, so from each client in proportion to its text.
+        # Whether a step's rows come from one stream of all blocks, and so from each client in proportion to its text.
         self.one_batch = how.pools_text or f.batch_by == "size"
         abreast = how.abreast and not self.one_batch
         # Clients are spread over `data`, slice by slice: a cohort that doesn't divide is padded with clients of weight 0.
-        # Where each client has state of its own, [N, ...], it must stay N.
+        # If each client has state of its own, [N, ...], the cohort must stay N.
         count, size = slices(self.cohort, f.clients_at_once, mesh.shape["data"])
         self.padding = count * size - self.cohort if abreast and not f.own_state else 0
         store = config.data.store
@@ -50,19 +50,19 @@ class Feed:
         self.offsets = np.array([0, blocks.offsets[-1]]) if self.one_batch else blocks.offsets
         self.tokens_per_round = self.cohort * f.local_steps * f.batch_size * config.data.seq_len
 
-        # A round's data lies by clients where these train side by side, else by the rows of a batch.
+        # A round's data is sharded by client if clients train side by side, else by the rows of a batch.
         clients = 1 if self.one_batch else self.cohort + self.padding
         axes = (None, "data", None) if abreast else (None, None, "data")
         self._by_blocks = place(mesh, (f.local_steps, clients, self.blocks_per_client), *axes)  # of tokens [K, C, B, T]
         self._by_client = place(mesh, (clients,), "data" if abreast else None)  # of weights [C]
         self._everywhere = place(mesh, ())
-        self._store: jax.Array | None = None  # put on the device when the first round asks for it
+        self._store: jax.Array | None = None  # put on the device when the first round needs it
         self._gather = jax.jit(lambda blocks, index: blocks[index], out_shardings=self._by_blocks)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fedbert-feed")
         self._next: tuple[int, Future[Cohort]] | None = None
 
     def take(self, round: int) -> Cohort:
-        """Returns a round's data: fetched ahead, if it is the one expected."""
+        """Returns a round's data, already fetched if it is the round expected."""
         waiting, self._next = self._next, None
         if waiting is not None and waiting[0] == round:
             return waiting[1].result()
@@ -76,7 +76,7 @@ class Feed:
     def draw(self, round: int) -> Cohort:
         """Draws a round's cohort and blocks.
 
-        Reads only the blocks that this process's devices are to hold, unless all blocks lie on the device anyway.
+        Reads only the blocks for this process's devices, unless all blocks are on the device anyway.
         """
         f, clients = self.config.federated, self.cohort_of(round)
         weights = np.ones(1, np.float32)
@@ -86,7 +86,7 @@ class Feed:
             clients = np.concatenate([clients, np.repeat(clients[:1], self.padding)])
             weights = np.concatenate([weights, np.zeros(self.padding, np.float32)])
         per_step = self.blocks_per_client
-        index = np.empty((f.local_steps, len(clients), per_step), np.int64)  # of all clients' blocks, [K, C, B]
+        index = np.empty((f.local_steps, len(clients), per_step), np.int64)  # among all clients' blocks, [K, C, B]
         for n, c in enumerate(clients):
             start, stop = self.offsets[c], self.offsets[c + 1]
             first = round * f.local_steps * per_step
@@ -104,7 +104,7 @@ class Feed:
             return Cohort(tokens, client_ids, put(weights, self._by_client), number)
 
     def cohort_of(self, round: int) -> np.ndarray:
-        """Returns the clients who take part in a round, int32 [C], in the order of their turns; [0] for all."""
+        """Returns the clients that take part in a round, int32 [C], in order of their turns; [0] if all are one batch."""
         f = self.config.federated
         if self.one_batch:
             return np.zeros(1, np.int32)
@@ -119,17 +119,17 @@ class Feed:
 
 
 def lay_out(source: TokenBlocks, index: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Returns the token blocks [..., T] of an index [...] that is laid out by `sharding`."""
+    """Returns the token blocks [..., T] at an index [...], laid out by `sharding`."""
     shape = (*index.shape, source.tokens.shape[1])
     rows = lambda part: source.tokens[index[part[:-1]]]  # noqa: E731
     return jax.make_array_from_callback(shape, sharding, rows, dtype=source.tokens.dtype)
 
 
 def make_eval_set(config: Config, heldout: TokenBlocks, mesh: Mesh) -> tuple[EvalSet, np.ndarray]:
-    """Draws the clients who are evaluated, and their held-out blocks.
+    """Draws the clients to evaluate, and their held-out blocks.
 
     Returns:
-      The blocks [S, B, T], and whose each of the S batches is, int [S].
+      The blocks [S, B, T], and the client of each of the S batches, int [S].
     """
     e, seeds = config.eval, seeds_of(config)
     chosen = np.flatnonzero(heldout.sizes > 0)

@@ -52,7 +52,7 @@ def fill_mask(
       top: how many candidates.
 
     Returns:
-      For each text, its `top` tokens with their probabilities, best first; empty where a text has no mask token.
+      For each text, its `top` tokens with their probabilities, best first; empty if it has no mask token.
     """
     if not texts:
         return []

@@ -13,7 +13,7 @@ from fedbert_jax import disk
 class Profile:
     """Traces rounds START to STOP, both included and counted as in metrics.jsonl.
 
-    The parts of a step go by the names mask, embed, uplink, transform, downlink, predict and update, the averaging by
+    The parts of a step are named mask, embed, uplink, transform, downlink, predict and update; the averaging is named
     aggregate.
 
     Args:
@@ -28,9 +28,9 @@ class Profile:
         self.tracing = self.written = False
 
     def before(self, round: int, state: Any) -> None:
-        """Begins the trace when the first of its rounds is next; a resumed run may begin in their midst."""
+        """Begins the trace before the first of its rounds, or at once if a resumed run begins among them."""
         if self.first <= round <= self.last and not self.tracing:
-            jax.block_until_ready(state)  # the rounds before are not its business
+            jax.block_until_ready(state)  # so that the trace leaves out earlier rounds
             jax.profiler.start_trace(self.directory)
             self.tracing = True
 

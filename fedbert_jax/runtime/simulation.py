@@ -1,6 +1,6 @@
-"""Simulates every client: compiles a strategy's round and feeds it, on whatever devices there are.
+"""Simulates every client: compiles a strategy's round and feeds it with data, on whatever devices there are.
 
-Several processes simulate together: each runs this same program, and gathers the token blocks of its own devices alone.
+Several processes simulate together: each runs this same program, and gathers only the token blocks of its own devices.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Simulation:
       config: with `model` resolved to the vocabulary.
       train: training blocks, client by client.
       heldout: held-out blocks of the same clients.
-      mask: the vocabulary's facts for masking.
+      mask: what masking needs to know about the vocabulary.
       mesh: the devices.
     """
 
@@ -65,7 +65,7 @@ class Simulation:
         with jax.set_mesh(mesh):
             self.state_shape = jax.eval_shape(self._fresh_state)
             self.state_sharding = tree_shardings(self.state_shape, mesh)
-            # Parameters are born sharded; a round's state takes the place of the last one's.
+            # Parameters are created sharded; a round's new state reuses the buffers of the old one.
             self._init = jax.jit(self._fresh_state, out_shardings=self.state_sharding)
             self._round = jax.jit(
                 self.strategy.round, donate_argnums=0, out_shardings=(self.state_sharding, self._everywhere)
@@ -100,11 +100,11 @@ class Simulation:
         return result
 
     def first_to_fail(self, round: int, failed: np.ndarray) -> list[int]:
-        """Returns the clients with whom a round's numbers, from 0, stopped being finite; none where that can't be told."""
+        """Returns the clients whose numbers first stopped being finite in a round, from 0; none if that is not known."""
         if not failed.any():
             return []
         cohort = self.feed.cohort_of(round)
-        failed = failed[: len(cohort)]  # without who pads the cohort
+        failed = failed[: len(cohort)]  # without the clients that pad the cohort
         return sorted(int(cohort[n]) for n in first_to_fail(failed, self.config.federated.arrangement))
 
     def evaluate(self, state: State) -> Evaluation | None:

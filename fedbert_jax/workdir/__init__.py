@@ -1,1 +1,1 @@
-"""A run's directory: its files, its checkpoints, its metrics, and whether it may be gone on with."""
+"""A run's directory: its files, checkpoints and metrics, and whether the run may be resumed."""

@@ -31,8 +31,8 @@ class Checkpoints:
     """The `checkpoints/` of a workdir, open.
 
     Args:
-      directory: made if absent. Leavings of a save that was cut off are removed.
-      keep: how many of the newest stay; None opens for reading.
+      directory: made if absent. Remains of an interrupted save are removed.
+      keep: how many of the newest checkpoints to keep; None opens for reading.
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
@@ -56,19 +56,19 @@ class Checkpoints:
         """Begins to save the state after `round` finished rounds; returns when `state` may be overwritten.
 
         Args:
-          round: the checkpoint's number. One that exists is left as it is.
+          round: the checkpoint's number. An existing checkpoint is left as it is.
           state: pytree of arrays, all of whose numbers are finite (`finite.not_finite`).
-          meta: what JSON can hold.
+          meta: values that JSON can hold.
 
         Raises:
-          DiskError: if this or the save before can't be written; what was saved earlier stays.
+          DiskError: if this or the previous save can't be written; earlier checkpoints stay.
         """
         self.wait()
         if round in self._manager.all_steps():
             return
         if tuning.saves_from_the_buffers():
             state = jax.block_until_ready(_copy(state))
-        if processes.first():  # what orbax writes of `meta` is process 0's
+        if processes.first():  # orbax writes the `meta` of process 0
             meta = {**meta, CHECKSUMS: checksums(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._saving = round
@@ -91,7 +91,7 @@ class Checkpoints:
         Args:
           round: from `rounds()`.
           state: the shapes and types expected.
-          shardings: where each array goes; it may be another mesh than the one it was saved from.
+          shardings: where each array goes; the mesh may differ from the one it was saved from.
 
         Raises:
           UserError: if it can't be read or holds something else.
@@ -140,13 +140,13 @@ class Checkpoints:
             self._hushed.close()
 
     def close(self) -> None:
-        """Waits, and closes."""
+        """Waits for saves, and closes."""
         self.wait()
         self._manager.close()
 
     @contextlib.contextmanager
     def _one_error(self) -> Iterator[None]:
-        """Makes one sentence of a save that fails, when all its threads have come to their end, and frees what it wrote."""
+        """Turns a failed save into one error, after all its threads have ended, and deletes what it wrote."""
         failure: UserError | None = None
         try:
             yield
@@ -155,13 +155,13 @@ class Checkpoints:
             failure = disk.explain(error, path) or DiskError(f"checkpoint {path} can't be written ({_first_line(error)}).")
         if failure is None:
             return
-        # From here on nothing holds the error, and what its threads left unsaid is collected while nobody hears it.
+        # From here on nothing holds the error, and errors left over from its threads are collected while still hushed.
         round, self._saving = self._saving, None
         _join_threads()
         if processes.first():
             for path in self.directory.glob(f"{round}.*tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
-        if not processes.several():  # which would have to open it together
+        if not processes.several():  # several would have to open it together
             with contextlib.suppress(Exception):
                 self._manager = self._open()
         gc.collect()
@@ -177,10 +177,10 @@ def _copy(state: Any) -> Any:
 def checksums(state: Any) -> dict[str, int]:
     """Returns a CRC-32 of each array, by path.
 
-    It covers the arrays whose every element this process has: with one process all of them, with several those that are
-    replicated, or split only over devices of the same process. It leaves out what is spread over processes: what each
-    client has of its own (`local`, a `private` body, `client_optimizer_state=keep`), and what `mesh.model` splits where
-    that axis goes across processes.
+    It covers the arrays that this process holds whole: with one process, all of them; with several, those that are
+    replicated, or split only over devices of the same process. It leaves out arrays that are spread over processes: each
+    client's own (`local`, a `private` body, `client_optimizer_state=keep`), and those that `mesh.model` splits if that
+    axis spans processes.
 
     Orbax notices a file that is cut short, but reads a flipped bit as a number like any other.
     """
@@ -194,7 +194,7 @@ def checksums(state: Any) -> dict[str, int]:
 
 
 def _whole(x: Any) -> np.ndarray | None:
-    """Returns the array as this process has it; None if a part of it is elsewhere only."""
+    """Returns the whole array; None if this process lacks a part of it."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     parts = {str(shard.index): shard for shard in x.addressable_shards}.values()  # without replicas
@@ -207,23 +207,23 @@ def _whole(x: Any) -> np.ndarray | None:
 
 
 def _join_threads(seconds: float = 30.0) -> None:
-    """Waits for the threads of a save of which one has failed. (Of several processes some wait for one that is gone.)"""
+    """Waits for the threads of a failed save. (With several processes, some of them wait for one that is gone.)"""
     until = time.monotonic() + seconds
     for thread in threading.enumerate():
         if thread.name == "async_save" or type(thread).__module__.startswith("orbax."):
-            with contextlib.suppress(Exception):  # what it failed with
+            with contextlib.suppress(Exception):  # the error it failed with
                 thread.join(max(0.0, until - time.monotonic()))
 
 
 @contextlib.contextmanager
 def _hushed(reading: bool = False) -> Iterator[None]:
-    """Keeps orbax, which writes and reads arrays side by side, to the error that it raises.
+    """Silences the errors of orbax, which writes and reads arrays concurrently, except the one that it raises.
 
-    Each of the others would print a traceback, from a thread of its own or of tensorstore's, or when a coroutine is
-    collected. What the main thread raises is told as ever.
+    Each of the others would print a traceback, from a thread of orbax's or tensorstore's, or when a coroutine is collected.
+    Errors in the main thread are reported as usual.
 
-    The first array that can't be read raises. The reads beside it end whenever they do, in threads that nobody can wait for,
-    and find their event loop closed: where `reading` fails, that one error stays unsaid from then on.
+    The first array that can't be read raises. The other reads end some time later, in threads that nobody can wait for, and
+    find their event loop closed: if `reading` fails, that one error stays silenced from then on.
     """
     hooks = (sys.excepthook, sys.unraisablehook, threading.excepthook)
 
@@ -251,7 +251,7 @@ def _hushed(reading: bool = False) -> Iterator[None]:
 
 
 def _but_late_reads(hook: Callable[..., None]) -> Callable[..., None]:
-    """Returns a hook of `sys` that tells what it is given, but for another thread's "Event loop is closed"."""
+    """Returns a hook for `sys` that reports every error except "Event loop is closed" in another thread."""
 
     def told(*given: Any) -> None:
         error = getattr(given[0], "exc_value", given[-2] if len(given) == 3 else None)

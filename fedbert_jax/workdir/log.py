@@ -1,6 +1,6 @@
-"""The numbers of a run: writing them down a round at a time, and reading them back.
+"""The metrics of a run: writing them round by round, and reading them back.
 
-A killed run may leave half a line at the end of metrics.jsonl. Every function here takes such a torn line for one that
+A killed run may leave half a line at the end of metrics.jsonl. Every function here treats such a torn line as one that
 was never written.
 """
 
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """metrics.jsonl, open for appending; one JSON object a line, on its way to the disk when `append` returns.
+    """metrics.jsonl, open for appending: one JSON object per line, on its way to the disk when `append` returns.
 
     A resumed run calls `truncate` first, and opens the log after that: truncating replaces the file.
     """
@@ -43,11 +43,11 @@ class MetricsLog:
         """Writes one line; scalars and arrays of numpy and JAX become numbers and lists, NaN and infinities null.
 
         Raises:
-          DiskError: if it can't be written whole; what is there of it is a torn line.
+          DiskError: if it can't be written whole; the part that was written is a torn line.
         """
         line = to_json(record).encode() + b"\n"
         with disk.writing(self._path):
-            while line:  # a disk that has become full takes a part first
+            while line:  # a disk that fills up takes a part first
                 line = line[self._file.write(line) or 0 :]
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
 def truncate(path: str | os.PathLike[str], round: int) -> None:
     """Drops every line of a round after `round`, and a torn last line; the lines that stay keep their bytes.
 
-    A kill at any moment leaves either the old file or the new one. A file that does not exist stays so.
+    A kill at any moment leaves either the old file or the new one. A missing file stays missing.
     """
     path = Path(path)
     if path.exists():
@@ -115,7 +115,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     """Returns the records of a metrics.jsonl, oldest first; a torn last line is left out.
 
     Raises:
-      UserError: for a line, not the last, that is not a JSON object with a `round`.
+      UserError: for a line other than the last that is not a JSON object with a `round`.
       FileNotFoundError: if there is no such file.
     """
     return [record for _, record in _parsed_lines(Path(path))]

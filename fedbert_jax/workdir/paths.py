@@ -1,4 +1,4 @@
-"""A run's directory: what lies where in it, one run at a time, and whether a config may go on with it."""
+"""A run's directory: its layout, its lock, and whether a config may go on with the run in it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Workdir:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a round."""
+        """One JSON object per round."""
         return self.root / "metrics.jsonl"
 
     @property
     def facts(self) -> Path:
-        """What the report says of the run beside its metrics."""
+        """Facts about the run that the report shows beside its metrics."""
         return self.root / "run.json"
 
     @property
@@ -53,7 +53,7 @@ class Workdir:
 
     @property
     def checkpoints(self) -> Path:
-        """Orbax's."""
+        """Orbax checkpoints."""
         return self.root / "checkpoints"
 
     @property
@@ -107,17 +107,17 @@ class Workdir:
 
 
 def open_workdir(root: Path) -> tuple[Workdir, Any]:
-    """Makes the directory if need be and locks it for this run (a killed process's lock is gone with it).
+    """Makes the directory if necessary and locks it for this run (the lock of a killed process is released).
 
-    Of several processes only the first locks it; the others check that they see the same directory.
+    With several processes, only the first one locks it; the others check that they see the same directory.
 
     Returns:
       The workdir, and the lock, which is held until it is closed (or its `with` ends).
 
     Raises:
-      UserError: if it can't be written, another run holds it, or this process sees another directory than the first.
+      UserError: if it can't be written, another run holds it, or this process sees a different directory from the first's.
     """
-    lock: Any = contextlib.nullcontext()  # of a process that leaves it to the first
+    lock: Any = contextlib.nullcontext()  # for a process that leaves locking to the first
 
     def locked() -> str:
         nonlocal lock
@@ -150,7 +150,7 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
 def _lock(root: Path) -> IO[bytes]:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("ab", buffering=0)  # not "w": who finds it locked must leave it as it is
+        lock = (root / ".lock").open("ab", buffering=0)  # not "w": a run that finds it locked must leave it as it is
     except OSError as e:
         raise UserError(f"workdir {root} can't be written ({e.strerror}); give another --workdir.") from e
     try:
@@ -165,12 +165,12 @@ def _lock(root: Path) -> IO[bytes]:
 def check_same(
     old: Config, new: Config, free: Collection[str] = (), harmless: Collection[str] = config_lib.HARMLESS
 ) -> None:
-    """Refuses to go on with an old workdir under a config that would have made other rounds.
+    """Refuses to go on in a workdir with a config that would have made other rounds.
 
     Args:
-      old: the workdir's.
-      new: the one to go on with.
-      free: keys that may change without further ado.
+      old: the workdir's config.
+      new: the config to go on with.
+      free: keys that may always change.
       harmless: keys that may change with resume=force.
 
     Raises:
@@ -202,10 +202,10 @@ def fingerprint(*arrays: Any) -> str:
 
 
 def check_inputs(workdir: Workdir, found: dict[str, str]) -> None:
-    """Refuses to go on with a run whose model or data have changed at their old place.
+    """Refuses to go on with a run if the contents of its model or data paths have changed.
 
     Args:
-      workdir: its facts tell what was read when it was begun.
+      workdir: its facts hold the fingerprints of what was read when it was begun.
       found: `fingerprint` of what was read now, by config key.
 
     Raises:
@@ -221,7 +221,7 @@ def check_inputs(workdir: Workdir, found: dict[str, str]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    """Writes a file whole or not at all, even if the process is killed."""
     new = path.with_name(path.name + ".new")
     with disk.writing(path):
         try:

@@ -1,4 +1,4 @@
-"""Whether a run may go on from its newest checkpoint: with what config, and with what learning rates."""
+"""Whether a run may go on from its newest checkpoint with a given config and its learning rates."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Flat = dict[str, Any]
 
 
 class Made(NamedTuple):
-    """The newest checkpoint: what a run goes on from."""
+    """The newest checkpoint, from which a run goes on."""
 
-    round: int  # finished rounds; 0 where there is no checkpoint
-    config: Flat | None  # what it was made with, as dotted keys; None if it doesn't say
+    round: int  # finished rounds; 0 if there is no checkpoint
+    config: Flat | None  # the config it was made with, as dotted keys; None if it holds none
 
 
 def newest(directory: Path) -> Made:
-    """Looks at a directory of checkpoints, which need not exist.
+    """Returns the newest checkpoint of a directory, which need not exist.
 
     Raises:
-      UserError: if the newest can't be read.
+      UserError: if that checkpoint can't be read.
     """
     checkpoints = Checkpoints(directory) if directory.is_dir() else None
     rounds = checkpoints.rounds() if checkpoints else []
@@ -42,7 +42,7 @@ def newest(directory: Path) -> Made:
 
 
 def put_back(workdir: Workdir, made: Made) -> str:
-    """Writes a config.json that is gone, from the checkpoint's stamp; returns "yes", or "" if that can't or needn't be."""
+    """Restores a missing config.json from the checkpoint's stamp; returns "yes", or "" if that is impossible or needless."""
     if workdir.exists() or made.config is None:
         return ""
     nested: dict[str, Any] = {}
@@ -55,32 +55,32 @@ def put_back(workdir: Workdir, made: Made) -> str:
             place[name] = made.config[key]
     try:
         workdir.write_config(config_lib.from_dict(nested))
-    except ConfigError:  # it may be of a version that accepted other values
+    except ConfigError:  # it may come from a version that accepted other values
         return ""
     return "yes"
 
 
 def stamp(config: Config) -> Flat:
-    """Returns what a checkpoint says of the config it was made with: every key."""
+    """Returns what a checkpoint records of the config it was made with: every key."""
     return config_lib.flatten(config_lib.to_dict(config))
 
 
 def harmless(config: Config, made: Made) -> frozenset[str]:
-    """Returns the keys that a run may change: those of the optimizers' schedules, too, where these begin anew."""
+    """Returns the keys that a run may change, including those of the optimizers' schedules if these begin anew."""
     anew = 0 < config.federated.schedule_from == made.round
     return config_lib.HARMLESS | config_lib.RESCHEDULED if anew else config_lib.HARMLESS
 
 
 def check_unedited(path: Path, written: Config, made: Made) -> None:
-    """Refuses a config.json that is not what the checkpoint was made with.
+    """Refuses a config.json that differs from the config that the checkpoint was made with.
 
     Args:
       path: of config.json.
-      written: what it says.
+      written: its content.
       made: the checkpoint.
 
     Raises:
-      ConfigError: naming the keys.
+      ConfigError: naming the keys that differ.
     """
     if changed := _differences(made.config, written, harmless(written, made)):
         raise ConfigError(
@@ -90,17 +90,17 @@ def check_unedited(path: Path, written: Config, made: Made) -> None:
 
 
 def check(config: Config, made: Made, steps_per_round: int, before: Config | None) -> None:
-    """Refuses to go on from a checkpoint with what would not have made it, or would not go on from it.
+    """Refuses to go on from a checkpoint with a config that would not have made it, or can't go on from it.
 
     Args:
       config: resolved, to go on with.
       made: the checkpoint.
       steps_per_round: global steps.
-      before: what config.json says; None if there is none.
+      before: the content of config.json; None if there is none.
 
     Raises:
-      ConfigError: for another config than the checkpoint's, fewer rounds than are finished, schedules that begin in rounds
-        to come, or a learning rate that would jump up without having been asked to.
+      ConfigError: for a config that differs from the checkpoint's, fewer rounds than are finished, schedules that begin in
+        a later round, or a learning rate that would jump up without having been asked to.
     """
     f = config.federated
     begun = (made.config or {}).get("federated.schedule_from", 0) if made.round else 0
@@ -127,20 +127,20 @@ def check_stamp(what: str, stamped: Flat | None, config: Config, harmless: Colle
     """Refuses to go on from something that was made with another config.
 
     Args:
-      what: it is.
-      stamped: the `stamp` it has, or None.
+      what: its name, for the message.
+      stamped: its `stamp`, or None.
       config: resolved, to go on with.
       harmless: keys that may differ.
 
     Raises:
-      ConfigError: naming those that do.
+      ConfigError: naming the keys that differ and may not.
     """
     if changed := _differences(stamped, config, harmless):
         raise ConfigError(f"{what} was made with another config: {changed}; give another --workdir.")
 
 
 def _differences(stamped: Flat | None, config: Config, harmless: Collection[str]) -> str:
-    """Names the keys that decide numbers and differ; "" if none does. One that the stamp doesn't know had its default."""
+    """Names the keys that differ and affect results; "" if none. A key that the stamp doesn't know had its default."""
     if stamped is None:
         return ""
     defaults, now = stamp(Config()), stamp(config)
@@ -174,13 +174,13 @@ def _rounds(federated: FederatedConfig) -> str:
 
 
 def _rate(optimizer: OptimizerConfig, federated: FederatedConfig, done: int, steps_per_round: int) -> float:
-    """Returns the learning rate of the first step after so many rounds."""
+    """Returns the learning rate of the first step after `done` rounds."""
     schedule = optim.make_schedule(optimizer, *optim.schedule_span(federated, steps_per_round))
     return float(np.asarray(schedule(np.int32(done * steps_per_round))))
 
 
 def _section(cls: type, flat: Flat, name: str) -> Any:
-    """Returns a section of a flat config, without the keys that there aren't any more."""
+    """Returns a section of a flat config, without keys that no longer exist."""
     keys = {field.name for field in dataclasses.fields(cls)}
     own = {key.removeprefix(f"{name}."): value for key, value in flat.items() if key.startswith(f"{name}.")}
     return cls(**{key: value for key, value in own.items() if key in keys})

@@ -1,4 +1,4 @@
-"""The weighted average: its numbers, both ways it is computed, and that a client of weight 0 changes nothing."""
+"""The weighted average: its numbers, both ways of computing it, and that a client of weight 0 changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = np.array([0.5, 0.0, 0.3, 0.2], np.float32)
 
 @pytest.fixture(params=["one pass", "contraction"])
 def way(request, monkeypatch):
-    """One pass is for a CPU with one device; with several, or on other machines, a contraction."""
+    """A CPU with one device uses one pass; with several devices, or on other machines, a contraction is used."""
     assert jax.default_backend() == "cpu" and len(jax.devices()) == 1
     if request.param == "contraction":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -53,7 +53,7 @@ def test_a_client_of_weight_0_changes_nothing(bad):
 
 @pytest.mark.usefixtures("way")
 def test_a_client_that_counts_is_not_left_out_for_its_numbers():
-    """What is not finite shows: nobody is dropped in silence."""
+    """A number that is not finite shows: no client is dropped silently."""
     stacked = clients()
     stacked["scalar"][2] = np.nan
     found = weighted_average(stacked, jnp.asarray(WEIGHTS))
@@ -78,7 +78,7 @@ def test_an_outer_update_leaves_a_client_of_weight_0_out(name):
 
 
 def test_across_the_cut_a_client_of_weight_0_changes_nothing(batch):
-    """Its segment is not a number anywhere; the body's gradient and the others' own are as without it."""
+    """Its segment is NaN everywhere; the body's gradient and the other clients' gradients are as without it."""
     rng, segments = np.random.default_rng(0), make_segments(tiny_config(model=dict(num_layers=1)).model)
     one, body = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     three = jax.tree.map(lambda x: np.asarray(x)[None] + 0.1 * rng.standard_normal((3, *x.shape)).astype(np.float32), one)

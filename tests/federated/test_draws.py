@@ -1,8 +1,8 @@
-"""What every client draws in every step of every strategy, whose moments it gets, and whose weight its numbers have.
+"""What every client draws in every step of every strategy, which moments it gets, and which weight its numbers have.
 
-The strategies run on segments that compute nothing: their gradients are what reached them (tokens, positions, keys), and the
-optimizer writes each step's gradient down at the global step it was given. The loss is what was asked for, the labels, and
-what the server heard there, the noise on the activations. What should have reached them is drawn by tests/draws.py.
+The strategies run on segments that compute nothing: their gradients are the values that reached them (tokens, positions,
+keys), and the optimizer records each step's gradient at the global step it was given. The loss is the labels asked for plus
+the noise on the activations at their positions. tests/draws.py draws the values that should have reached them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedbert_jax.models.bert import Segments
 
 SEEDS = Seeds(server=11, client=12)  # in a run they are one number
 K, B, M = 2, 2, 4  # B * M is a power of two, so that dividing by it loses nothing
-STEPS = 16  # global steps that are written down
+STEPS = 16  # global steps that are recorded
 CUT = ("parallel", "sequential")  # strategies whose clients send anything
 DEVIATION = 0.5  # of the noise that they add to their activations
 
@@ -42,22 +42,22 @@ def seeds(monkeypatch):
 
 
 def words(keys: jax.Array) -> jax.Array:
-    """The numbers of keys [G] as float32 can hold them, [G, 4]."""
+    """The numbers of keys [G] in a form that float32 can hold, [G, 4]."""
     data = jax.random.key_data(keys)
     return jnp.concatenate([data >> 16, data & 0xFFFF], axis=-1).astype(jnp.float32)
 
 
 def recorder(config: Any) -> Segments:
-    """Segments whose loss is linear: the gradient of each parameter is what its name says.
+    """Segments whose loss is linear: the gradient of each parameter is the value that its name says.
 
-    Rows come in G groups, each with a key: several clients' whose rows are one batch, by the one body or as one client's.
+    Rows come in G groups, each with a key: several clients' rows as one batch, at the body or pooled as one client's.
     """
 
     def groups(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32).reshape(-1, B, *x.shape[1:])
 
     def seen(param: jax.Array, shown: jax.Array, key: jax.Array, keys: jax.Array) -> jax.Array:
-        """What G groups [G, B, ...] show a parameter [B, ...], and their keys another, for each row: [G * B, 1]."""
+        """G groups [G, B, ...] times a parameter [B, ...], plus their keys times another, for each row: [G * B, 1]."""
         return jnp.repeat(jnp.sum(param[None] * shown, (1, 2)) + jnp.sum(key[None] * words(keys), 1), B)[:, None]
 
     def init(client_key: jax.Array, server_key: jax.Array) -> tuple[Any, Any]:
@@ -88,7 +88,7 @@ WRITES = Optimizer(lambda params: jax.tree.map(lambda p: jnp.zeros((STEPS, *p.sh
 
 
 def record(name: str, clients: int = 3, **federated: Any) -> tuple[Setting, Strategy, State]:
-    """A strategy (of `parallel` with the body's name, or `gradients`) on segments that compute nothing."""
+    """A strategy (`parallel` may be followed by the body's name or `gradients`) on segments that compute nothing."""
     strategy, _, kind = name.partition(" ")
     federated |= dict(average=kind) if kind == "gradients" else dict(body=kind or "pooled")
     config = tiny_config(
@@ -115,17 +115,17 @@ def masked(key: jax.Array, blocks: jax.Array) -> MaskedBatch:
 
 @jax.jit
 def noise(key: jax.Array) -> jax.Array:
-    """What a client adds to its activations [B, T, 1], the first of the messages that it adds anything to."""
+    """The noise that a client adds to its activations [B, T, 1], the first of the messages to which it adds any."""
     return DEVIATION * jax.random.normal(jax.random.fold_in(key, 0), (B, LENGTH))
 
 
 def place(given: Cohort, n: int, k: int) -> tuple[int, int, int]:
-    """Round, step and client: what is drawn is a function of."""
+    """Round, step and client, of which every draw is a function."""
     return int(given.round), k, int(given.clients[n])
 
 
 def expected(given: Cohort, n: int, k: int, seeds: Seeds = SEEDS) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What should reach the segments of the client at place `n` of the cohort in step `k`."""
+    """The values that should reach the segments of the client at place `n` of the cohort in step `k`."""
     draw = place(given, n, k)
     batch = masked(draws.key("client", seeds.client, draws.MASK, *draw), given.rows[k, n])
     own = draws.key("client", seeds.client, draws.SEGMENT_DROPOUT, *draw)
@@ -141,7 +141,7 @@ def expected(given: Cohort, n: int, k: int, seeds: Seeds = SEEDS) -> tuple[dict[
 
 
 def expected_loss(strategy: str, given: Cohort, n: int, k: int) -> float:
-    """The mean label of that client and step, and the noise where it was asked for."""
+    """The mean label of that client and step, plus the noise at the positions asked for."""
     client, server = expected(given, n, k)
     if strategy.split()[0] not in CUT:
         return float(np.mean(client["labels"]))
@@ -172,7 +172,7 @@ def of_client(tree: Any, n: int) -> Any:
     ],
 )
 def test_what_a_client_draws_and_what_its_numbers_weigh(strategy, ids):
-    """Masks, dropout of both sides and noise are of the round, the step and the client; metrics are means by weight."""
+    """Masks, both sides' dropout and noise depend on the round, the step and the client; metrics are weighted means."""
     _, rule, state = record(strategy)
     round, drawn, count = jax.jit(rule.round), [], len(ids)
     for number in (0, 1):
@@ -181,7 +181,7 @@ def test_what_a_client_draws_and_what_its_numbers_weigh(strategy, ids):
             ended, metrics = round(state, given)
             opt, losses = ended.opt, [expected_loss(strategy, given, n, k) for k in range(K)]
             np.testing.assert_allclose(metrics.loss, np.mean(losses), rtol=1e-6)
-            # What each client has of its own has an axis of clients before that of the steps.
+            # State that each client has of its own has an axis of clients before that of the steps.
             client, server = (of_client(o, n) if jax.tree.leaves(o)[0].shape[0] != STEPS else o for o in opt)
             for k in range(K):
                 at = (number * count + n if strategy == "sequential" else number) * K + k
@@ -191,7 +191,7 @@ def test_what_a_client_draws_and_what_its_numbers_weigh(strategy, ids):
                 drawn += [np.asarray(key[at]) for key in (client["embed_key"], client["head_key"], server["body_key"])]
     assert len(np.unique(drawn, axis=0)) == len(drawn) == 2 * count * K * 3
 
-    # The loss here is the mean label, and a norm the largest label or position.
+    # The loss here is the mean label, and a norm is the largest label or position.
     weights = [0.5, 0.2, 0.3] if count == 3 else [1.0]
     given = cohort(0, ids, weights)
     ended, metrics = round(state, given)
@@ -202,7 +202,7 @@ def test_what_a_client_draws_and_what_its_numbers_weigh(strategy, ids):
         (0, "labels", metrics.client_norm, strategy == "parallel gradients"),
         (1, "positions", metrics.server_norm, strategy in ("parallel", "parallel gradients")),
     ):
-        if one:  # a single copy takes one step, with the weighted mean of what all send
+        if one:  # a single copy takes one step, with the weighted mean of all gradients
             means = [sum(w * of[k][side][name] for w, of in zip(weights, seen, strict=True)) for k in range(K)]
             np.testing.assert_allclose(found, np.mean([mean.max() for mean in means]), rtol=1e-6)
             np.testing.assert_allclose(ended.opt[side][name][:K], means, rtol=1e-6)
@@ -212,7 +212,7 @@ def test_what_a_client_draws_and_what_its_numbers_weigh(strategy, ids):
 
 
 def test_draws_are_the_secrets_own():
-    """Where seeds are trained side by side, each has its own draws; each party's follow from its own number."""
+    """If several seeds are trained side by side, each has its own draws; each party's draws follow from its own seed."""
     setting, _, _ = record("parallel")
     given = cohort(3, [5], [1.0])
     at = (given.rows[1], jnp.int32(3), jnp.int32(1), jnp.array([5]))
@@ -228,7 +228,7 @@ def test_draws_are_the_secrets_own():
 
 
 def test_noise_is_of_the_round_the_step_and_the_client_by_the_clients_secret():
-    """Each client has a key of its own in each step, which the server's number has no part in; without noise, none."""
+    """Each client has its own key in each step, independent of the server's seed; without noise there is none."""
     setting, _, _ = record("parallel")
     ids, blocks = jnp.array([4, 1, 7]), random_blocks(0, 3, B)
     draw = jax.jit(lambda of, round, step: dataclasses.replace(setting, secrets=of).draw(blocks, round, step, ids)[1])
@@ -249,7 +249,7 @@ def test_noise_is_of_the_round_the_step_and_the_client_by_the_clients_secret():
 
 
 def test_held_out_text_is_masked_by_its_client_and_block():
-    """The rows of a batch, the batches of a client, and the clients: each has masks of its own, at every evaluation."""
+    """Rows of a batch, batches of a client, and clients each have masks of their own, at every evaluation."""
     spec, blocks, numbers = mask_spec(tiny_config()), random_blocks(0, 6, 2), [[0, 1], [2, 3], [4, 5]] * 2
     batches = EvalSet(blocks, jnp.ones((6, 2)), jnp.array(numbers), jnp.array([0, 0, 0, 5, 5, 5]))
     hidden = jax.jit(lambda key, blocks: mask_blocks(key, blocks, spec, hide_all=True))
@@ -265,8 +265,8 @@ def test_held_out_text_is_masked_by_its_client_and_block():
 
 @pytest.mark.parametrize("strategy", ["parallel", "parallel merged", "parallel private", "sequential"])
 def test_kept_moments_are_each_clients_own(strategy):
-    """After two rounds a client's moments are of its own two rounds, and nothing in them is another's."""
-    # Those who take turns may be some of all; the others are everybody.
+    """After two rounds, a client's moments come from its own two rounds, and nothing in them is another client's."""
+    # Clients that take turns may be only some of all clients; in the other strategies, all take part.
     rounds = [[3, 0, 4], [0, 1, 3]] if strategy == "sequential" else [[0, 1, 2, 3, 4]] * 2
     setting, _, state = record(strategy, clients=5, client_optimizer_state="keep")
     rule = make_strategy(dataclasses.replace(setting, cohort=len(rounds[0])))

@@ -1,4 +1,4 @@
-"""Evaluation: what is asked, who answers, which mean a number is, and what guessing reaches at the same places."""
+"""Evaluation: what is asked, which model answers, which mean a number is, and how guessing scores at the same positions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_asked_position_is_masked_and_nothing_else_is_changed(simulation, 
 
 
 def test_a_model_that_only_copies_is_never_right(simulation, spec):
-    """It answers with the token that stands where it is asked: there, that is always [MASK]."""
+    """It answers with the token at the position asked for, which is always [MASK]."""
     copier = simulation.setting.segments._replace(
         embed=lambda params, batch, *_: jax.nn.one_hot(batch.tokens, VOCAB),
         transform=lambda params, h, positions, *_: take_positions(h, positions),
@@ -98,7 +98,7 @@ def test_special_tokens_are_never_guessed():
 
 
 def test_the_two_means():
-    """Clients of 1, 6 and 3 training blocks; the second was asked eight questions, the others four; one asked nothing."""
+    """Clients of 1, 6 and 3 training blocks; the second was asked eight questions, the others four; a further one, none."""
     sums = np.array([[8.0, 1, 4], [4, 1, 4], [2, 4, 4], [0, 0, 0], [3, 2, 4]])
     found = evaluation(sums, np.array([0, 1, 1, 2, 3]), np.array([1, 6, 9, 3]))
     assert found.clients == {0: (2.0, 0.25), 1: (0.75, 0.625), 3: (0.75, 0.5)}
@@ -115,7 +115,7 @@ def test_the_two_means():
 
 
 def test_a_client_at_which_nothing_is_asked_has_no_score(simulation, monkeypatch):
-    """All of its tokens are special, so it has nothing to predict; it is not one that predicts perfectly."""
+    """All of its tokens are special, so it has nothing to predict; that doesn't count as predicting perfectly."""
     data = simulation._eval_set
     special = jnp.where(data.clients[:, None, None] == 1, jnp.ones_like(data.tokens), data.tokens)
     monkeypatch.setattr(simulation, "_eval_set", data._replace(tokens=special))
@@ -137,7 +137,7 @@ def test_scored_blocks_are_a_draw():
     assert all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
     draws = {tuple(plan_evaluation(offsets, [0], 6, 6, Seeds(0, seed)).rows[0]) for seed in range(5)}
     assert len(draws) == 5
-    # Every block is as likely: of 40, six are drawn.
+    # Every block is equally likely: six of 40 are drawn.
     counts = sum(np.bincount(plan_evaluation(offsets, [0], 6, 6, Seeds(0, n)).rows[0], minlength=40) for n in range(400))
     assert ((counts - 60) ** 2 / 60).sum() < 80  # chi-squared with 39 degrees of freedom, p about 1e-4
 
@@ -153,7 +153,7 @@ def test_scores_do_not_depend_on_how_rows_fall_into_batches():
 
 
 def test_no_two_blocks_are_asked_at_the_same_places():
-    """Other masks for another block, client or seed; the same ones for the same."""
+    """Another block, client or seed has other masks; the same ones have the same masks."""
     block = np.asarray(random_blocks(0))
     spec = mask_spec(tiny_config())._replace(num_masked=5)
 

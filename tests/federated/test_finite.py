@@ -1,4 +1,4 @@
-"""What is not finite is found and named: the array, the client, the client with whom it began."""
+"""Numbers that are not finite are found and named: the array, the client, the client with whom it began."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("north", "south", "west")
 
 
 def small_state(clients: int | None = None) -> dict:
-    """A state with a counter; `clients` of them have arrays of their own."""
+    """A state with a counter; with `clients`, each of that many clients has arrays of its own."""
     lead = () if clients is None else (clients,)
     params = {"head": {"bias": jnp.zeros((*lead, 7)), "dense": {"kernel": jnp.ones((*lead, 3, 3))}}}
     return {"model": {"client": params}, "opt": {"count": jnp.full(lead, 2, jnp.int32), "mu": params}}
@@ -76,7 +76,7 @@ PRIVATE = ARRANGEMENTS["parallel", "private", "parameters"]
     "failed, how, first",
     [
         ([0, 3, 5, 5], ARRANGEMENTS["sequential", "pooled", "parameters"], [1]),  # handed on
-        ([2, 3, 2, 2], TOGETHER, [1]),  # a step later it was everybody's
+        ([2, 3, 2, 2], TOGETHER, [1]),  # a step later it had reached everybody
         ([3, 3, 3, 3], TOGETHER, [0, 1, 2, 3]),
         ([2, 3, 0, 0], ARRANGEMENTS["local", "pooled", "parameters"], [0, 1]),  # each for itself
         ([2, 3, 0, 0], ARRANGEMENTS["fedavg", "pooled", "parameters"], [1]),  # shared at the end of a round
@@ -91,14 +91,14 @@ def test_with_whom_it_began(failed, how, first):
 
 
 def test_with_whom_it_began_is_asked_of_any_arrangement():
-    """Not of a strategy's name: nobody else's step is lost where bodies and segments are clients' own, cut or not."""
+    """Whatever the strategy's name: nobody else's step is lost if bodies and segments are clients' own, cut or not."""
     for cut in (True, False):
         assert first_to_fail(np.array([1, 0, 2], np.int32), Arrangement("apart", "own", "own", cut)) == [0, 2]
         assert first_to_fail(np.array([1, 0, 2], np.int32), Arrangement("apart", "own", "copies", cut)) == [2]
 
 
 def nan_for(client: int, tree):
-    """A tree [N, ...] in which a client's numbers are not finite."""
+    """A tree [N, ...] in which one client's numbers are not finite."""
     return jax.tree.map(lambda x: x.at[client].set(NAN) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
@@ -106,8 +106,8 @@ def nan_for(client: int, tree):
     "strategy, mode, failed",
     [
         ("local", "average", [0, 3, 0]),  # client 1's model is gone from the start, and nobody else's
-        ("parallel", "keep", [1, 2, 1]),  # its moments are: so its second step, and then the body, everybody's
-        ("sequential", "keep", [0, 2, 3]),  # likewise, and whoever has the next turn
+        ("parallel", "keep", [1, 2, 1]),  # its moments are: so its second step fails, and then the shared body
+        ("sequential", "keep", [0, 2, 3]),  # likewise, and then the client with the next turn
     ],
 )
 def test_a_round_counts_the_steps_that_failed_by_client(strategy, mode, failed):

@@ -47,7 +47,7 @@ def test_lamb_trusts_every_matrix_of_every_layer_by_itself(segments):
     """Against optax's LAMB on the tensors as Hugging Face names them, where no two matrices share an array."""
     keys = jax.random.split(jax.random.key(0))
     start = jax.jit(segments.init)(*keys)
-    # Layers and matrices of unlike sizes, so that a ratio of several together is another one.
+    # Layers and matrices of unlike sizes, so that one ratio for several of them would differ.
     sizes = jnp.array([1.0, 30.0])
     stack = jax.tree.map(lambda x: x * sizes.reshape(2, *(1,) * (x.ndim - 1)) + 0.01, start[1])
     qkv = stack["layers"]["attention"]["qkv"]

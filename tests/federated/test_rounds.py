@@ -66,7 +66,7 @@ def pooled_loss(setting, model, rows, weights, round, k):
 
 @pytest.mark.parametrize("weights", [[1 / 3] * 3, [0.5, 0.2, 0.3]])
 def test_parallel_of_one_sgd_step_is_centralized_sgd(weights):
-    """Invariant 3: unequal weights included. The reference is `jax.grad` of the weighted pooled loss."""
+    """Invariant 3, also with unequal weights. The reference is `jax.grad` of the weighted pooled loss."""
     config = tiny(sgd=True, local_steps=1)
     data = cohort(config, weights=weights)
     setting, _, state, round = program(config)
@@ -81,7 +81,7 @@ OPTIMIZERS = [dict(), SGD, dict(name="lamb", learning_rate=0.01, warmup_steps=1,
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["adamw", "sgd", "lamb"])
 def test_averaged_gradients_are_training_on_the_weighted_pooled_batch(optimizer):
-    """Invariant 3: clipping, schedule, dropout, unequal weights, a client that isn't there and has nonsense for text."""
+    """Invariant 3, with clipping, schedule, dropout, unequal weights, and an absent client whose text is nonsense."""
     config = tiny_config(
         federated=dict(average="gradients", num_clients=4),
         model=dict(num_layers=1, hidden_dropout=0.1),
@@ -112,7 +112,7 @@ def test_averaged_gradients_are_training_on_the_weighted_pooled_batch(optimizer)
 
 
 def test_averaged_gradients_need_the_memory_of_centralized_training():
-    """No table, gradient or moment exists for each client: a large vocabulary times eight clients would show."""
+    """No table, gradient or moment exists per client: a large vocabulary times eight clients would show."""
     bytes_needed = {}
     for kind in (dict(strategy="centralized"), dict(average="gradients"), dict()):
         config = tiny_config(
@@ -129,11 +129,11 @@ def test_averaged_gradients_need_the_memory_of_centralized_training():
     table = 8000 * 64 * 4
     one, gradients, copies = bytes_needed.values()
     assert gradients < one + table / 4
-    assert copies > one + 8 * table  # which is what the test would see
+    assert copies > one + 8 * table  # this is what the test would see
 
 
 def test_one_local_step_without_copies_equals_many():
-    """Clients begin with the shared segment; copies that were there from the start would end the same."""
+    """Clients begin with the shared segment; if they had copies from the start, these would end the same."""
     config = tiny(local_steps=1, model=dict(hidden_dropout=0.1))
     setting, _, state, round = program(config)
     data = cohort(config)
@@ -147,13 +147,13 @@ def test_one_local_step_without_copies_equals_many():
 
 @pytest.mark.parametrize("kind", [dict(), dict(body="merged"), dict(average="gradients")], ids=str)
 def test_neither_order_nor_absent_clients_matter(kind):
-    """Invariants 4 and 11: the cohort in another order, and with one of weight 0 whose text is nonsense, is the cohort."""
+    """Invariants 4 and 11: another order, or a client of weight 0 whose text is nonsense, changes nothing."""
     config = tiny(**kind)
     data = cohort(config, weights=[0.6, 0.4, 0.0])
     _, _, state, round = program(config)
     order = jnp.array([1, 0, 2])
     shuffled = Cohort(data.rows[:, order], data.clients[order], data.weights[order], data.round)
-    absent = data._replace(rows=data.rows.at[:, 2].set(10**6))  # embedded, it is NaN
+    absent = data._replace(rows=data.rows.at[:, 2].set(10**6))  # its embedding is NaN
     two = Cohort(data.rows[:, :2], data.clients[:2], data.weights[:2], data.round)
     ends = [round(state, given) for given in (data, shuffled, absent, two)]
     for end, metrics in ends[1:]:
@@ -285,7 +285,7 @@ def test_outer_update_against_its_formula(aggregator):
     [("parallel", "pooled", None), ("parallel", "private", None), ("fedavg", "pooled", 2)],
 )
 def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body, at_once):
-    """Positions beyond the blocks' length: averaging copies of them must make no difference, which Adam would scale up."""
+    """Averaging copies of positions beyond the blocks' length must not change them: Adam would scale a difference up."""
     config = tiny_config(
         federated=dict(strategy=strategy, body=body, num_clients=4, clients_at_once=at_once),
         model=dict(num_layers=1),
@@ -327,7 +327,7 @@ def test_schedules_count_global_steps():
     ids=str,
 )
 def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
-    """Five clients, two at a time, padded to six by one of weight 0; the momentum of an outer update included."""
+    """Five clients, two at a time, padded to six by one of weight 0, with the momentum of an outer update."""
     ends = []
     outer = {} if "average" in kind else dict(momentum=0.9)
     for at_once in (None, 2) + ((1,) if not kind else ()):
@@ -354,7 +354,7 @@ def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
     ids=str,
 )
 def test_a_short_round_is_a_round_of_fewer_steps(kind):
-    """The last round of fine-tuning has fewer steps; its schedules go on from where the round before ended."""
+    """The last round of fine-tuning has fewer steps; its schedules go on from where the previous round ended."""
     models = []
     for local_steps, round in ((4, 1), (1, 4)):
         config = tiny(**kind, local_steps=local_steps)
@@ -367,7 +367,7 @@ def test_a_short_round_is_a_round_of_fewer_steps(kind):
 
 
 def test_traffic_counts_messages_and_averaging():
-    """Bytes are the four messages' of every step, and the segment's (and its moments') there and back."""
+    """Bytes are those of the four messages in every step, and of the segment (and its moments) there and back."""
     config = tiny()
     setting, _, state, _ = program(config)
     traffic = lambda config: round_traffic(program(config)[0], jax.ShapeDtypeStruct((2, 12), jnp.int32))  # noqa: E731
@@ -384,7 +384,7 @@ def test_traffic_counts_messages_and_averaging():
     assert set(traffic(tiny("fedavg"))) == {
         f"{way}{part}{what}" for way in ("", "trained_") for part in ("segment", "body") for what in ("", "_optimizer")
     }
-    # A gradient up and the mean down in each step, and no moments; who was away is told what it missed.
+    # A gradient up and the mean down in each step, and no moments; clients that were away are sent what they missed.
     gradients = traffic(tiny(average="gradients"))
     assert set(gradients) - {"activations", "positions", "hidden_states", "head_gradient", "input_gradient"} == {
         "segment_gradient",
@@ -402,7 +402,7 @@ def test_traffic_counts_messages_and_averaging():
 
 @pytest.mark.parametrize("wire", [dict(gradient_clip=0.001), dict(gradient_noise=0.05)], ids=str)
 def test_what_a_client_does_to_its_own_gradient_is_the_same_however_gradients_are_averaged(wire):
-    """Its weight comes after it: pooled, in bfloat16, and as one step of averaged parameters."""
+    """Its weight is applied afterwards: pooled, in bfloat16, and as one step of averaged parameters."""
     norms = []
     gradients = dict(average="gradients")
     for federated, codec in ((gradients, "float32"), (gradients, "bfloat16"), ({}, "float32")):
@@ -417,7 +417,7 @@ def test_what_a_client_does_to_its_own_gradient_is_the_same_however_gradients_ar
 
 
 def test_what_int8_has_yet_to_send_is_kept_by_client():
-    """Of a cohort of some, in any order, padded by one who takes part anyway, and of one who is absent."""
+    """For a cohort of some clients in any order, padded by one that takes part anyway, and for absent clients."""
     config = tiny_config(
         federated=dict(average="gradients", num_clients=5, clients_per_round=3),
         model=dict(num_layers=1),
@@ -439,13 +439,13 @@ def test_what_int8_has_yet_to_send_is_kept_by_client():
     bias = lambda s: np.asarray(s.outer["head"]["dense"]["kernel"])  # noqa: E731
     for c in range(5):
         assert np.array_equal(bias(first)[c], bias(state)[c]) == (c in (0, 3))
-    # A client's own is what it adds: another one's would be as large as the difference between them.
+    # A client adds what it has itself yet to send: with another client's, the error would be as large as their difference.
     shuffled = Cohort(data.rows[:, ::-1], data.clients[::-1], data.weights[::-1], data.round)
     assert_trees_close(round(state, shuffled)[0].outer, first.outer, atol=2e-6)
 
 
 def test_the_mean_gradient_comes_back_in_bfloat16():
-    """SGD shows it: the segment moves by numbers that bfloat16 has, the body by others."""
+    """SGD shows it: the segment moves by numbers that bfloat16 can hold, the body by others."""
     opt = SGD | dict(learning_rate=1.0)
     config = tiny_config(
         federated=dict(average="gradients", local_steps=1),
@@ -468,7 +468,7 @@ def test_the_mean_gradient_comes_back_in_bfloat16():
         make(spied).round(state, data)
         return seen
 
-    with pytest.MonkeyPatch.context() as patch:  # a loop of one step, as plain Python: what it sees can be returned
+    with pytest.MonkeyPatch.context() as patch:  # a loop of one step in plain Python, so that what it sees can be returned
         patch.setattr(
             jax.lax,
             "scan",
@@ -484,7 +484,7 @@ def test_the_mean_gradient_comes_back_in_bfloat16():
 
 
 def test_traffic_of_each_row_by_what_travels():
-    """Handed on in turn, kept optimizers, bodies that stay on the server, and who has to be told what it missed."""
+    """Segments handed on in turn, kept optimizers, bodies that stay on the server, and clients that missed a round."""
     traffic = lambda **federated: set(  # noqa: E731
         round_traffic(program(tiny(**federated))[0], jax.ShapeDtypeStruct((2, 12), jnp.int32))
     )
@@ -502,7 +502,7 @@ def test_traffic_of_each_row_by_what_travels():
 
 
 def test_bytes_of_an_average_in_fixed_point_are_those_of_its_payload():
-    """A whole number for each number, and beside each tensor the 4 bytes that say whether all are finite."""
+    """An integer for each number, and for each tensor the 4 bytes that say whether all its numbers are finite."""
     config = tiny_config(model=dict(num_layers=1), privacy=dict(averaging="fixed_point"))
     setting, _, state, _ = program(config)
     found = round_traffic(setting, jax.ShapeDtypeStruct((2, 12), jnp.int32))

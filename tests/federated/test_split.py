@@ -1,4 +1,4 @@
-"""The split step against the joined model's `jax.grad`, and what it hands to the wire (invariants 1 and 9)."""
+"""The split step against the joined model's `jax.grad`, and what it sends over the wire (invariants 1 and 9)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def of_client(tree, n):
 
 
 def messages_of(cut, clients, batch):
-    """The shapes of what a step sends."""
+    """The shapes of the messages that a step sends."""
     return jax.eval_shape(lambda c, s: split_step(cut, c, s, batch, WEIGHTS).messages, *clients)
 
 
@@ -61,7 +61,7 @@ def test_gradients_equal_the_joined_models(segments, batch, clients, downlink):
 
 
 def test_gradients_in_float64(batch):
-    """The same in double precision: what is left of the difference is not the algebra."""
+    """The same in double precision, where the remaining difference is not due to the algebra."""
     segments = make_segments(tiny_config().model, jnp.float64)
     fresh = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     with jax.enable_x64(True):
@@ -69,7 +69,7 @@ def test_gradients_in_float64(batch):
         out = split_step(cut_of(segments), client, server, batch, WEIGHTS, shared_client=True)
         expected = [joined_grad(segments, client, server, of_client(batch, n))[1][1] for n in range(3)]
         mean = jax.tree.map(lambda *g: sum(w * x for w, x in zip(WEIGHTS, g, strict=True)), *expected)
-        # LayerNorm and softmax are float32 still: their rounding is all that may be seen.
+        # LayerNorm and softmax are still float32, so only their rounding may show.
         assert_trees_close(out.server_grads, mean, rtol=2e-6, atol=2e-9)
         assert out.messages["activations"].dtype == out.messages["input_gradient"].dtype == jnp.float64
 
@@ -113,7 +113,7 @@ def test_a_codec_trains_through_what_the_wire_carries(segments, batch, clients, 
     out = split_step(cut_of(segments, codec="bfloat16", downlink=downlink), *clients, batch, WEIGHTS)
     for n in range(3):
         expected = grads(of_client(clients[0], n), clients[1], of_client(batch, n))
-        # dz is scaled by the weight in the server and back, so a last bit may round to the other side.
+        # The server scales dz by the weight and back, so a last bit may round the other way.
         assert_trees_close(of_client(out.client_grads, n), expected, rtol=1e-2, atol=2e-4)
     plain = split_step(cut_of(segments, downlink=downlink), *clients, batch, WEIGHTS)
     assert not np.allclose(plain.loss, out.loss, rtol=1e-7, atol=0)
@@ -141,7 +141,7 @@ def test_dropout_draws_are_a_clients_own(batch):
 @pytest.mark.parametrize("codec", ["float32", "bfloat16"])
 @pytest.mark.parametrize("downlink", ["masked", "all"])
 def test_tokens_and_labels_are_in_no_message(segments, batch, clients, codec, downlink):
-    """Invariant 9: the same h for other tokens, and the same task at the head for other labels, are the same messages."""
+    """Invariant 9: other tokens with the same h, and other labels with the same task at the head, give equal messages."""
     cut = cut_of(segments, codec=codec, downlink=downlink)
     names = np.random.default_rng(5).permutation(61)  # every word's new number
     renamed = batch._replace(tokens=jnp.asarray(names)[batch.tokens], labels=jnp.asarray(names)[batch.labels])
@@ -152,17 +152,17 @@ def test_tokens_and_labels_are_in_no_message(segments, batch, clients, codec, do
     assert jnp.mean(renamed.tokens != batch.tokens) > 0.9 and jnp.mean(renamed.labels != batch.labels) > 0.9
     one = split_step(cut, *clients, batch, WEIGHTS).messages
     two = split_step(cut, other, clients[1], renamed, WEIGHTS).messages
-    # The softmax adds up in another order, so what comes after it may round to the other side.
+    # The softmax sums in another order, so the values after it may round the other way.
     assert_trees_close(two, one, *((1e-5, 1e-6) if codec == "float32" else (2e-2, 1e-3)))
     before = ("activations", "positions", "hidden_states") if downlink == "masked" else ("activations", "hidden_states")
-    for name in before:  # nothing adds up over words before these
+    for name in before:  # nothing is summed over words before these
         assert jnp.array_equal(two[name], one[name])
 
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("downlink, padded", [("masked", False), ("all", False), ("masked", True)])
 def test_messages_have_these_fields_and_no_others(segments, batch, clients, codec, downlink, padded):
-    """A whitelist, as it stands in docs/architecture.md: whoever lets something else cross has to come by here."""
+    """A whitelist, as in docs/architecture.md: whoever lets something else cross has to change it here."""
     data = batch._replace(lengths=jnp.full((3, 2), 9, jnp.int32)) if padded else batch
     messages = messages_of(cut_of(segments, codec=codec, downlink=downlink), clients, data)
     asked = 3 if downlink == "masked" else 12  # M, or T
@@ -184,7 +184,7 @@ def test_messages_have_these_fields_and_no_others(segments, batch, clients, code
 
 
 def test_positions_do_not_depend_on_the_words(config):
-    """The same key masks the same positions in other words, as long as special tokens stand in the same places."""
+    """The same key masks the same positions of other words, as long as special tokens are in the same places."""
     one = mask_blocks(jax.random.key(3), random_blocks(1, 4), mask_spec(config))
     other = mask_blocks(jax.random.key(3), random_blocks(2, 4), mask_spec(config))
     assert not jnp.array_equal(one.labels, other.labels)
@@ -192,7 +192,7 @@ def test_positions_do_not_depend_on_the_words(config):
 
 
 def test_whoever_holds_the_client_segment_reads_the_tokens(segments, clients, batch):
-    """What the cut does not do: embed acts on each token alone, so a table lookup inverts the first message."""
+    """What the cut does not prevent: embed acts on each token alone, so a table lookup inverts the first message."""
     client = of_client(clients[0], 0)
     embed = lambda tokens: segments.embed(client, MaskedBatch(tokens, None, None, None))  # noqa: E731
     tokens = batch.tokens[0]
@@ -203,7 +203,7 @@ def test_whoever_holds_the_client_segment_reads_the_tokens(segments, clients, ba
 
 
 def test_messages_do_not_depend_on_labels_before_the_head(segments, batch, clients):
-    """Other labels change the gradients, never what goes up first."""
+    """Other labels change the gradients, but never the messages before them."""
     changed = batch._replace(labels=(batch.labels + 1) % 61)
     one = split_step(cut_of(segments), *clients, batch, WEIGHTS).messages
     other = split_step(cut_of(segments), *clients, changed, WEIGHTS).messages
@@ -230,7 +230,7 @@ def test_bytes_are_those_of_the_messages(segments, batch, clients, config):
 
 
 def test_what_is_computed_in_bfloat16_crosses_as_it_is(batch):
-    """The codec float32 is for what was computed in float32: it makes nothing longer than it was."""
+    """The codec float32 is for numbers computed in float32; it doesn't widen others."""
     segments = make_segments(tiny_config(model=dict(num_layers=1)).model, jnp.bfloat16)
     client, server = jax.eval_shape(segments.init, *[jax.eval_shape(lambda: jax.random.key(0))] * 2)
     copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), client)
@@ -243,7 +243,7 @@ def test_what_is_computed_in_bfloat16_crosses_as_it_is(batch):
 
 
 def test_int8_is_off_by_half_a_scale_at_most(segments):
-    """A number of 8 bits and, for each row along the last axis, a scale; the largest of a row is its 127."""
+    """Each number takes 8 bits, and each row along the last axis has a scale; the largest number of a row becomes 127."""
     channel = cut_of(segments, codec="int8").channels.activations
     x = np.random.default_rng(0).standard_normal((2, LENGTH, 16)).astype(np.float32)
     x *= np.exp(np.linspace(-20, 20, LENGTH, dtype=np.float32))[:, None]  # rows of all sizes
@@ -277,7 +277,7 @@ begin, forward, head, backward, finish = (
 
 @pytest.fixture(scope="module")
 def dropping():
-    """Segments with dropout, three clients' own parameters and a server's; without keys it is the model of dropout 0."""
+    """Segments with dropout, three clients' own parameters and a server's; without keys, it is the model of dropout 0."""
     made = make_segments(tiny_config(model=dict(num_layers=1, hidden_dropout=0.1, attention_dropout=0.1)).model)
     client, server = jax.device_get(jax.jit(made.init)(*jax.random.split(jax.random.key(0))))
     rng = np.random.default_rng(0)
@@ -286,7 +286,7 @@ def dropping():
 
 
 def padded_batch(config) -> MaskedBatch:
-    """Blocks that end early, with fewer tokens that may be masked, so that some of the positions weigh nothing."""
+    """Blocks that end early, with fewer tokens that may be masked, so that some of the positions have weight 0."""
     lengths = np.array([[12, 3], [7, 12], [5, 8]], np.int32)
     tokens = jnp.where(np.arange(LENGTH) < lengths[..., None], random_blocks(0, 3, 2), 0)
     mask = jax.vmap(lambda k, t: mask_blocks(k, t, mask_spec(config)))
@@ -294,7 +294,7 @@ def padded_batch(config) -> MaskedBatch:
 
 
 def assert_messages_equal(found, expected, codec):
-    """Equal numbers; of a codec that rounds, a few entries may have fallen to the other side, a quantum away."""
+    """Requires equal numbers; with a codec that rounds, a few entries may have rounded the other way, a quantum off."""
     if codec == "float32" or jnp.issubdtype(jax.tree.leaves(expected)[0].dtype, jnp.unsignedinteger):
         return assert_equal(found, expected)
     if codec == "int8":
@@ -306,14 +306,14 @@ def assert_messages_equal(found, expected, codec):
 
 
 def assert_equal(found, expected):
-    """Equal to 1e-6 of each number, or, where an array's numbers nearly cancel, of its largest."""
+    """Requires equality to 1e-6 of each number, or, where an array's numbers nearly cancel, of its largest."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         name, most = jax.tree_util.keystr(path), float(np.abs(b).max())
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * most, err_msg=name)
 
 
-@pytest.mark.parametrize(  # every two settings meet
+@pytest.mark.parametrize(  # every pair of settings occurs
     "codec, downlink, drops, padded",
     [
         ("float32", "masked", True, True),
@@ -325,7 +325,7 @@ def assert_equal(found, expected):
     ],
 )
 def test_the_halves_in_five_programs_are_the_one_step(dropping, config, batch, codec, downlink, drops, padded):
-    """As in a network: clients one by one, and nothing but NumPy arrays between them and the server."""
+    """As over a network: clients one by one, and nothing but NumPy arrays between them and the server."""
     segments, own, server = dropping
     cut, weights = cut_of(segments, codec=codec, downlink=downlink), np.array([0.6, 0.4, 0.0], np.float32)
     data = jax.device_get(padded_batch(config) if padded else batch)
@@ -333,12 +333,12 @@ def test_the_halves_in_five_programs_are_the_one_step(dropping, config, batch, c
     draws = jax.random.split(jax.random.key(1), (2, 3))
     keys = StepKeys(client=draws[0], server=draws[1]) if drops else NO_KEYS
     one = jax.device_get(split_step(cut, own, server, data, weights, keys))
-    clients = [  # each's parameters, batch and keys
+    clients = [  # each client's parameters, batch and keys
         (*of_client((own, data), n), StepKeys(client=draws[0, n : n + 1]) if drops else NO_KEYS) for n in range(3)
     ]
 
     def cross(found, *names):
-        """What crossed: like the one program's, which, of a codec that rounds, goes on: a flipped bit does not spread."""
+        """Checks what crossed; with a codec that rounds, goes on with the one program's, so that no flipped bit spreads."""
         expected = {name: one.messages[name] for name in names}
         for name in names:
             assert_messages_equal(found[name], expected[name], codec)
@@ -368,11 +368,11 @@ def test_the_halves_in_five_programs_are_the_one_step(dropping, config, batch, c
 
 
 def test_a_padded_batch_with_dropout_has_the_joined_models_gradients(dropping, config):
-    """Of clients that count, 0.6 and 0.4; the third, whose weight is 0, is in no number of theirs."""
+    """The clients that count have weights 0.6 and 0.4; the third, of weight 0, enters no number of theirs."""
     segments, own, server = dropping
     data, weights = jax.device_get(padded_batch(config)), np.array([0.6, 0.4, 0.0], np.float32)
     draws = jax.random.split(jax.random.key(1), (2, 3))
-    cut = cut_of(segments, codec="float32", downlink="masked")  # with these arguments, a program that is there already
+    cut = cut_of(segments, codec="float32", downlink="masked")  # these arguments reuse a compiled program
     out = split_step(cut, own, server, data, weights, StepKeys(client=draws[0], server=draws[1]))
     body = jax.tree.map(np.zeros_like, server)
     for n in range(2):

@@ -1,4 +1,4 @@
-"""The channels: what they lose, what adds up, and that noise, clipping and codecs reach training as they should."""
+"""The channels: what they lose, what sums to what, and that noise, clipping and codecs act on training as they should."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_links_send_from_left_to_right_and_receive_in_reverse():
 
 
 def test_fixed_point_adds_up_exactly_in_any_order_and_under_pads():
-    """What blinded averaging stands on: integers modulo 2**32, and pads that cancel."""
+    """The basis of blinded averaging: integers modulo 2**32, and pads that cancel."""
     channel = wire.fixed_point(24)
     parts = [normal(5, 7) for _ in range(6)]
     sent = [np.asarray(channel.send(x, None)["int32"]) for x in parts]
@@ -60,12 +60,12 @@ def test_fixed_point_adds_up_exactly_in_any_order_and_under_pads():
         assert np.array_equal(sum(padded[::-1], np.int32(0)), total)
     whole = channel.total({"int32": jnp.asarray(total), "finite": jnp.float32(0.0)})
     np.testing.assert_allclose(whole, np.sum(parts, axis=0), atol=6 * 2**-25)
-    assert int(channel.send(jnp.full(1, 1e9), None)["int32"][0]) > 2**31 - 256  # cut down, not wrapped around
+    assert int(channel.send(jnp.full(1, 1e9), None)["int32"][0]) > 2**31 - 256  # clipped, not wrapped around
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_fixed_point_hides_nothing_that_is_not_finite(bad):
-    """A client whose segment ends in a NaN shows, in that tensor alone; one that is left out doesn't."""
+    """A client whose segment ends with a NaN shows, in that tensor only; a client that is left out doesn't."""
     stacked, channel = {"a": normal(3, 4).at[1, 2].set(bad), "b": normal(3, 2)}, wire.fixed_point()
     found = channel.total(add_up(channel, stacked, jnp.array([0.5, 0.3, 0.2])))
     assert np.isnan(found["a"]).all() and np.isfinite(found["b"]).all()
@@ -82,7 +82,7 @@ def test_a_sum_leaves_a_client_of_weight_0_out(channel):
 
 
 def test_what_a_codec_loses_is_sent_later():
-    """Error feedback: over the steps, what was received and what is still unsent add up to what was to be sent."""
+    """Error feedback: over the steps, the numbers received plus those still unsent equal those that were to be sent."""
     channel, weights = wire.codec("int8", jnp.float32), jnp.array([0.5, 0.0, 0.5])
     unsent, received, wanted, plain = {"g": jnp.zeros((3, 4, 9))}, 0.0, 0.0, 0.0
     for _ in range(30):
@@ -91,7 +91,7 @@ def test_what_a_codec_loses_is_sent_later():
         received, wanted = received + total["g"], wanted + 0.5 * (grads[0] + grads[2])
         plain = plain + add_up(channel, {"g": grads.at[1].set(0.0)}, weights)["g"]
     np.testing.assert_allclose(received + unsent["g"].sum(axis=0), wanted, atol=1e-4)
-    assert not unsent["g"][1].any()  # who is absent neither sends nor forgets
+    assert not unsent["g"][1].any()  # an absent client neither sends nor forgets
     assert np.abs(received - wanted).mean() < 0.5 * np.abs(plain - wanted).mean()
 
 
@@ -145,7 +145,7 @@ def test_gradients_in_a_codec_train_nearly_as_they_are(codec, close):
     differences = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), coded.model.client, plain.model.client)
     assert 0 < max(jax.tree.leaves(differences)) < close * 5
     assert bool(jax.tree.leaves(coded.outer)) == (codec == "int8")
-    if codec == "int8":  # as large as what a step of 1/127 of a row's largest leaves
+    if codec == "int8":  # at most the remainder of a step of 1/127 of a row's largest
         assert 0 < max(float(jnp.abs(x).max()) for x in jax.tree.leaves(coded.outer)) < 0.1
 
 

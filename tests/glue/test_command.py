@@ -1,4 +1,4 @@
-"""`python -m fedbert_jax.glue`: what it passes over, and that its errors are one sentence that names its flags."""
+"""`python -m fedbert_jax.glue`: what it passes over, and that each error is one sentence that names its flags."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\ta film\tthe film\n
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A classifier of positive and negative, in another order than SST-2's."""
+    """A classifier of positive and negative, in a different order from SST-2's."""
     settings = dict(
         vocab_size=len(WORDS),
         hidden_size=16,
@@ -134,7 +134,7 @@ def test_what_is_wrong_in_a_file_is_told_by_its_flag(refused: Any, model: Path, 
 def test_a_workdir_of_other_flags_is_told_by_them(
     refused: Any, model: Path, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a run leaves it that was begun with other settings, data or weights."""
+    """The workdir is as a run leaves it that was begun with other settings, data or weights."""
     held = ["--max-length", "16", "--epochs", "1", "--tasks", "sst2"]
 
     def begin(*more: str) -> config_lib.Config:
@@ -174,7 +174,7 @@ def test_a_workdir_of_other_flags_is_told_by_them(
     assert f"--model (was '{model}', now '{tmp_path}/copy')" in refused(f"--random-start --model {tmp_path}/copy", flags)
     config = begin()
     Workdir(tmp_path / "w" / "SST-2").write_config(dataclasses.replace(config, eval=config_lib.EvalConfig(batch_size=8)))
-    assert "another config: batch_size (was 8, now 32)" in refused("", flags)  # what no flag sets
+    assert "another config: batch_size (was 8, now 32)" in refused("", flags)  # no flag sets it
     begin()
     Workdir(tmp_path / "w" / "SST-2").write_facts({"inputs": {"data.source": "other"}})
     assert "what --glue names, or the tokenizer, has changed since" in refused("", flags)
@@ -211,7 +211,7 @@ def test_tasks_without_the_files_they_need_are_passed_over_or_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """QQP as some mirrors have it, without its 48 MB of training examples; an empty folder; one without a dev file."""
+    """QQP without its 48 MB of training examples, as on some mirrors; an empty folder; one without a dev file."""
     for name, files in (("QQP", ["dev"]), ("MNLI", ["train", "dev_matched"]), ("CoLA", []), ("MRPC", [])):
         (glue / name).mkdir()
         for file in files:

@@ -1,4 +1,4 @@
-"""What feeds a round of fine-tuning: the order of turns, each client's examples, and what its numbers weigh."""
+"""The data of a round of fine-tuning: the order of turns, each client's examples, and the weight of its numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rounds(tuning: Finetuning) -> range:
 
 
 def test_slices_that_do_not_divide_the_clients_are_refused(tune, monkeypatch):
-    """More devices may ask for larger slices than the config does, as four do of two clients at once."""
+    """More devices may need larger slices than the config asks for, as four devices do with two clients at once."""
     monkeypatch.setattr(simulation, "slices", lambda cohort, at_once, devices: slices(cohort + 2, at_once, 4))
     with pytest.raises(ConfigError, match=r"clients_at_once=2: accepted with task='finetune' on .* divides 4 clients"):
         tune("parallel", clients_at_once=2)
@@ -73,7 +73,7 @@ def test_turns_are_taken_in_the_order_drawn(tune, order):
 
 
 def test_a_clients_examples_are_its_own_stream_for_every_seed(tune):
-    """Whoever's turn it is; the seeds side by side have orders of their own, but the same clients."""
+    """This holds whoever's turn it is. Seeds side by side have orders of their own, but the same clients."""
     tuning = tune(order="shuffled")
     labels, lengths = tuning.data.train.labels, tuning.data.train.lengths
     assert sorted(np.concatenate(tuning.clients)) == list(range(EXAMPLES))

@@ -1,4 +1,4 @@
-"""Fine-tuning: its logits and its steps are torch's, seeds side by side are seeds one by one, and a run goes on."""
+"""Fine-tuning: its logits and steps are torch's, seeds train side by side as they do one by one, and a run goes on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizerFast:
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SST-2 and STS-B in GLUE's layout: a sentence is positive if it says good; a pair's score counts common words."""
+    """SST-2 and STS-B in GLUE's layout: sentences with "good" are positive; a pair's score counts its common words."""
     root, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
     sentences = [" ".join(rng.choice(WORDS, rng.integers(3, 12))) for _ in range(96)]
     (root / "SST-2").mkdir()
@@ -99,7 +99,7 @@ def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "before", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    ).train()  # an export's dropout is for others: the run has none
+    ).train()  # an export's dropout is for further training: the run has none
     plain = [p for p in model.parameters() if p.ndim < 2]
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     groups = [dict(params=decayed), dict(params=plain, weight_decay=0.0)]
@@ -131,7 +131,7 @@ def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizer
 def test_seeds_side_by_side_are_seeds_one_by_one(
     tokenizer: BertTokenizerFast, glue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a round is padded further for another seed's sake."""
+    """This also holds if a round is padded further for another seed's sake."""
     monkeypatch.setattr(sequences, "BUCKETS", (11, 13))
     dropout = dict(hidden_dropout=0.1, attention_dropout=0.1, num_layers=1)
     config = make_config(tokenizer, glue, model=dropout)
@@ -140,7 +140,7 @@ def test_seeds_side_by_side_are_seeds_one_by_one(
     one = make(config, tokenizer, (0,))
 
     def losses(seeds: tuple[int, ...]) -> np.ndarray:
-        tuning = one.for_seeds(seeds)  # a program of its own for two
+        tuning = one.for_seeds(seeds)  # two seeds have a program of their own
         (state, _), found = tuning.init_state(), []
         for n in range(2):
             state, metrics = tuning.step(state, n)
@@ -184,7 +184,7 @@ def test_one_client_across_the_cut_is_centralized(strategy: str, tokenizer: Bert
     "kind", [dict(), dict(average="gradients"), dict(strategy="sequential"), dict(strategy="fedavg")], ids=str
 )
 def test_a_classifier_is_trained_across_clients(kind: dict, tokenizer: BertTokenizerFast, glue: Path) -> None:
-    """What it learns holds for sentences that no client has: they are positive if they say good, a third of them."""
+    """What it learns holds for sentences that no client has, a third of which say "good" and so are positive."""
     adamw = dict(learning_rate=1e-2, eps=1e-6)
     config = make_config(
         tokenizer,
@@ -245,7 +245,7 @@ def test_a_run_ends_in_a_classifier_and_goes_on(tokenizer: BertTokenizerFast, gl
     assert again["seeds"] == results["seeds"] and (tmp_path / "metrics-seed-1.jsonl").read_bytes() == log
     with pytest.raises(ConfigError, match="batch_size"):
         ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
-    (tmp_path / "config.json").unlink()  # which is not all that knows it
+    (tmp_path / "config.json").unlink()  # run.json knows it too
     with pytest.raises(ConfigError, match=r"run\.json was made with another config: federated\.batch_size \(was 8, now 4\)"):
         ft.finetune(make_config(tokenizer, glue, federated=dict(batch_size=4)), tmp_path, QUIET)
     (tmp_path / "config.json").write_text(json.dumps(dict(task="finetune")))
@@ -267,7 +267,7 @@ def test_a_folder_of_somebodys_is_noticed_before_training(tokenizer: BertTokeniz
 
 def test_what_became_of_a_checkpoints_classifier_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     class Tuning:
-        """With nothing to train."""
+        """A fine-tuning with nothing to train."""
 
         seeds, rounds, state_shape, state_sharding = (0,), 0, None, None
         data = SimpleNamespace(task=SimpleNamespace(name="RTE"))
@@ -288,7 +288,7 @@ def test_what_became_of_a_checkpoints_classifier_is_said(capsys: pytest.CaptureF
 def test_a_seed_that_is_not_finite_is_named_and_nothing_is_written(
     tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two side by side; its loss doesn't show it yet."""
+    """It is one of two seeds side by side, and its loss doesn't show it yet."""
 
     def step(self: ft.Finetuning, state: State, n: int) -> tuple[State, RoundMetrics]:
         bias = state.model.server["layers"]["up"]["bias"]
@@ -319,10 +319,10 @@ def test_a_round_that_is_not_finite_names_its_seed_and_the_client(tokenizer: Ber
 
 
 def test_a_group_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
-    """However many seeds this machine would train at once, or the command now asks for."""
+    """This holds however many seeds this machine would train at once, or the command now asks for."""
     workdir = Workdir(tmp_path)
     assert ft._next_group([2, 3, 4], 1, workdir) == (2,) and ft._next_group([2, 3, 4], 8, workdir) == (2, 3, 4)
-    (workdir.checkpoints / "seeds-2-3").mkdir(parents=True)  # it never got as far as a checkpoint: out of memory, say
+    (workdir.checkpoints / "seeds-2-3").mkdir(parents=True)  # it never got as far as a checkpoint, being out of memory, say
     assert ft._next_group([2, 3, 4], 1, workdir) == (2,)
     (workdir.checkpoints / "seeds-2-3" / "8").mkdir()
     assert ft._next_group([2, 3, 4], 1, workdir) == (2, 3) == ft._next_group([2, 3, 4], 8, workdir)
@@ -373,7 +373,7 @@ def test_ctrl_c_loses_no_round(
             pass
 
     class AtTheEnd(Interrupted):
-        """Ctrl-C in the last round: asked before each of nine rounds, it is not there yet; after them it is."""
+        """Ctrl-C in the last round: not yet there when asked before each of nine rounds, but there after them."""
 
         asked = -6
 
@@ -381,7 +381,7 @@ def test_ctrl_c_loses_no_round(
     assert ft.finetune(config, tmp_path / "whole", QUIET) == 0
     with monkeypatch.context() as patched:
         patched.setattr(ft, "Interrupts", AtTheEnd)
-        assert ft.finetune(config, tmp_path / "late", QUIET) == 130  # what comes after it, another task, isn't begun
+        assert ft.finetune(config, tmp_path / "late", QUIET) == 130  # so that the next task isn't begun
     assert (tmp_path / "late" / "results.json").exists() and not (tmp_path / "late" / "checkpoints" / "seed-0").exists()
     with monkeypatch.context() as patched:
         patched.setattr(ft, "Interrupts", Interrupted)
@@ -396,13 +396,13 @@ def test_ctrl_c_loses_no_round(
 
 
 def seeds_finished(root: Path) -> int:
-    """How many epochs of all seeds are in the logs."""
+    """Returns how many epochs of all seeds are in the logs."""
     return sum(path.read_text().count("\n") for path in root.glob("metrics-seed-*.jsonl"))
 
 
 @pytest.mark.slow
 def test_killed_and_started_again(tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
-    """SIGKILL in the command's own process, within a seed and in a save; it ends bit for bit as one never stopped."""
+    """SIGKILL of the command's process, within a seed and in a save: it ends bit for bit like a run never stopped."""
     values = config_lib.to_dict(
         make_config(tokenizer, glue, finetune=dict(seeds=2, epochs=6.0), model=dict(hidden_dropout=0.1, unroll_layers=False))
     )
@@ -442,7 +442,7 @@ def test_a_rate_is_chosen_without_the_dev_set(
     monkeypatch.setattr(ft, "finetune", finetune)
     assert ft.choose_rate(config, (1e-4, 1e-3, 1e-2), tmp_path, QUIET) == (1e-3, 0)
     assert [c.client_optimizer.learning_rate for c in tried] == [1e-4, 1e-3, 1e-2]
-    for c in tried:  # the seed is none of 0, 1, 2, which are to be reported
+    for c in tried:  # the seed is not 0, 1 or 2, which are to be reported
         assert c.seed not in (0, 1, 2)
         assert (c.finetune.seeds, c.finetune.holdout, c.finetune.predict) == (1, 0.1, False)
     assert ft.choose_rate(config, (1e-4,), tmp_path, QUIET) == (1e-4, 0) and len(tried) == 3
@@ -546,14 +546,14 @@ def test_a_stream_has_every_example_once_an_epoch() -> None:
 
 @pytest.mark.parametrize("count", [3, 10, 103, 1000])
 def test_later_epochs_are_sorted_by_length_like_the_first(count: int) -> None:
-    """An epoch that whole rounds don't divide costs one round of mixed lengths, and no example is lost or doubled."""
+    """An epoch that is no whole number of rounds costs one round of mixed lengths; no example is lost or doubled."""
     lengths = np.random.default_rng(0).integers(3, 60, count)
     stream = ExampleStream(Seeds(0, 0), 0, lengths, steps=2, batch=5)
     rounds = [stream.round(n) for n in range(-(-3 * count // 10))]
     examples = np.concatenate([r.ravel() for r in rounds])
     for epoch in range(3):
         assert sorted(examples[epoch * count : (epoch + 1) * count]) == list(range(count))
-    # Of the rounds that lie within one epoch, and not the first. Cut without regard to where epochs end, it would be 0.4.
+    # For rounds within one epoch after the first. If epochs were cut without regard to their ends, it would be 0.4.
     spreads = [np.ptp(lengths[r]) for n, r in enumerate(rounds) if 0 < n * 10 // count == (n * 10 + 9) // count]
     assert count < 100 or np.mean(spreads) < 0.15 * np.ptp(lengths)
 

@@ -50,7 +50,7 @@ def test_matthews_is_its_formula() -> None:
 def test_f1_is_of_class_1(name: str) -> None:
     found = score(TASKS[name], PREDICTIONS, LABELS)
     assert found == {"f1": pytest.approx(2 * TP / (2 * TP + FP + FN)), "accuracy": pytest.approx(0.7)}
-    assert found["f1"] != pytest.approx(2 * TN / (2 * TN + FP + FN))  # that of class 0
+    assert found["f1"] != pytest.approx(2 * TN / (2 * TN + FP + FN))  # which is that of class 0
     assert summary(TASKS[name], found) == pytest.approx((6 / 9 + 0.7) / 2)
 
 

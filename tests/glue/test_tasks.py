@@ -1,4 +1,4 @@
-"""GLUE's official files are read as they are, or refused with the line to mend; submissions are as the site wants."""
+"""GLUE's official files are read as they are, or refused with the line to mend; submissions have the site's format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAYOUTS = {
     "RTE": (["index", "sentence1", "sentence2", "label"], ["index", "sentence1", "sentence2"]),
     "WNLI": (["index", "sentence1", "sentence2", "label"], ["index", "sentence1", "sentence2"]),
 }
-# Task: its text columns, its label column, and two labels as files write them with what they are read as.
+# Task: its text columns, its label column, and labels as files write them, with the values they are read as.
 CONTENT: dict[str, tuple[list[str], str, list[tuple[str, float]]]] = {
     "CoLA": (["sentence"], "label", [("1", 1), ("0", 0)]),
     "SST-2": (["sentence"], "label", [("0", 0), ("1", 1)]),
@@ -58,7 +58,7 @@ def table(path: Path, header: list[str] | None, rows: list[list[str]], bom: str 
 
 
 def official(name: str, path: Path, test: bool = False, **kind: str) -> Path:
-    """Writes the task's rows as GLUE has them, in columns of filler."""
+    """Writes the task's rows in GLUE's layout, with filler in the other columns."""
     texts, label, labels = CONTENT[name]
     if name == "CoLA" and not test:
         return table(path, None, [["bk7", text, "", FIRST[i]] for i, (text, _) in enumerate(labels)], **kind)
@@ -132,7 +132,7 @@ def test_every_layout_is_read(name: str, bom: str, end: str, tmp_path: Path) -> 
     assert test.labels is None
     numbered = [str(i + 7) for i in range(n)]
     assert test.ids == numbered
-    assert train.ids == (["0", "1"] if name in ("CoLA", "SST-2", "MRPC") else numbered)  # whose train has no index
+    assert train.ids == (["0", "1"] if name in ("CoLA", "SST-2", "MRPC") else numbered)  # their train has no index
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.regression])
@@ -200,7 +200,7 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> N
 
 
 def test_only_qqp_s_labelled_files_may_have_a_few_broken_rows(tmp_path: Path) -> None:
-    """A question with a line break inside: two lines that are no rows, which the official train.tsv has."""
+    """A question with a line break inside, as in the official train.tsv, makes two lines that are no rows."""
     header = LAYOUTS["QQP"][0]
     whole = ["4", "5", "6", "Is it late?", "Is it dark?", "0"]
     broken = [["1", "2", "3", "Is this"], ["one?", "Or two?", "1"]]
@@ -251,7 +251,7 @@ def test_mnli_has_two_dev_and_two_test_sets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["MRPC", "mrpc", "MSRParaphraseCorpus"])
 def test_mrpc_is_read_as_microsoft_publishes_it(folder: str, tmp_path: Path) -> None:
-    """A byte order mark, Windows' line ends, quotes that don't pair up; the test file has labels, and is judged by."""
+    """A byte order mark, Windows' line ends, quotes that don't pair up; the test file has labels and serves to evaluate."""
     task, header = TASKS["MRPC"], LAYOUTS["MRPC"][0]
     rows = {
         "train": [["1", "70", "71", 'Amrozi accused "him', 'Referring to him as only " the'], ["0", "1", "2", "x", "y"]],
@@ -403,7 +403,7 @@ def test_submissions_are_as_the_site_wants_them(
     write_submission(tmp_path / "out.tsv", TASKS[name], split, ids, np.array(predictions))
     expected = ["index\tprediction", *(f"{i}\t{answer}" for i, answer in zip(ids, answers, strict=True)), ""]
     assert (tmp_path / "out.tsv").read_bytes().decode().split("\n") == expected
-    write_submission(tmp_path, TASKS[name], split, ids, np.array(predictions))  # a folder: under the official name
+    write_submission(tmp_path, TASKS[name], split, ids, np.array(predictions))  # in a folder: under the official name
     assert (tmp_path / submission_name(TASKS[name], split)).read_bytes() == (tmp_path / "out.tsv").read_bytes()
     assert len(list(tmp_path.iterdir())) == 2
 

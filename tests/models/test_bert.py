@@ -26,14 +26,14 @@ def torch_model(config: ModelConfig, seed: int = 0):
     settings = {k: v for k, v in huggingface.hf_config(config, Tokenizer).items() if k not in ("architectures", "dtype")}
     torch.manual_seed(seed)
     model = transformers.BertForMaskedLM(transformers.BertConfig(**settings)).eval()
-    with torch.no_grad():  # biases and LayerNorms are born 0 and 1: a wrong one would not show
+    with torch.no_grad():  # biases and LayerNorms start as 0 and 1, where a mix-up would not show
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return model
 
 
 def sequences(tokens, types=None, lengths=None) -> MaskedBatch:
-    """A batch of which nothing is asked."""
+    """A batch in which no positions are asked for."""
     return MaskedBatch(tokens, None, None, None, types, lengths)
 
 
@@ -85,7 +85,7 @@ def test_hidden_states_and_logits_equal_torchs_with_padding_and_two_segments(pai
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_gradients_equal_torchs(pair, asked):
-    """Loss and every gradient of the joined segments, against torch's autograd; the last layer made in part or whole."""
+    """Loss and every gradient of the joined segments, against torch's autograd; the last layer computed in part or whole."""
     config, model, segments, client, server = pair
     rng = np.random.default_rng(1)
     tokens, positions = rng.integers(5, config.vocab_size, (2, 12)), np.array([[1, 4, 7], [2, 3, 11]])
@@ -150,7 +150,7 @@ def test_dropout_keeps_the_mean_and_its_groups_apart():
 
 
 def test_dropout_does_not_depend_on_padding():
-    """The body's output at real positions is the same however far a batch is padded, all dropouts included."""
+    """The body's output at real positions is the same however far a batch is padded, with all dropouts."""
     segments = make_segments(tiny_config(model=dict(hidden_dropout=0.3, attention_dropout=0.3)).model)
     _, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     h = jax.random.normal(jax.random.key(1), (4, 12, 16))

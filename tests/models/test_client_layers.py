@@ -1,4 +1,4 @@
-"""`model.client_layers`: the cut lies deeper, and the model stays what it is."""
+"""`model.client_layers`: the cut lies deeper, and the model stays the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def segments(own: int, **model):
 
 @pytest.fixture(scope="module")
 def whole():
-    """A model whose layers are all the server's."""
+    """A model whose layers all belong to the server."""
     return jax.jit(segments(0).init)(*jax.random.split(jax.random.key(0)))
 
 
@@ -39,7 +39,7 @@ def moved(model, own: int):
 
 @pytest.mark.parametrize("own", [1, 2])
 def test_the_same_model_wherever_it_is_cut(whole, batch, own):
-    """Losses and gradients across the deeper cut, of padded sequences, too, are the uncut whole model's."""
+    """Losses and gradients across the deeper cut, also of padded sequences, are those of the uncut model."""
     weights = jnp.array([0.5, 0.2, 0.3])
     cut = make_cut(segments(own), tiny_config().wire)
     padded = batch._replace(lengths=jnp.array([[LENGTH, 9], [7, LENGTH], [LENGTH, LENGTH]], jnp.int32))
@@ -70,7 +70,7 @@ def test_exports_and_imports_are_of_the_whole_model(whole):
 
 
 def test_each_party_draws_its_own_layers():
-    """First values and dropout: of the client's layers by its secret, of the server's by the server's."""
+    """Initial values and dropout of the client's layers follow from its secret, those of the server's from the server's."""
     made = segments(1, hidden_dropout=0.5)
     keys = jax.random.split(jax.random.key(1), 4)
     one, other_client, other_server = (made.init(keys[a], keys[b]) for a, b in ((0, 1), (2, 1), (0, 3)))

@@ -1,4 +1,4 @@
-"""Every dropout of a model draws for itself: in the embedding, in each layer's three places, in the head."""
+"""Every dropout of a model has its own draws: in the embedding, in each layer's three places, in the head."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch() -> MaskedBatch:
-    """Two clients' sequences [2, B, T]. The body makes all positions, so that all layers draw equally much."""
+    """Two clients' sequences [2, B, T]. The body computes all positions, so that all layers draw equally much."""
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, B, LENGTH))
     return MaskedBatch(random_blocks(0, 2, B), positions, positions % 2, jnp.ones((2, B, LENGTH)))
 
@@ -57,7 +57,7 @@ def keys_of(client: int, server: int | None = None) -> StepKeys:
 
 @pytest.fixture(scope="module")
 def step(model):
-    """The joined model's compiled loss; also what each call of `dropout` kept, its key and rate, in order of the calls."""
+    """The joined model's compiled loss, and what each call of `dropout` kept, its key and its rate, in order of calls."""
     rates, made, dropout = [], segments(), layers.dropout
 
     @jax.jit
@@ -82,7 +82,7 @@ def step(model):
 
 @pytest.fixture(scope="module")
 def drawn(step, batch):
-    """The loss and the draws of a step of client 0."""
+    """The loss and the draws of client 0's step."""
     return step(of_client(batch, 0), keys_of(0))
 
 
@@ -105,7 +105,7 @@ def test_no_two_draws_are_alike(drawn, step, batch):
 
 
 def test_each_sides_dropout_follows_from_its_own_key(drawn, step, batch):
-    """The embedding's and the head's from the client's, the layers' from the server's."""
+    """The embedding's and the head's draws follow from the client's key, the layers' from the server's."""
     own = [True] + [False] * 3 * LAYERS + [True]  # whether a draw is the client's
     for side, keys in (("client", keys_of(1, server=0)), ("server", keys_of(0, server=1))):
         _, calls = step(of_client(batch, 0), keys)
@@ -120,7 +120,7 @@ def test_a_scan_over_layers_draws_what_single_layers_draw(drawn, model, batch):
 
 
 def test_across_the_cut_the_draws_are_the_same(step, model, batch):
-    """The classifier's own dropout included, which the masked language model's head has not."""
+    """This includes the classifier's own dropout, which the masked language model's head doesn't have."""
     cut, weights = make_cut(segments(), WireConfig()), jnp.array([0.5, 0.5])
     across = jax.jit(lambda model: split_step(cut, *model, batch, weights, KEYS, shared_client=True).loss)
     losses = [step(of_client(batch, n), keys_of(n))[0] for n in range(2)]

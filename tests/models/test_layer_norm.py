@@ -1,4 +1,4 @@
-"""LayerNorm's epsilon is the config's: in every LayerNorm, in what is exported, and in what is imported."""
+"""LayerNorm's epsilon is the config's: in every LayerNorm, in exports, and in imports."""
 
 from __future__ import annotations
 

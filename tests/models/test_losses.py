@@ -19,7 +19,7 @@ ROWS, SIZE, VOCAB = 10, 8, 23
 
 
 def at_once(x, table, bias, labels, weights):
-    """The same loss, written down as it is defined."""
+    """The same loss, written as it is defined."""
     return cross_entropy((x @ table.T + bias[None])[None], labels[None], weights[None])
 
 
@@ -32,7 +32,7 @@ def random_head():
 
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 64])
 def test_chunks_have_the_loss_and_the_gradients_of_the_whole(size):
-    """The whole in float64."""
+    """The whole is computed in float64."""
     head = random_head()
     chunks = jax.jit(jax.value_and_grad(lambda *a: chunked_cross_entropy(*a, size), (0, 1, 2)))(*head)
     with jax.enable_x64(True):
@@ -62,7 +62,7 @@ def test_bfloat16_features_and_float32_sums():
 
 
 def test_memory_is_that_of_a_chunk():
-    """Read off the compiled program: 512 rows of 4,000 float32 logits are 8 MB."""
+    """According to the compiled program: 512 rows of 4,000 float32 logits are 8 MB."""
     shapes = [
         jax.ShapeDtypeStruct(s, t)
         for s, t in (

@@ -1,4 +1,4 @@
-"""Runs are grouped by what their configs share, ordered by what they reached, and not compared when they can't be."""
+"""Runs are grouped by config, ordered by their final loss, and warned of if they can't be compared."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_the_first_point_is_there_where_bytes_are_on_a_logarithmic_axis(tmp_path
     for line in right.get_lines():
         assert line.get_xdata()[0] == 0 and len(line.get_xdata()) == 5
         assert right.transData.transform((0, 6.0))[0] < right.transData.transform((line.get_xdata()[1], 6.0))[0] - 10
-    # The start, at 8, lies above what the axes show, so it is marked at their edge.
+    # The start, at 8, lies above the axes' range, so it is marked at their edge.
     assert left.get_ylim()[1] < 8
     for axes in (left, right):
         assert [text.get_text() for text in axes.texts] == ["▲", "▲", "▲ first point, at 8.00"]

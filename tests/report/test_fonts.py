@@ -1,4 +1,4 @@
-"""Names in plots: as they are where a font has their letters, escaped where none has, never a formula."""
+"""Names in plots: unchanged if a font has their letters, escaped if none has, never a formula."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def no_other_fonts(monkeypatch):
     [
         ("numpy", "numpy"),
         ("$_{x}$", r"\$_{x}\$"),
-        ("_hidden", " _hidden"),  # matplotlib leaves labels out that begin with an underscore
+        ("_hidden", " _hidden"),  # matplotlib leaves out labels that begin with an underscore
         ("a\n b", "a b"),
         ("\x1b[0m", r"\x1b[0m"),
         ("caf\udce9", r"caf\xe9"),

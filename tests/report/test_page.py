@@ -1,4 +1,4 @@
-"""The report says what the run did, of any run: short, torn, silent, huge, hostile."""
+"""The report says what the run did, for any run: short, torn, silent, huge, hostile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_workdir(
     facts: dict[str, Any] | None = None,
     **federated: Any,
 ) -> Path:
-    """Writes what a run of `rounds` rounds would; `every=0` is a run that never evaluates."""
+    """Writes the workdir of a run of `rounds` rounds; with `every=0`, the run never evaluates."""
     path.mkdir(parents=True, exist_ok=True)
     config = {"federated": {"num_clients": len(names), "rounds": max(rounds, 1), **federated}}
     (path / "config.json").write_text(to_json(to_dict(from_dict(config))))
@@ -76,7 +76,7 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 
 class Elements(html.parser.HTMLParser):
-    """Collects what a page is made of, and where it would load from."""
+    """Collects the tags of a page, and the places it would load from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Elements(html.parser.HTMLParser):
 
 
 def check(page: Path) -> str:
-    """Asserts what holds of every report, and returns its HTML."""
+    """Asserts what holds for every report, and returns its HTML."""
     text = page.read_text(encoding="utf-8")
     assert page.name == "index.html" and report.THREAT_MODEL in text
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
@@ -112,7 +112,7 @@ def test_a_report_holds_every_client_escaped_and_nothing_from_outside(tmp_path: 
         assert f'<th scope="row">{html.escape(shown)}</th>' in text
     assert "<title>a &lt;run&gt;</title>" in text and "[MASK] &lt;b&gt;" in text
     assert "guessing by frequency at the same places (5.890)" in text
-    assert "20 of 20" in text and "81.9 k" in text and "1.22 B" in text  # rounds, tokens, bytes a token
+    assert "20 of 20" in text and "81.9 k" in text and "1.22 B" in text  # rounds, tokens, bytes per token
 
 
 def test_plots_follow_the_numbers(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_plots_follow_the_numbers(tmp_path: Path) -> None:
     assert set(baseline.get_ydata()) == {5.89}
     assert plots.accuracy_figure(run).axes[0].get_lines()[1].get_ydata()[0] == pytest.approx(6.2)
     names = [line.get_label() for line in plots.clients_figure(run).axes[0].get_lines()]
-    assert names == ["c", "b", "a"]  # as the lines end, the highest first
+    assert names == ["c", "b", "a"]  # by the lines' ends, the highest first
     up, down = plots.bytes_figure(run).axes[0].get_lines()
     assert (up.get_ydata()[-1], down.get_ydata()[-1]) == (60.0, 40.0)
 

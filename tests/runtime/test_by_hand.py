@@ -1,4 +1,4 @@
-"""Two rounds of a whole run against a loop written out here: draws, gradients, clipping, schedules, averages, metrics."""
+"""Two rounds of a whole run against a loop written by hand: draws, gradients, clipping, schedules, averages, metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = [7, 8, 9, 10]  # training blocks
 
 
 def rate(step):
-    """Two steps of warm-up to 0.01, then a straight line down to 0 at the end, step 4."""
+    """Two steps of warm-up to 0.01, then a linear decay to 0 at the end, step 4."""
     return jnp.array([0.005, 0.01, 0.01, 0.005, 0.0])[step]
 
 
@@ -35,13 +35,13 @@ def move(tx: optax.GradientTransformation, grads, state, params):
 
 @jax.jit
 def mean(weights, trees):
-    """The weighted mean of trees; a count of steps is everybody's."""
+    """The weighted mean of trees; a count of steps is the same in all of them."""
     leaf = lambda *x: x[0] if x[0].dtype == jnp.int32 else sum(w * a for w, a in zip(weights, x, strict=True))  # noqa: E731
     return jax.tree.map(leaf, *trees)
 
 
 def test_two_rounds_of_parallel_training():
-    """Two of four clients a round, with limits on both gradients that they exceed."""
+    """Two of four clients take part in a round, with limits on both gradients that they exceed."""
     section = dict(learning_rate=0.01, warmup_steps=2, eps=1e-3, weight_decay=0.1)
     config = tiny_config(
         seed=SEED,
@@ -78,7 +78,7 @@ def test_two_rounds_of_parallel_training():
                 losses.append(loss)
                 norms.append(norm(own))
             body = mean(weights, bodies)
-            assert norm(body) > 0.01 and min(norms) > 0.2  # so that the limits are felt
+            assert norm(body) > 0.01 and min(norms) > 0.2  # so that the limits take effect
             server, server_opt = step_server(body, server_opt, server)
         client = mean(weights, copies)
         client_opt = mean(weights, opts)

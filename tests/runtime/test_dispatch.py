@@ -1,4 +1,4 @@
-"""Compiling is measured apart from running: each second once, in this thread alone, and left out of a round's speed."""
+"""Compiling is measured apart from running: each second once, only in this thread, and left out of a round's speed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_is_compiled_within_is_measured_and_nothing_else(capsys):
 
 
 def test_what_overlaps_counts_once(monkeypatch):
-    """JAX tells of the inner functions, then of the outer one, whose time includes theirs."""
+    """JAX reports the inner functions, then the outer one, whose time includes theirs."""
     compiling = Compiling()
     for now, duration in ((12.0, 1.0), (15.0, 2.0), (16.0, 6.0), (20.0, 1.0)):  # 11-12 and 13-15 lie in 10-16; then 19-20
         monkeypatch.setattr(dispatch.time, "perf_counter", lambda now=now: now)

@@ -1,6 +1,6 @@
-"""What feeds a round: who takes part, in which turn, with which blocks, with what weight, all drawn anew by tests/draws.py.
+"""A round's data: which clients take part, in which order, with which blocks and weights, all drawn again by tests/draws.py.
 
-And what the simulation's optimizers and its evaluation are given.
+Also the settings of the simulation's optimizers, and the data of its evaluation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIZES = [4, 5, 6, 7, 8, 9, 10]  # training blocks of the seven clients; a round 
 
 @pytest.fixture(scope="module")
 def simulate():
-    """A function that returns the simulation of seven clients under some keys; at the end those it has made are closed."""
+    """A function that returns the simulation of seven clients with given keys; those it made are closed at the end."""
     made: dict[str, Any] = {}
 
     def make(eval: dict[str, Any] | None = None, optimizers: dict[str, Any] | None = None, **federated: Any) -> Any:
@@ -58,7 +58,7 @@ def shares(clients: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("average", ["parameters", "gradients"])
 def test_cohorts_blocks_and_weights_round_by_round(simulate, average):
-    """Three of seven clients, weighted by their text."""
+    """Three of seven clients take part, weighted by their text."""
     simulation, cohorts = simulate(clients_per_round=3, average=average), []
     for round in range(ROUNDS):
         data, cohort = jax.device_get(simulation.feed.draw(round)), draws.cohort(SERVER, round, 7, 3)
@@ -86,7 +86,7 @@ def test_clients_may_count_the_same(simulate):
 
 @pytest.mark.parametrize("order", ["shuffled", "fixed"])
 def test_turns_are_taken_in_the_order_drawn(simulate, order):
-    """Blocks and weights go with the clients."""
+    """Blocks and weights follow the clients."""
     simulation, orders = simulate(strategy="sequential", clients_per_round=4, order=order), []
     for round in range(ROUNDS):
         data, cohort = jax.device_get(simulation.feed.draw(round)), draws.cohort(SERVER, round, 7, 4)
@@ -103,7 +103,7 @@ def test_turns_are_taken_in_the_order_drawn(simulate, order):
     [(dict(strategy="centralized", clients_per_round=2), 2), (dict(average="gradients", batch_by="size"), 7)],
 )
 def test_pooled_text_is_one_stream(simulate, federated, cohort):
-    """So are all clients' blocks where each gives a batch rows in proportion to its text: as many as where each gives B."""
+    """So are all clients' blocks if rows are in proportion to a client's text: as many in all as if each gave B."""
     simulation, rows = simulate(**federated), cohort * B
     stored = np.asarray(simulation.train.tokens)
     for round in range(ROUNDS):
@@ -114,7 +114,7 @@ def test_pooled_text_is_one_stream(simulate, federated, cohort):
 
 
 def test_a_round_gets_its_own_data_however_rounds_are_asked_for(simulate, monkeypatch):
-    """The next round's is fetched ahead; whoever asks for another gets that one's."""
+    """The next round's data is fetched ahead; asking for another round returns that round's data."""
     simulation, fed = simulate(clients_per_round=3), []
     monkeypatch.setattr(simulation, "_round", lambda state, data: fed.append(jax.device_get(data)) or (state, None))
     asked = [0, 1, 2, 5, 1, 1, 3]
@@ -159,7 +159,7 @@ def test_the_evaluated_clients_and_their_blocks_are_drawn(simulate):
 
 
 def test_a_clients_score_weighs_by_its_training_text(simulate, monkeypatch):
-    """Of clients with 4, 5, 6, ... training blocks three are evaluated, all with as many held-out blocks."""
+    """Three of the clients with 4, 5, 6, ... training blocks are evaluated, all with equally many held-out blocks."""
     simulation = simulate(eval=dict(max_clients=3, max_blocks=2))
     sums = np.array([[6.0, 1, 4], [4.0, 3, 4], [9.0, 2, 3]], np.float32)  # summed loss, right answers, count
     for name in ("_evaluate", "_evaluate_frequencies"):

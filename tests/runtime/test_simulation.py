@@ -1,4 +1,4 @@
-"""The simulation: what feeds a round, how often it compiles, and what does not grow with the clients that exist."""
+"""The simulation: a round's data, how often it compiles, and what does not grow with the number of clients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 from fedbert_jax.federated.setting import slices
 from fedbert_jax.workdir.checkpoint import Checkpoints
 
-ONE = dict(num_layers=1)  # where depth is not the subject
+ONE = dict(num_layers=1)  # for tests in which depth doesn't matter
 
 
 def rounds(simulation, count=3):
@@ -34,7 +34,7 @@ def test_text_from_memory_and_from_disk_trains_the_same():
 
 @pytest.mark.parametrize("codec", ["float32", "int8"])
 def test_averaged_gradients_go_on_bit_for_bit(codec, tmp_path):
-    """From a checkpoint in another simulation; what int8 has yet to send is in it."""
+    """They go on from a checkpoint in another simulation, which includes what int8 has yet to send."""
     config = tiny_config(
         model=ONE, federated=dict(average="gradients", num_clients=5, clients_per_round=3), wire=dict(gradient_codec=codec)
     )
@@ -64,7 +64,7 @@ def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
 
 
 def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog, tmp_path):
-    """Nothing is compiled again, and nothing moves between host and device but by `device_put`."""
+    """Nothing is compiled again, and nothing moves between host and device except by `device_put`."""
     config = tiny_config(model=ONE, federated=dict(num_clients=5, clients_per_round=2, rounds=6))
     simulation = make_simulation(config, clients=5)
     state = simulation.init_state()
@@ -88,7 +88,7 @@ def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog
 
 @pytest.mark.parametrize("strategy", ["parallel", "parallel gradients", "fedavg"])
 def test_a_cohort_in_slices_of_any_size(strategy):
-    """Five of nine clients, two at a time: three slices, the last filled up."""
+    """Five of nine clients, two at a time: three slices, the last one padded."""
     strategy, _, average = strategy.partition(" ")
     whole, sliced = (
         rounds(
@@ -143,7 +143,7 @@ def test_every_strategy_learns(strategy):
         server_optimizer=opt,
     )
     simulation = make_simulation(config)
-    # Two words only: a model that learns anything learns that.
+    # The text has two words only: a model that learns anything learns that.
     tokens = np.asarray(simulation.train.tokens)
     tokens[tokens >= 5] = 5 + tokens[tokens >= 5] % 2
     _, losses = rounds(simulation, 25)
@@ -152,7 +152,7 @@ def test_every_strategy_learns(strategy):
 
 
 def test_only_the_cohort_costs():
-    """Ten thousand clients, eight a round: the state and the round's arrays are as for ten."""
+    """With ten thousand clients, eight per round, the state and the round's arrays are as with ten."""
     sizes = []
     for clients in (10, 10_000):
         config = tiny_config(federated=dict(num_clients=clients, clients_per_round=8), eval=dict(max_clients=4))

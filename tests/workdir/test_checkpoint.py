@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, the newest kept, a flipped bit noticed, another mesh accepted."""
+"""Checkpoints: restored bit for bit, the newest kept, a flipped bit noticed, another mesh accepted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_newest_stay_and_come_back_bit_for_bit(tmp_path, placed):
 
 
 def test_a_state_that_is_overwritten_at_once_is_saved_as_it_was(tmp_path, placed):
-    """A round takes its state's buffers over while orbax still writes."""
+    """A round takes over its state's buffers while orbax is still writing."""
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     now = state()
     expected = np.array(now["w"])
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, placed, damage):
 
 
 def test_a_read_that_ends_late_stays_unsaid_and_all_else_is_told(tmp_path, placed, monkeypatch):
-    """Reads that a damaged one ends find their event loop closed, whenever they do, in threads of their own."""
+    """Reads that are cut short by a damaged one find, some time later, in their own threads, their event loop closed."""
     told = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(str(error)))
     monkeypatch.setattr(sys, "unraisablehook", lambda given: told.append(str(given.exc_value)))

@@ -64,7 +64,7 @@ def test_torn_at_every_byte_the_whole_lines_are_read(tmp_path: Path) -> None:
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        assert len(read_metrics(path)) == sum(end <= cut for end in ends)  # a line is whole without its newline too
+        assert len(read_metrics(path)) == sum(end <= cut for end in ends)  # a line is whole even without its newline
 
 
 def test_a_log_opened_on_a_torn_line_goes_on_with_whole_ones(tmp_path: Path) -> None:

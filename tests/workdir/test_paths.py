@@ -1,4 +1,4 @@
-"""A workdir's files when they are not as they were written."""
+"""A workdir's files when they are missing or damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run may go on from: its own config, no fewer rounds than are done, and learning rates that don't jump unasked."""
+"""When a run may go on: with its own config, no fewer rounds than are done, and learning rates that don't jump unasked."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.paths import check_same
 from fedbert_jax.workdir.resume import Made, check, check_unedited, harmless, newest, stamp
 
-STEPS = 2  # a round
+STEPS = 2  # per round
 LINEAR = dict(learning_rate=0.01, warmup_steps=4, schedule="linear", end_learning_rate=0.0)
 
 
 def config(rounds: int = 10, optimizer: dict | None = None, **changes) -> Config:
-    """Ten rounds of two steps, with a warm-up of four and a linear decay to 0, unless said otherwise."""
+    """Ten rounds of two steps, with a warm-up of four steps and a linear decay to 0, unless given otherwise."""
     federated = dict(rounds=rounds) | changes.pop("federated", {})
     both = LINEAR | (optimizer or {})
     return tiny_config(federated=federated, client_optimizer=both, server_optimizer=both, **changes)
@@ -40,11 +40,11 @@ def test_fewer_rounds_than_are_done_are_refused():
     check(config(10), made(10), STEPS, None)
     with pytest.raises(ConfigError, match=r"federated\.rounds=9: accepted: at least 10 rounds, which are finished"):
         check(config(9), made(10), STEPS, None)
-    check(config(8), made(7), STEPS, None)  # ends earlier than was meant, and not before it stands
+    check(config(8), made(7), STEPS, None)  # ends earlier than was planned, but not before the finished rounds
 
 
 def test_more_rounds_at_a_rate_that_jumps_up_are_refused_with_what_may_be_asked_for():
-    """After ten rounds the rate is 0; of fifteen it would be 0.01 * (30 - 20) / 26."""
+    """After ten rounds the rate is 0; with fifteen it would be 0.01 * (30 - 20) / 26."""
     words = (
         r"federated\.rounds=15: after round 10 the rate of client_optimizer would jump up from 0 to 0\.00385; "
         r"federated\.schedule_rounds=10 .*federated\.schedule_from=10 .*federated\.schedule_rounds=15 takes the jump"
@@ -80,7 +80,7 @@ def test_what_does_not_jump_needs_no_key(optimizer):
 
 
 def test_a_second_extension_has_to_be_asked_for_again():
-    """Neither a key that was given before, nor one that was left out, asks for anything."""
+    """Neither a key that was given before nor one that is left out asks for anything."""
     past = made(15, rounds=15, federated=dict(schedule_from=10))
     for given in (dict(schedule_from=10), {}):
         with pytest.raises(ConfigError, match="would jump up"):
@@ -106,7 +106,7 @@ def test_schedules_begin_in_rounds_that_are_done(start, rounds, words):
 
 
 def test_where_schedules_begin_anew_they_may_be_others():
-    """The finished rounds are as they were; half-way through the new phase they would not be."""
+    """The finished rounds stay as they were; half-way through the new phase they would not."""
     anew = config(20, dict(learning_rate=0.002, schedule="constant"), federated=dict(schedule_from=10), resume="force")
     check(anew, made(10), STEPS, None)
     check_same(config(10), anew, harmless=harmless(anew, made(10)))
@@ -123,11 +123,11 @@ def test_a_checkpoint_of_another_config_is_refused_by_its_keys():
         check(config(10), Made(10, stamp(other)), STEPS, None)
     same = stamp(config(10, checkpoint=dict(keep=1), mesh=dict(model=2)))  # these change no number
     check(config(10), Made(10, same), STEPS, None)
-    del same["mlm.whole_word"]  # of a version that had no such key, and did as its default does
+    del same["mlm.whole_word"]  # as from a version without this key, which behaved like its default
     check(config(10), Made(10, same), STEPS, None)
     with pytest.raises(ConfigError, match=r"mlm\.whole_word \(was False, now True\)"):
         check(config(10, mlm=dict(whole_word=True)), Made(10, same), STEPS, None)
-    check(config(10), Made(10, None), STEPS, None)  # of a version without stamps
+    check(config(10), Made(10, None), STEPS, None)  # from a version without stamps
 
 
 def test_an_edited_config_file_is_noticed(tmp_path):

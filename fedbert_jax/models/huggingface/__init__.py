@@ -1,4 +1,4 @@
-"""Hugging Face in and out: a BERT's directory read, and a model of ours written as one."""
+"""Hugging Face directories: reads a BERT's, and writes a model of ours as one."""
 
 from fedbert_jax.models.huggingface.card import model_card
 from fedbert_jax.models.huggingface.labels import SCORE, fit_classifier

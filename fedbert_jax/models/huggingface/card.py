@@ -1,6 +1,6 @@
-"""The model card: a README.md for the hub, which says what a model is, how it came to be and how well it did, at what.
+"""The model card: a README.md for the hub, which says what a model is, how it was trained, and how well it did at what.
 
-Names of clients and labels are data: they are escaped. Places on the machine of the run are left out.
+Names of clients and labels are data, so they are escaped. Paths on the run's machine are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CUT = (
     "by itself stop a server from inverting activations, whoever also holds the client segment can read tokens and labels "
     "off what crosses, and the model may repeat what it was trained on."
 )
-# The two means of a run's evaluation: what their fields end in, and what they are.
+# The two means of a run's evaluation: the suffixes of their fields, and what they are.
 MEANS = {"_by_text": "mean weighted by the clients' training text", "_over_clients": "mean over clients, all weighted alike"}
 
 
@@ -37,10 +37,11 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     """Returns the README.md of a pre-trained model.
 
     Args:
-      config: the run's, resolved.
-      facts: what is known of it, any of: `round`, `tokens`, `num_clients`, `clients_per_round`, `client` (whose model it is,
-        if each has its own), `client_scores` (its loss and accuracy), `eval_round`, `eval_clients_scored`, and `eval_loss`,
-        `eval_accuracy`, `unigram_loss`, `commonest_accuracy`, each also with the endings of `MEANS`.
+      config: the run's config, resolved.
+      facts: what is known of the run, any of: `round`, `tokens`, `num_clients`, `clients_per_round`, `client` (the client
+        whose model it is, if each has its own), `client_scores` (its loss and accuracy), `eval_round`,
+        `eval_clients_scored`, and `eval_loss`, `eval_accuracy`, `unigram_loss`, `commonest_accuracy`, each also with the
+        suffixes of `MEANS`.
     """
     f, d, m = config.federated, config.data, config.model
     scores = _scores(config, facts)
@@ -88,7 +89,7 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
 
 
 class _Scores(NamedTuple):
-    """What a pre-training run's evaluation says, as text and as the hub's metadata."""
+    """The evaluation of a pre-training run, as text and as the hub's metadata."""
 
     text: str
     results: list[Any]  # `EvalResult`s
@@ -96,7 +97,7 @@ class _Scores(NamedTuple):
 
 def _scores(config: Config, facts: Mapping[str, Any]) -> _Scores:
     own, scored, of = facts.get("client"), facts.get("eval_clients_scored"), facts.get("num_clients")
-    figures: list[tuple[str, Any, Any]] = []  # of what, loss, accuracy
+    figures: list[tuple[str, Any, Any]] = []  # what was scored, loss, accuracy
     guesses: list[tuple[str, Any, Any]] = []
     if own:
         mine = facts.get("client_scores") or {}
@@ -134,7 +135,7 @@ def _scores(config: Config, facts: Mapping[str, Any]) -> _Scores:
 
 
 def _definition(config: Config, own: bool, guesses: bool) -> str:
-    """Says in full what the figures are of."""
+    """Returns a full definition of the figures."""
     e, words = config.eval, "whole words" if config.mlm.whole_word else "tokens"
     who = "" if own else f" of at most {e.max_clients:,} clients"
     return (
@@ -152,7 +153,7 @@ def _definition(config: Config, own: bool, guesses: bool) -> str:
 
 
 def metadata(config: Config, pipeline: str, name: str, results: Sequence[Any]) -> str:
-    """Returns the YAML block that the hub reads. What isn't known isn't in it."""
+    """Returns the YAML block that the hub reads, without the fields that are not known."""
     from huggingface_hub import ModelCardData
 
     export = config.export
@@ -169,7 +170,7 @@ def metadata(config: Config, pipeline: str, name: str, results: Sequence[Any]) -
         eval_results=list(results) or None,
     )
     if not results:
-        data.pop("model_name")  # which is of use beside results only
+        data.pop("model_name")  # it is of use only with results
     return f"---\n{data.to_yaml()}\n---"
 
 
@@ -185,7 +186,7 @@ def result(
     config: str | None = None,
     split: str | None = None,
 ) -> Any:
-    """Returns one figure as the hub's metadata has it, an `EvalResult`."""
+    """Returns one figure in the form of the hub's metadata, an `EvalResult`."""
     from huggingface_hub import EvalResult
 
     return EvalResult(
@@ -207,19 +208,19 @@ def _clients(facts: Mapping[str, Any]) -> str | None:
 
 
 def layers(model: ModelConfig) -> str:
-    """Says a body's size: "2 layers of 128"."""
+    """Returns a model's size in words: "2 layers of 128"."""
     return f"{model.num_layers} layer{'s' * (model.num_layers != 1)} of {model.hidden_size}"
 
 
 def origin(config: Config) -> str | None:
-    """Says what a run started from; None for random weights."""
+    """Returns what a run started from, in words; None for random weights."""
     if config.export.base_model:
         return f"[{config.export.base_model}](https://huggingface.co/{config.export.base_model})"
     return "another checkpoint" if config.model.init_from else None
 
 
 def _text(config: Config, plain: bool = False) -> str:
-    """Says what the text is, without the places where it lay."""
+    """Returns what the text is, in words, without the paths where it was."""
     kind, _, rest = config.data.source.partition(":")
     names = listed(config.export.datasets)
     if names:
@@ -244,11 +245,11 @@ def table(rows: Any, header: Sequence[str] = ("", "")) -> str:
 
 
 def rounded(value: float) -> float:
-    """Returns a figure to the digits that a card has."""
+    """Returns a figure rounded to the digits that a card has."""
     return round(float(value), 4)
 
 
 def _plain(text: str) -> str:
-    """Returns text for a cell of a Markdown table that shows it as it is: nothing in it is markup, and it is one line."""
+    """Returns text for a cell of a Markdown table that shows it literally: on one line, with all markup escaped."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", html.escape(text, quote=False))

@@ -1,4 +1,4 @@
-"""A checkpoint's own classifier: kept, in the task's order of labels, or left out because it is for something else."""
+"""A checkpoint's own classifier: kept, with its labels in the task's order, or left out because it is for another task."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import numpy as np
 from fedbert_jax.models.huggingface.names import CLASSIFIER, Tensors
 
 WEIGHT, BIAS = CLASSIFIER
-_NUMBERED = re.compile(r"(?:label|class)?[\s_-]*(\d+)")  # names that say nothing: LABEL_0, as `transformers` fills in
-SCORE = "score"  # what the one output of a regression is called here
+_NUMBERED = re.compile(r"(?:label|class)?[\s_-]*(\d+)")  # names that only count: LABEL_0, as `transformers` fills in
+SCORE = "score"  # the name given here to the one output of a regression
 
 
 class Fitted(NamedTuple):
-    """A checkpoint's tensors, as a task takes them."""
+    """A checkpoint's tensors, fitted to a task."""
 
     tensors: Tensors  # without a classifier, unless the checkpoint has one for this very task
-    said: str  # what became of its classifier, in a sentence without a stop; "" if it has none
+    said: str  # what became of its classifier, in a sentence without a full stop; "" if it has none
 
 
 def fit_classifier(tensors: Tensors, hf: Mapping[str, Any], task: str, labels: Sequence[str]) -> Fitted:
     """Puts a checkpoint's classifier into a task's order of labels, by the names in its config.json, or leaves it out.
 
-    Names are the same in any case, and with hyphens, underscores, spaces or nothing between their words. Names that only
-    count (LABEL_0, LABEL_1) are taken to be in the task's order, and so are outputs without names: nothing says otherwise.
+    Names match in any case, and with hyphens, underscores, spaces or nothing between their words. Names that only count
+    (LABEL_0, LABEL_1) are taken to be in the task's order, and so are outputs without names, since nothing says otherwise.
 
     Args:
       tensors: the checkpoint's.
       hf: its config.json.
       task: the task's name, for `said`.
-      labels: the task's, in its own order; none for a regression.
+      labels: the task's labels, in its own order; none for a regression.
     """
     if WEIGHT not in tensors and BIAS not in tensors:
         return Fitted(tensors, "")
@@ -45,10 +45,10 @@ def fit_classifier(tensors: Tensors, hf: Mapping[str, Any], task: str, labels: S
 
 
 def _order(tensors: Tensors, hf: Mapping[str, Any], labels: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Returns which of the checkpoint's outputs is the task's first, second, ..., and what to say of it.
+    """Returns the numbers of the checkpoint's outputs in the task's order, and a sentence about the match.
 
     Raises:
-      ValueError: if they are not the task's; says why.
+      ValueError: if the outputs are not the task's; the message says why.
     """
     wanted = len(labels) or 1
     weight, bias = (tensors[name].shape if name in tensors else () for name in CLASSIFIER)
@@ -79,7 +79,7 @@ def _order(tensors: Tensors, hf: Mapping[str, Any], labels: Sequence[str]) -> tu
 
 
 def _names(hf: Mapping[str, Any], outputs: int) -> list[str]:
-    """Returns the label of each output, in the outputs' order; nothing if config.json gives none."""
+    """Returns the label of each output, in the outputs' order; [] if config.json gives none."""
     found = hf.get("id2label")
     if found is None and isinstance(hf.get("label2id"), dict):
         found = {number: name for name, number in hf["label2id"].items()}

@@ -1,7 +1,7 @@
-"""Tensors by Hugging Face's names: the three segments as a `BertForMaskedLM`'s, and back.
+"""Tensors by Hugging Face's names: the three segments as the tensors of a `BertForMaskedLM`, and back.
 
-With a classifier for a head they are a `BertForSequenceClassification`'s. The mapping is exact: linear kernels are
-transposed, the fused q, k, v projection is split, stacked layers are unstacked.
+With a classifier for a head, they become those of a `BertForSequenceClassification`. The mapping is exact: linear kernels
+are transposed, the fused q, k, v projection is split, stacked layers are unstacked.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LAYER = {
 }
 
 
-# What a reader of a warning calls the tensors whose names begin so.
+# What a warning calls the tensors whose names begin like this.
 PARTS = {
     "bert.embeddings.": "the embeddings",
     "bert.encoder.": "the body",
@@ -85,12 +85,12 @@ def all_layers(client_params: Params, server_params: Params) -> Params:
 def to_tensors(client_params: Params, server_params: Params, names: Mapping[str, str] = CLIENT) -> Tensors:
     """Returns the tensors of a `BertForMaskedLM`, float32, by their Hugging Face names.
 
-    The decoder is tied to the word embeddings, so it is left out, as `save_pretrained` does.
+    The decoder is tied to the word embeddings, so it is left out, as in `save_pretrained`.
 
     Args:
-      client_params: of the client segment, the layers that are the client's included.
+      client_params: of the client segment, including the client's own layers.
       server_params: of the body.
-      names: the client segment's; with `CLASSIFIER_CLIENT` they are a `BertForSequenceClassification`'s.
+      names: those of the client segment; `CLASSIFIER_CLIENT` gives the tensors of a `BertForSequenceClassification`.
     """
 
     def take(params: Params, rule: str, layer: int | None = None) -> np.ndarray:
@@ -118,16 +118,16 @@ def from_tensors(
 
     Args:
       tensors: by Hugging Face names, with or without the `bert.` prefix, LayerNorm as weight/bias or gamma/beta.
-      client_params: what to keep where the checkpoint has nothing (a bare `BertModel` has no MLM head).
+      client_params: the values to keep where the checkpoint has none (a bare `BertModel` has no MLM head).
       server_params: likewise.
       names: the client segment's, `CLIENT` or `CLASSIFIER_CLIENT`.
 
     Returns:
-      (client_params, server_params, names that the checkpoint lacks). It lacks a classifier for another number of labels.
+      (client_params, server_params, names that the checkpoint lacks). A classifier for another number of labels is lacking.
 
     Raises:
-      UserError: if a tensor has another shape than the model's or isn't finite, the checkpoint has more layers, it has
-        nothing of BERT's, or its decoder is not its word table.
+      UserError: if a tensor isn't finite or differs in shape from the model's, or if the checkpoint has more layers, no
+        tensor of a BERT, or a decoder that is not its word table.
     """
     layers = all_layers(client_params, server_params)
     num_layers = _depth(layers)
@@ -175,10 +175,10 @@ def from_tensors(
 
 
 def check_finite(tensors: Tensors, names: Mapping[str, str] = CLIENT) -> None:
-    """Raises UserError if a number that a model would start from is none, naming the tensors.
+    """Raises UserError, naming the tensors, if a number that a model would start from is not finite.
 
     Args:
-      tensors: of a checkpoint. Those that the model doesn't take, such as next-sentence prediction's, may be anything.
+      tensors: of a checkpoint. Those that the model doesn't take, such as next-sentence prediction's, may hold anything.
       names: the client segment's.
     """
     taken = {*names, *((f"{DECODER}.weight", f"{DECODER}.bias") if MLM_HEAD.keys() <= names.keys() else ())}
@@ -217,7 +217,7 @@ def _check_layers(tensors: Tensors, num_layers: int) -> None:
 
 
 def _tied(tensors: Tensors) -> Tensors:
-    """Returns tensors whose decoder was folded into what it is tied to, the word table and the head's bias."""
+    """Returns the tensors with the decoder folded into the word table and the head's bias, to which it is tied."""
     for name, twin in ((f"{DECODER}.weight", WORDS), (f"{DECODER}.bias", "cls.predictions.bias")):
         if name not in tensors:
             continue
@@ -240,7 +240,7 @@ def _copy(tree: Any) -> Any:
 
 
 def _map_all(fn: Any, *trees: Any) -> Any:
-    """Applies a function to the arrays of nested dicts of the same keys."""
+    """Applies a function to the arrays of nested dicts with the same keys."""
     if not isinstance(trees[0], dict):
         return fn(*trees)
     return {key: _map_all(fn, *(tree[key] for tree in trees)) for key in trees[0]}

@@ -32,14 +32,14 @@ def load_tensors(directory: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Reads a checkpoint directory's config.json; raises UserError if there is none or it is none."""
+    """Reads a checkpoint directory's config.json; raises UserError if it is missing or invalid."""
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json; accepted: a Hugging Face BERT directory.")
     return _read_json(directory / "config.json")
 
 
 def conversion(source: str, target: str, hf: Mapping[str, Any], tokenizer: bool = False) -> str:
-    """Returns the command that converts pickled weights, a model's directory or hub name, to safetensors."""
+    """Returns the command that converts the pickled weights of a model, a directory or a hub name, to safetensors."""
     named = [a for a in hf.get("architectures") or () if re.fullmatch(r"Bert\w+", str(a))]
     kinds = [named[0] if named else "BertForPreTraining"] + ["AutoTokenizer"] * tokenizer
     code = "; ".join(f"t.{kind}.from_pretrained({source!r}).save_pretrained({target!r})" for kind in kinds)
@@ -47,7 +47,7 @@ def conversion(source: str, target: str, hf: Mapping[str, Any], tokenizer: bool 
 
 
 def _weight_files(directory: Path, hf: Mapping[str, Any]) -> list[Path]:
-    """Returns the files that hold the weights, looked for as `transformers` does: one file before an index."""
+    """Returns the files that hold the weights, searched for as in `transformers`: one file before an index."""
     one, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if one.is_file():
         return [one]
@@ -82,7 +82,7 @@ def _read_safetensors(file: Path) -> Tensors:
             odd = [name for name in kinds.keys() - floats if name.endswith((".weight", ".bias", ".gamma", ".beta"))]
             if odd:
                 raise UserError(f"{file} has weights of type {kinds[odd[0]]}; accepted: {', '.join(FLOATS)}.")
-            with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and refused as that
+            with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, and are refused as that
                 return {name: np.asarray(opened.get_tensor(name), np.float32) for name in floats}
     except (SafetensorError, OSError) as e:
         reason = " ".join(str(e).split()).rstrip(".")

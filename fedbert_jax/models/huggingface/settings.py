@@ -1,4 +1,4 @@
-"""A model's config.json: written for a model of ours, and read for the sizes of somebody's checkpoint."""
+"""A model's config.json: written for a model of ours, and read for the sizes of a given checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from fedbert_jax.config import ExportConfig, ModelConfig
 from fedbert_jax.errors import UserError
 
-USUAL_DROPOUT = 0.1  # of BERT (Devlin et al. 2019, appendix A.2)
+USUAL_DROPOUT = 0.1  # BERT's (Devlin et al. 2019, appendix A.2)
 # Names of the architectures that are most often taken for BERT, by their model_type.
 OTHERS = {
     "albert": "ALBERT",
@@ -35,10 +35,10 @@ def hf_config(
     regression: bool = False,
     export: ExportConfig | None = None,
 ) -> dict[str, Any]:
-    """Returns the config.json of a `BertForMaskedLM` of this shape; with labels, a `BertForSequenceClassification`'s.
+    """Returns the config.json of a `BertForMaskedLM` of this shape, or, with labels, of a `BertForSequenceClassification`.
 
-    Its dropout is for whoever trains the model on: what `export` says, else the run's own, else BERT's. Most runs here train
-    without, which nobody who fine-tunes their model would expect.
+    Its dropout is meant for further training: `export`'s, else the run's own, else BERT's. Most runs here train without
+    dropout, which nobody who fine-tunes their model would expect.
     """
     export = export or ExportConfig()
     dropout = lambda asked, own: asked if asked is not None else own or USUAL_DROPOUT  # noqa: E731
@@ -78,7 +78,7 @@ def sizes_of(hf: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns the `ModelConfig` sizes that a checkpoint's config.json gives.
 
     Raises:
-      UserError: for another architecture, activation or position type, a decoder, or a size that is none.
+      UserError: for another architecture, activation or position type, a decoder, or an invalid size.
     """
     kind = hf.get("model_type")
     if kind is None:

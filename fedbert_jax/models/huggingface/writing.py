@@ -1,4 +1,4 @@
-"""Writing a model's directory: whole or not at all, and over nothing but an empty directory or an earlier export."""
+"""Writing a model's directory: whole or not at all, and never over anything but an empty directory or an earlier export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedbert_jax.models.huggingface.names import CLASSIFIER_CLIENT, CLIENT, Tens
 from fedbert_jax.models.huggingface.settings import hf_config
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
-# Every name that an export may have; a directory with any other is somebody's.
+# Every file name that an export may have; a directory with any other holds somebody's files.
 FILES = frozenset(
     {
         WEIGHTS,
@@ -36,8 +36,8 @@ FILES = frozenset(
         "vocab.txt",
     }
 )
-MARK = "fedbert_jax"  # in the weights' metadata. Who writes other weights over them leaves it out, so these are safe.
-TEMPORARY = ".fedbert-export-"  # what the directories begin with in which exports are made, beside their place
+MARK = "fedbert_jax"  # in the weights' metadata. Weights written over them by another program lack it, so those are safe.
+TEMPORARY = ".fedbert-export-"  # prefix of the directories in which exports are made, beside their place
 ACCEPTED = "accepted: a new directory, an empty one, or an earlier export of this program"
 
 
@@ -54,11 +54,11 @@ def save(
 ) -> None:
     """Writes a directory that `AutoModelForMaskedLM.from_pretrained` and `pipeline("fill-mask")` load.
 
-    It appears at once or not at all; an earlier export that is there is replaced, and nothing else is. With `labels` the
+    It appears as a whole or not at all. It replaces an earlier export that is there, but nothing else. With `labels`, the
     client segment is a classifier, and `AutoModelForSequenceClassification` loads it.
 
     Raises:
-      UserError: as `check_target` does, or if it can't be written; then everything is as it was.
+      UserError: as in `check_target`, or if it can't be written; then everything stays as it was.
     """
     tensors = to_tensors(client_params, server_params, CLASSIFIER_CLIENT if labels else CLIENT)
     settings = hf_config(model, tokenizer, labels, regression, export)
@@ -79,14 +79,14 @@ def save(
 
 
 def check_target(directory: Path) -> Path:
-    """Returns the place that a directory's name leads to, if an export may go there.
+    """Returns the resolved path of a directory, if an export may go there.
 
-    An earlier export is one by what it holds: no other files than an export's, and weights that this program wrote. What
-    somebody trained on in such a directory, or put beside the model, is not taken for one.
+    An earlier export is recognised by its contents: only files of an export, and weights that this program wrote. A
+    directory in which somebody trained the model further, or put other files beside it, is not taken for one.
 
     Raises:
-      UserError: for a file, a link to nothing, the current directory, one that holds anything else, or one that can't be
-        made or written.
+      UserError: for a file, a broken link, the current directory, a mount point, a directory that holds anything else, or
+        one that can't be made or written.
     """
     try:
         if directory.is_symlink() and not directory.exists():
@@ -100,7 +100,7 @@ def check_target(directory: Path) -> Path:
         if not os.access(above, os.W_OK | os.X_OK):
             raise UserError(f"{directory} can't be written, since {above} can't; give a place that can be.")
         return place
-    except (OSError, RuntimeError) as error:  # a name too long, or links that go round in a circle
+    except (OSError, RuntimeError) as error:  # a name that is too long, or circular links
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{directory} can't be written ({reason}); {ACCEPTED}.") from error
 
@@ -108,7 +108,7 @@ def check_target(directory: Path) -> Path:
 def _check_existing(directory: Path, place: Path) -> None:
     if not place.is_dir():
         raise UserError(f"{directory} is no directory; {ACCEPTED}.")
-    if place.samefile(Path.cwd()):  # which a shell would go on to stand in, gone
+    if place.samefile(Path.cwd()):  # a shell would be left standing in a deleted directory
         raise UserError(f"{directory} is the current directory; {ACCEPTED}, named from elsewhere.")
     if os.path.ismount(place):
         raise UserError(f"{directory} is where a file system is mounted, which can't be replaced; give a directory in it.")
@@ -136,7 +136,7 @@ def is_export(directory: Path) -> bool:
 
 
 def remove(directory: Path) -> None:
-    """Removes an export, if a directory is one and holds nothing else."""
+    """Removes a directory if it is an export and holds nothing else."""
     if directory.is_dir() and is_export(directory):
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -161,30 +161,30 @@ def _write(directory: Path, tensors: Tensors, settings: dict[str, Any], tokenize
     _save_tokenizer(tokenizer, directory, settings["max_position_embeddings"])
     save_file(tensors, directory / WEIGHTS, {"format": "pt", MARK: __version__})
     _sort_metadata(directory / WEIGHTS)
-    shutil.copymode(directory / SETTINGS, directory / WEIGHTS)  # safetensors leaves it to be read by its owner alone
+    shutil.copymode(directory / SETTINGS, directory / WEIGHTS)  # safetensors leaves it readable by its owner only
 
 
 def _sort_metadata(file: Path) -> None:
-    """Puts a safetensors file's metadata in order, which is another one at each save: the same model is the same bytes."""
+    """Sorts a safetensors file's metadata, whose order varies from save to save, so that one model gives the same bytes."""
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # as it is, where the library writes more tightly than this
+        if len(text) <= size:  # left as it is if the library writes it more compactly
             opened.seek(8)
             opened.write(text.ljust(size))
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path, longest: int) -> None:
-    """Writes a tokenizer that cuts no text by itself, and that, asked to cut, cuts what the model has no positions for."""
+    """Writes a tokenizer that by default truncates no text, and when asked to, truncates to the model's positions."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     limit = tokenizer.model_max_length
     usable = isinstance(limit, (int, float)) and 1 <= limit <= longest
     tokenizer.model_max_length = int(limit) if usable else longest
-    # What cutting and padding left behind in the settings, and where and how the tokenizer was loaded.
+    # Settings left behind by truncation and padding, and by where and how the tokenizer was loaded.
     for name in (
         "max_length",
         "stride",
@@ -202,7 +202,7 @@ def _save_tokenizer(tokenizer: Any, directory: Path, longest: int) -> None:
 
 
 def _put(new: Path, place: Path, old: Path) -> None:
-    """Renames a finished directory into its place; an earlier export that is there steps aside to `old` until then."""
+    """Renames a finished directory into its place; an earlier export that is there is first moved aside to `old`."""
     if not place.exists() or not os.listdir(place):
         if place.exists():
             shutil.copymode(place, new)
@@ -217,23 +217,23 @@ def _put(new: Path, place: Path, old: Path) -> None:
     except BaseException:
         os.replace(old, place)
         raise
-    os.replace(old, new)  # under the name by which the workshop is cleared
+    os.replace(old, new)  # to the name that clearing the workshop removes
 
 
 @contextlib.contextmanager
 def _workshop(beside: Path) -> Iterator[Path]:
-    """Makes a directory of a unique name in which to make an export, and takes it away again, with what failed in it.
+    """Makes a directory with a unique name in which to make an export, and removes it again, with whatever failed in it.
 
-    A killed process leaves it behind. Whoever makes the next export there takes it away: no living process has it locked.
+    A killed process leaves it behind. The next export there removes it, since no living process has it locked.
     """
-    above = [path for path in (beside, *beside.parents) if not path.exists()]  # which are made, and on failure removed
+    above = [path for path in (beside, *beside.parents) if not path.exists()]  # these are made, and removed on failure
     beside.mkdir(parents=True, exist_ok=True)
     try:
         _clear(beside)
         workshop = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=beside))
         lock = os.open(workshop, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks; then nobody takes anything away
+            with contextlib.suppress(OSError):  # on a file system without locks, nothing is cleared
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield workshop
         finally:
@@ -249,7 +249,7 @@ def _workshop(beside: Path) -> Iterator[Path]:
 
 
 def _clear(directory: Path) -> None:
-    """Removes workshops of killed processes: of our name, unlocked, a minute old, with an unfinished export at most."""
+    """Removes workshops of killed processes: with our prefix, unlocked, a minute old, with at most an unfinished export."""
     for path in directory.glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
             inside = os.listdir(path)

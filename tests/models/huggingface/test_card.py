@@ -1,4 +1,4 @@
-"""The model card: metadata that the hub reads, every figure with what it is of, and nothing of the machine that made it."""
+"""The model card: metadata that the hub reads, every figure with its meaning, and nothing about the machine that made it."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ ODD = [
 
 
 def resolved(**sections: Any) -> Config:
-    """A config as a run of pre-training has it once its model's sizes are known."""
+    """The config of a pre-training run once its model's sizes are known."""
     return experiment.resolve(from_dict({"model": dict(hidden_size=32, num_layers=1, num_heads=2)} | sections), 100)
 
 
 def metadata(card: str) -> dict[str, Any]:
-    """What the hub reads, by an ordinary YAML parser."""
+    """The metadata that the hub reads, by an ordinary YAML parser."""
     _, head, body = card.split("---\n", 2)
     assert body.startswith("\n# A BERT")
     return yaml.safe_load(head)

@@ -1,4 +1,4 @@
-"""A checkpoint's classifier is kept for the task whose labels it has, by their names, and for no other."""
+"""A checkpoint's classifier is kept only for the task whose labels, by name, it has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MNLI = ("entailment", "neutral", "contradiction")  # GLUE's order, which is the 
 
 
 def fit(names: Any, labels: tuple[str, ...] = MNLI, outputs: int = 3, **settings: Any) -> tuple[list[int] | None, str]:
-    """Which of a classifier's outputs the task's are, None if it is left out, and what is said."""
+    """Returns which of a classifier's outputs are the task's, or None if it is left out, and the sentence about it."""
     tensors = {
         "classifier.weight": np.arange(outputs, dtype=np.float32)[:, None] * np.ones(4, np.float32),
         "classifier.bias": np.arange(outputs, dtype=np.float32),

@@ -1,4 +1,4 @@
-"""Hugging Face in and out: the same tensors, the same logits (invariant 7)."""
+"""Export to Hugging Face and import: the same tensors, the same logits (invariant 7)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_export_then_import_is_bit_for_bit(segments, config):
 
 
 def test_old_names_and_missing_parts(segments, config):
-    """gamma/beta, no `bert.` prefix, no MLM head: what is there is taken, what is not is named and kept fresh."""
+    """gamma/beta, no `bert.` prefix, no MLM head: tensors that are there are taken, the others are named and stay fresh."""
     client, server = params(segments)
     tensors = huggingface.to_tensors(client, server)
     old = {

@@ -1,4 +1,4 @@
-"""An export is there whole or not at all, replaces nothing but an earlier export, and leaves nothing else behind."""
+"""An export is written whole or not at all, replaces nothing but an earlier export, and leaves nothing else behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def export(tokenizer: Any) -> Callable[..., None]:
 
 
 def contents(root: Path) -> dict[str, bytes | None]:
-    """Every path below a directory, hidden ones too, with what it holds."""
+    """Every path below a directory, including hidden ones, with its contents."""
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
 
 
@@ -130,7 +130,7 @@ def a_folder_in_it(at: Path) -> None:
 
 
 def trained_on(at: Path) -> None:
-    """As `transformers` saves: config.json keeps what it doesn't know, the weights' metadata is its own."""
+    """Saves as `transformers` does: config.json keeps unknown keys, but the weights get its own metadata."""
     save_file(load_file(at / "model.safetensors"), at / "model.safetensors", {"format": "pt"})
 
 
@@ -163,7 +163,7 @@ def test_an_earlier_export_is_replaced_and_its_neighbours_stay(export: Any, tmp_
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
     assert {k: v for k, v in contents(tmp_path).items() if k != "out" and not k.startswith("out/")} == before
     modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()}
-    assert len(modes) == 1 and modes != {0o600}  # who may read one file may read all
+    assert len(modes) == 1 and modes != {0o600}  # whoever may read one file may read all
     huggingface.remove(tmp_path / "out")
     huggingface.remove(tmp_path / "out")
     assert contents(tmp_path) == before
@@ -179,7 +179,7 @@ def test_a_place_is_found_however_it_is_written(export: Any, tmp_path: Path, mon
     assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["link", "new", "real"]
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    for out in (".", "../empty", f"{tmp_path}/empty"):  # a shell would go on to stand in what was there
+    for out in (".", "../empty", f"{tmp_path}/empty"):  # a shell would be left standing in a deleted directory
         with pytest.raises(UserError, match="is the current directory"):
             export(Path(out))
     with pytest.raises(UserError, match=r"can't be made, since .*README\.md is no directory"):
@@ -194,7 +194,7 @@ def test_a_place_is_found_however_it_is_written(export: Any, tmp_path: Path, mon
 
 
 def test_a_runs_workdir_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run's and any other's, by whatever name; the directories around it, too."""
+    """No export goes into this run's workdir or another's, by whatever name, nor over a directory that contains one."""
     runs = tmp_path / "runs"
     for name in ("mine", "other"):
         (runs / name / "hf").mkdir(parents=True)
@@ -338,7 +338,7 @@ def test_what_killed_exports_left_goes_with_the_next_and_nothing_else(export: An
 
 
 def test_two_exports_at_once_make_two_directories(export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second begins, and ends, while the first is at work: neither takes the other's for what a killed one left."""
+    """The second begins and ends while the first is at work: neither takes the other's directory for a killed export's."""
     write = writing._write
 
     def while_another(directory: Path, *args: Any) -> None:
@@ -364,7 +364,7 @@ def test_a_tokenizer_asks_for_no_more_than_the_model_has_positions(
     assert MODEL.max_position_embeddings == 16
     words = {word: n for n, word in enumerate(WORDS)}
     tokenizer = BertTokenizer(vocab=words, model_max_length=512)
-    tokenizer("a b", truncation=True, max_length=3, padding="max_length")  # which leaves both in its backend
+    tokenizer("a b", truncation=True, max_length=3, padding="max_length")  # this leaves both in its backend
     tokenizer.model_max_length = limit
     tokenizer.init_kwargs |= {"max_length": 512, "name_or_path": "/home/anna/t", "tokenizer_file": "/home/anna/t/t.json"}
     export(tmp_path / "out", tokenizer=tokenizer)
@@ -375,7 +375,7 @@ def test_a_tokenizer_asks_for_no_more_than_the_model_has_positions(
     assert not any(b"/home" in (p.read_bytes()) for p in (tmp_path / "out").iterdir())
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(again("a " * 50, truncation=True)["input_ids"]) == longest and len(again("a " * 50)["input_ids"]) == 52
-    # The run's own goes on as it was.
+    # The run's own tokenizer stays as it was.
     assert tokenizer.model_max_length == limit and tokenizer.backend_tokenizer.truncation["max_length"] == 3
 
 
