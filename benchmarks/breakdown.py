@@ -25,7 +25,7 @@ OTHER = "other"
 
 def part_of(op_name: str) -> str:
     """Returns which part of a step an operation belongs to, by the innermost of its named scopes."""
-    found = [(op_name.rfind(f"{part}"), part) for part in PARTS if re.search(rf"\b{part}\b", op_name)]
+    found = [(match.start(), match[0]) for match in re.finditer(rf"\b({'|'.join(PARTS)})\b", op_name)]
     return max(found)[1] if found else OTHER
 
 

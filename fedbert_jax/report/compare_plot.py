@@ -50,10 +50,10 @@ def draw(groups: Sequence[Group]) -> Figure:
     right = panel(figure, f"sent up and down ({unit}){silent}" if sent else f"training time ({unit})", "", grid[1])
     right.sharey(left)
     so_far = _bytes_so_far if sent else _seconds_so_far
-    starts_right = _curves(right, groups, names, lambda run: so_far(run) / per, key)
+    starts_right = _curves(right, groups, names, lambda run: so_far(run, key) / per, key)
     if sent and sent[-1] > 20 * sent[0]:
         # Logarithmic from the first evaluation on, and linear from 0 to there: before round 1 nothing was sent.
-        first = min(x[x > 0].min() for run in runs if run.bytes and (x := _bytes_so_far(run) / per).any())
+        first = min(x[x > 0].min() for run in runs if run.bytes and (x := _bytes_so_far(run, key) / per).any())
         right.set_xscale("symlog", linthresh=first)
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     late = [y[(y < np.inf) & (x > 0.05 * run.tokens)] for run in runs for x, y in [run.series(key)]]
@@ -109,11 +109,13 @@ def _curves(
     return starts
 
 
-def _bytes_so_far(run: Run) -> np.ndarray:
-    sent: np.ndarray = run.series("eval_loss", "uplink_bytes")[0] + run.series("eval_loss", "downlink_bytes")[0]
+def _bytes_so_far(run: Run, key: str) -> np.ndarray:
+    """Returns the bytes sent before each round that has `key`, float64 [R]."""
+    sent: np.ndarray = run.series(key, "uplink_bytes")[0] + run.series(key, "downlink_bytes")[0]
     return sent
 
 
-def _seconds_so_far(run: Run) -> np.ndarray:
+def _seconds_so_far(run: Run, key: str) -> np.ndarray:
+    """Returns the seconds of training until each round that has `key`, float64 [R]."""
     total = np.cumsum([float(row.get("seconds") or 0) for row in run.metrics])
-    return np.asarray(total[["eval_loss" in row for row in run.metrics]])
+    return np.asarray(total[[key in row for row in run.metrics]])
