@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 help:
 	@echo 'make demo    train a small federation on the text that is already here, into $(WORKDIR)'
 	@echo 'make test    the tests'
-	@echo 'make lint    ruff, and the arrows between modules'
+	@echo 'make lint    ruff, of format and of faults, and the arrows between modules'
 	@echo 'make types   mypy'
 	@echo 'make clean   remove $(VENV), caches and build products; runs/ stays'
 	@echo
@@ -29,6 +29,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
