@@ -1,0 +1,39 @@
+"""What goes with the package: the marker of its annotations, its citation, and the checks before a commit."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import yaml
+
+import fedbert_jax
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_citation_is_of_this_version():
+    cited, project = (
+        yaml.safe_load((ROOT / "CITATION.cff").read_text()),
+        tomllib.loads((ROOT / "pyproject.toml").read_text()),
+    )
+    assert (cited["title"], cited["version"]) == (project["project"]["name"], fedbert_jax.__version__)
+    assert cited["license"] == project["project"]["license"] and cited["keywords"] == project["project"]["keywords"]
+    assert cited["preferred-citation"]["doi"] == "10.1145/3510033" and len(cited["preferred-citation"]["authors"]) == 6
+
+
+def test_a_wheel_says_that_the_package_is_typed():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert data == {"fedbert_jax": ["py.typed"]} and (ROOT / "fedbert_jax/py.typed").is_file()
+
+
+def test_what_is_checked_before_a_commit_is_what_make_checks():
+    """Each hook is a command of `make lint types`; ruff's mend what make only finds."""
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local" and all(hook["language"] == "system" for hook in repository["hooks"])
+    made = subprocess.run(["make", "-n", "lint", "types"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    checks = [
+        line.removesuffix(" .").removesuffix(" --check") for line in made.splitlines() if line.startswith(".venv/bin/")
+    ]
+    assert [hook["entry"] for hook in repository["hooks"]] == checks[-4:]
