@@ -10,7 +10,6 @@ import pytest
 from fedbert_jax.config import all_keys, flags
 from fedbert_jax.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
 FILE = """
 from fedbert_jax.config import default_config
 
@@ -202,19 +201,3 @@ def test_the_list_of_keys_and_the_version_need_no_config():
     assert {"data.seq_len=128", "data.tokenizer='train:4096'", "federated.num_clients=None"} <= set(listed.splitlines())
     assert re.fullmatch(r"fedbert_jax \d+\.\d+\.\d+", flags.tell_about(flags.parse(["--version"]), "") or "")
     assert flags.tell_about(flags.parse(["--workdir", "w"]), "") is None
-
-
-# --- the docs --------------------------------------------------------------------------------------------------------
-
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of_the_docs_work_as_they_stand(page):
-    text = page.read_text()
-    # Outside the virtual environment these would be other programs.
-    assert not re.findall(r"(?:^ *|`)(?:python -m|python3 -m (?!venv)|pip3? ).*", text, re.M)
-    for key in re.findall(r"--config\.([a-z_.0-9]+)=", text):
-        assert key in all_keys()
-    for config in re.findall(r"--config (configs/[a-z0-9_]+\.py)", text):
-        assert (ROOT / config).is_file()
