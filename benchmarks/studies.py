@@ -96,6 +96,20 @@ CONTINUED = {
 SIXTEEN = {"federated.clients_per_round": 16, "federated.rounds": 100}  # x 16 x 4 x 4 x 128 tokens: 3.28 million
 ALL = {"federated.rounds": 25, "eval.every_rounds": 5}  # `local` keeps a model per client, so all 64 take part each round
 
+# From nothing: the 706 films with the most text are the clients, 16 of them a round, 916 rounds x 16 x 8 x 4 x 128 tokens: 60
+# million. `local` keeps a model a client, so it has the 64 largest films only, which share the 60 million tokens.
+SCRATCH = FILMS | {
+    "data.tokenizer": "train:8192",
+    "federated.num_clients": 706,
+    "federated.clients_per_round": 16,
+    "federated.rounds": 916,
+    "federated.weighting": "uniform",
+    "client_optimizer.warmup_steps": 500,
+    "server_optimizer.warmup_steps": 500,
+    "eval.every_rounds": 100,
+}
+ALONE = {"federated.num_clients": 64, "federated.clients_per_round": 64, "federated.rounds": 229, "eval.every_rounds": 25}
+
 STUDIES = {
     "strategies": Study(
         about="Every strategy on the demo's data and tokens.", arms=STRATEGIES, baseline="centralized", changes=QUIET
@@ -129,6 +143,22 @@ STUDIES = {
         changes=QUIET | FILMS | CONTINUED,
         seeds=1,
         needs=("model", "text", "glue"),
+        tasks=SMALL_GLUE,
+    ),
+    "scratch": Study(
+        about="BERT-tiny from nothing on film reviews by several strategies, 60 million tokens each, and fine-tuned on GLUE "
+        "beside a random start.",
+        arms={
+            "centralized": Arm("configs/centralized.py"),
+            "gradients": Arm("configs/gradients.py"),
+            "parallel": Arm("configs/demo.py", {"client_optimizer.learning_rate": 6e-3}),
+            "sequential": Arm("configs/sequential.py"),
+            "local": Arm("configs/local.py", ALONE),
+        },
+        baseline="centralized",
+        changes=QUIET | SCRATCH,
+        seeds=1,
+        needs=("text", "glue"),
         tasks=SMALL_GLUE,
     ),
 }
