@@ -96,8 +96,8 @@ CONTINUED = {
 SIXTEEN = {"federated.clients_per_round": 16, "federated.rounds": 100}  # x 16 x 4 x 4 x 128 tokens: 3.28 million
 ALL = {"federated.rounds": 25, "eval.every_rounds": 5}  # `local` keeps a model per client, so all 64 take part each round
 
-# From nothing: the 706 films with the most text are the clients, 16 of them a round, 916 rounds x 16 x 8 x 4 x 128 tokens: 60
-# million. `local` keeps a model a client, so it has the 64 largest films only, which share the 60 million tokens.
+# From nothing: the clients are the 706 films with the most text. 16 of them take part in a round, and 916 rounds of
+# 16 x 8 x 4 x 128 tokens make 60 million. `local` keeps a model per client, so only the 64 largest films share its tokens.
 SCRATCH = FILMS | {
     "data.tokenizer": "train:8192",
     "federated.num_clients": 706,
