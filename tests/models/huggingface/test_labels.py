@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_init_from import forward, inputs, torch_model
+from test_experiment import forward, inputs, torch_model
 from tiny import tiny_config
 
 from fedbert_jax.glue.tasks import TASKS

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_init_from import WORDS, forward
+from test_experiment import WORDS, forward
 from tiny import tiny_config
 from transformers import AutoTokenizer, BertTokenizer
 
