@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Changes = Mapping[str, Any]  # to a config, by dotted key; "{model}" and "{text}" in a value are the command's paths
+Changes = Mapping[str, Any]  # to a config, by dotted key; "{model}", "{text}": the command's; "{baseline}": its run
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,13 @@ SCRATCH = FILMS | {
     "server_optimizer.warmup_steps": 500,
     "eval.every_rounds": 100,
 }
-ALONE = {"federated.num_clients": 64, "federated.clients_per_round": 64, "federated.rounds": 229, "eval.every_rounds": 25}
+ALONE = {
+    "federated.num_clients": 64,
+    "federated.clients_per_round": 64,
+    "federated.rounds": 229,
+    "eval.every_rounds": 25,
+    "data.tokenizer": "{baseline}/data/tokenizer",  # one trained on 64 films' text would have other words
+}
 
 STUDIES = {
     "strategies": Study(

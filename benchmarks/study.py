@@ -130,11 +130,14 @@ def heldout(model: Path, pretrained: Path) -> float:
     import jax
 
     from fedbert_jax import experiment
+    from fedbert_jax.data.tokenizer import load_tokenizer
     from fedbert_jax.models import huggingface
     from fedbert_jax.workdir.paths import Workdir
 
     workdir = Workdir(pretrained)
     built = experiment.build(workdir.read_config(), workdir)
+    if load_tokenizer(str(model)).get_vocab() != built.tokenizer.get_vocab():
+        raise SystemExit(f"{model} has another vocabulary than {pretrained}: their losses can't be compared")
     client, server = jax.jit(built.simulation.setting.fresh)()
     client, server, _ = huggingface.from_tensors(huggingface.load_tensors(model)[0], client, server)
     scores = built.simulation.evaluate(built.simulation.state_of(client, server))
@@ -226,12 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = machine.facts(machine.limit_cores(None))
 
     runs = {arm: {seed: root / f"{arm}-{seed}" for seed in range(seeds)} for arm in named}
-    jobs = {
-        path.name: run_command(study, study.arms[arm], seed, path, places, more)
-        for seed in range(seeds)
-        for arm, path in ((arm, runs[arm][seed]) for arm in named)
-    }
-    all_of(jobs, root, args.jobs, console.print)
+    for seed in range(seeds):
+        known = places | {"baseline": runs[study.baseline][seed]}
+        jobs = {
+            runs[arm][seed].name: run_command(study, study.arms[arm], seed, runs[arm][seed], known, more) for arm in named
+        }
+        first = {known["baseline"].name: jobs.pop(known["baseline"].name)}
+        for some in (first, jobs):  # the others may use what the baseline has made
+            all_of(some, root, args.jobs, console.print)
     text, numbers = pretraining(study, runs)
     result: dict[str, Any] = {"study": args.name, "machine": facts, "changes": more, "pretraining": numbers}
     said = [study.about, text]

@@ -47,6 +47,30 @@ def writing(place: str | os.PathLike[str]) -> Iterator[None]:
         raise said from error
 
 
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Writes a file so that a kill at any moment leaves either the old one or the new one, on the disk when this returns.
+
+    Raises:
+      DiskError: if it can't be written; the old file stays.
+    """
+    new = path.with_name(path.name + ".new")
+    with writing(path):
+        try:
+            with new.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself is on the disk only when the directory is
+        finally:
+            os.close(directory)
+
+
 def explain(error: BaseException, place: str | os.PathLike[str] | None = None) -> DiskError | None:
     """Returns a disk error as a sentence; None for any other error, and for one that already is a sentence (`UserError`).
 

@@ -117,9 +117,9 @@ class Loop:
             self._open(after=self.round)
             return state
         self._open(after=None)
-        with progress.waiting(self.console, "compiling the start"), Compiling() as compiling, self.guard(0):
+        with progress.waiting(self.console, "compiling the initial model"), Compiling() as compiling, self.guard(0):
             state, record = self.job.begin()
-        compiling.tell(self.console, "the start")
+        compiling.tell(self.console, "the initial model")
         self._append(record)
         return state
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -506,6 +507,28 @@ def test_a_study_fine_tunes_what_it_has_trained(tmp_path, commands, monkeypatch,
     text = capsys.readouterr().out
     assert "| random |  | 72.0 ± 1.6 | 72.0 ± 1.6 | 82.0 ± 1.6 | 36.0 ± 0.8 |" in text
     assert "| checkpoint | 4.000 | 52.0 ± 1.6 * |" in text
+
+
+def test_arms_with_other_clients_have_the_baselines_vocabulary(tmp_path, commands, monkeypatch):
+    """One trained on less text would have other words, and losses that say nothing of one another."""
+    monkeypatch.setattr(study, "heldout", lambda model, pretrained: 4.0)
+    study.main(["scratch", "--workdir", str(tmp_path / "w"), *(f"--{name}={tmp_path / name}" for name in ("text", "glue"))])
+    arms = {Path(c[c.index("--workdir") + 1]).name: c for c in commands if "fedbert_jax.main" in c}
+    tokenizers = {name: [flag for flag in c if "data.tokenizer=" in flag] for name, c in arms.items()}
+    assert next(iter(arms)) == "centralized-0"
+    own = tokenizers.pop("local-0")
+    assert own == [f"--config.data.tokenizer={tmp_path / 'w' / 'centralized-0' / 'data' / 'tokenizer'}"]
+    assert set(map(tuple, tokenizers.values())) == {("--config.data.tokenizer=train:8192",)}
+
+
+def test_losses_over_other_vocabularies_are_not_compared(tmp_path, monkeypatch):
+    vocabularies = {"a": 0}, {"a": 1}
+    monkeypatch.setattr("fedbert_jax.data.tokenizer.load_tokenizer", lambda _: Mock(get_vocab=lambda: vocabularies[0]))
+    monkeypatch.setattr("fedbert_jax.workdir.paths.Workdir.read_config", lambda _: None)
+    built = Mock(tokenizer=Mock(get_vocab=lambda: vocabularies[1]))
+    monkeypatch.setattr("fedbert_jax.experiment.build", lambda *_: built)
+    with pytest.raises(SystemExit, match="has another vocabulary than"):
+        study.heldout(tmp_path / "model", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ from test_main import load
 from fedbert_jax import cli, disk
 from fedbert_jax.config import MeshConfig
 from fedbert_jax.devices.mesh import make_mesh
+from fedbert_jax.disk import write_atomically
 from fedbert_jax.errors import DiskError, UserError
 from fedbert_jax.train import Pretraining, train
 from fedbert_jax.workdir.checkpoint import Checkpoints, _join_threads
 from fedbert_jax.workdir.log import MetricsLog, read_metrics, truncate
-from fedbert_jax.workdir.paths import open_workdir, write_atomically
+from fedbert_jax.workdir.paths import open_workdir
 
 RUST = "No space left on device (os error 28)"  # as tokenizers and safetensors say it
 TENSORSTORE = (

@@ -33,7 +33,7 @@ from fedbert_jax.glue.start import Checkpoint, resolve, tokenizer_of
 from fedbert_jax.glue.submissions import submission_name, write_submission
 from fedbert_jax.models import huggingface
 from fedbert_jax.workdir import resume
-from fedbert_jax.workdir.paths import Workdir, check_inputs, check_same, fingerprint, open_workdir, write_atomically
+from fedbert_jax.workdir.paths import Workdir, check_inputs, check_same, fingerprint, open_workdir
 
 TRIAL = 2**30  # XORed with a seed, gives one that is not among those reported, however many there are
 
@@ -114,7 +114,7 @@ def _finetune(config: Config, workdir: Workdir, console: Console) -> int:
         write_results(workdir.root, results)
         if trained_now and workdir.hf.is_dir():
             card = classifier_card(config, data.task, results["seeds"][str(config.seed)], results)
-            write_atomically(workdir.root / "README.md", card)  # not in hf/, which holds an export and nothing else
+            disk.write_atomically(workdir.root / "README.md", card)  # not in hf/, which holds an export and nothing else
             os.replace(workdir.root / "README.md", workdir.hf / "README.md")
         _predict(tuning, workdir)
     median, mean, std = (100 * results[k] for k in ("median", "mean", "std"))

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fedbert_jax import disk
 from fedbert_jax.errors import UserError
 from fedbert_jax.glue import tasks
 from fedbert_jax.glue.scores import summary
 from fedbert_jax.workdir.log import to_json
-from fedbert_jax.workdir.paths import write_atomically
 
 Scores = dict[str, dict[str, float]]  # a model's official metrics, by dev split
 
@@ -47,7 +47,7 @@ def read_results(root: Path) -> dict[str, Any]:
 
 def write_results(root: Path, results: dict[str, Any]) -> None:
     """Writes results.json, whole or not at all."""
-    write_atomically(root / "results.json", to_json(results, indent=2) + "\n")
+    disk.write_atomically(root / "results.json", to_json(results, indent=2) + "\n")
 
 
 def show(scores: Scores) -> str:

@@ -36,7 +36,7 @@ class MetricsLog:
         with disk.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.read_bytes().endswith(b"\n"):  # else the next line would join the torn one
-                _replace(path, [line for line, _ in _parsed_lines(path)])
+                _rewrite(path, [line for line, _ in _parsed_lines(path)])
             self._file = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -87,25 +87,12 @@ def truncate(path: str | os.PathLike[str], round: int) -> None:
     path = Path(path)
     if path.exists():
         with disk.writing(path):
-            _replace(path, [line for line, record in _parsed_lines(path) if record["round"] <= round])
+            lines = [line for line, record in _parsed_lines(path) if record["round"] <= round]
+        _rewrite(path, lines)
 
 
-def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(line + b"\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself is on the disk only when the directory is
-    finally:
-        os.close(directory)
+def _rewrite(path: Path, lines: Iterable[bytes]) -> None:
+    disk.write_atomically(path, b"".join(line + b"\n" for line in lines))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

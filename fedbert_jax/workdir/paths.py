@@ -85,7 +85,7 @@ class Workdir:
 
     def write_config(self, config: Config) -> None:
         """Writes the resolved config."""
-        write_atomically(self.config, to_json(config_lib.to_dict(config), indent=2) + "\n")
+        disk.write_atomically(self.config, to_json(config_lib.to_dict(config), indent=2) + "\n")
 
     def read_facts(self) -> dict[str, Any]:
         """Reads run.json; empty if there is none.
@@ -103,7 +103,7 @@ class Workdir:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Writes run.json."""
-        write_atomically(self.facts, to_json(facts, indent=2) + "\n")
+        disk.write_atomically(self.facts, to_json(facts, indent=2) + "\n")
 
 
 def open_workdir(root: Path) -> tuple[Workdir, Any]:
@@ -218,18 +218,3 @@ def check_inputs(workdir: Workdir, found: dict[str, str]) -> None:
                 f"what config key {key} names, or the tokenizer, has changed since workdir {workdir.root} was begun; "
                 "give another --workdir."
             )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, even if the process is killed."""
-    new = path.with_name(path.name + ".new")
-    with disk.writing(path):
-        try:
-            with new.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
