@@ -17,6 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = read_config(Path(__file__).with_name("demo.py"))
     config.data.tokenizer = ""  # the checkpoint's
     config.model.init_from = "google/bert_uncased_L-2_H-128_A-2"  # BERT-tiny of Turc et al. 2019
+    config.federated.average = "parameters"
+    config.federated.weighting = "examples"
+    config.federated.batch_size = 4
     config.federated.rounds = 50
     for optimizer in (config.client_optimizer, config.server_optimizer):
         optimizer.learning_rate = 5e-4

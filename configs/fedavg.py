@@ -16,4 +16,5 @@ def get_config() -> ml_collections.ConfigDict:
     config = read_config(Path(__file__).with_name("demo.py"))
     config.fill_mask = ()
     config.federated.strategy = "fedavg"
+    config.federated.average = "parameters"
     return config

@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = read_config(Path(__file__).with_name("demo.py"))
     config.fill_mask = ()
     config.federated.strategy = "sequential"
+    config.federated.average = "parameters"
     for optimizer in (config.client_optimizer, config.server_optimizer):
         optimizer.learning_rate = 1e-3
         optimizer.warmup_steps = 800
