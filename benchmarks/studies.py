@@ -44,21 +44,18 @@ class Study:
 
 QUIET = {"fill_mask": "()"}
 
-# Variants of `parallel` that average every eight steps: with uniform weights, each client's AdamW sees as many rows as the
-# others', and a higher rate at the clients makes up for the noise of so few rows.
-EIGHT = {"federated.weighting": "uniform", "federated.local_steps": 8}
-HALF = {"federated.batch_size": 2, "federated.rounds": 280}  # twice the steps with the same tokens
-RECIPES = {
-    "uniform-6e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 6e-3}),
-    "gradients": Arm("configs/gradients.py", {"federated.weighting": "uniform"}),
-    "size-half": Arm("configs/gradients.py", {"federated.batch_by": "size"} | HALF),
-    "uniform-6e-3-half": Arm("configs/demo.py", EIGHT | HALF | {"client_optimizer.learning_rate": 6e-3}),
-    "uniform-4e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 4e-3}),
-    "uniform-6e-3-reset": Arm(
-        "configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 6e-3, "federated.client_optimizer_state": "reset"}
-    ),
-    "gradients-half": Arm("configs/gradients.py", {"federated.weighting": "uniform"} | HALF),
-    "uniform-3e-3": Arm("configs/demo.py", EIGHT | {"client_optimizer.learning_rate": 3e-3}),
+# The learning rates tried, each with seed 0 and at full length: shorter runs order rates differently.
+RATES = {
+    f"{name}-{rate}": Arm(f"configs/{name}.py", {f"{side}_optimizer.learning_rate": float(rate) for side in sides})
+    for name, sides, rates in (
+        ("demo", ("client", "server"), ("2e-3", "3e-3")),
+        ("parallel", ("client",), ("4e-3", "6e-3", "8e-3")),
+        ("centralized", ("client", "server"), ("2e-3", "3e-3")),
+        ("sequential", ("client", "server"), ("1e-3", "2e-3")),
+        ("fedavg", ("client", "server"), ("2e-3", "4e-3")),
+        ("local", ("client", "server"), ("1e-3", "2e-3")),
+    )
+    for rate in rates
 }
 
 # BERT-tiny's GLUE. 3e-4 was chosen for the checkpoint of the study `continued`, on a tenth of the training examples.
@@ -78,12 +75,8 @@ FILMS = {
 
 STRATEGIES = {
     "demo": Arm("configs/demo.py"),
-    "gradients": Arm("configs/gradients.py"),
-    "size": Arm("configs/gradients.py", {"federated.batch_by": "size"}),
-    "sequential": Arm("configs/sequential.py"),
-    "centralized": Arm("configs/centralized.py"),
-    "local": Arm("configs/local.py"),
-    "fedavg": Arm("configs/fedavg.py"),
+    "size": Arm("configs/demo.py", {"federated.batch_by": "size"}),
+    **{name: Arm(f"configs/{name}.py") for name in ("parallel", "sequential", "centralized", "local", "fedavg")},
 }
 
 CONTINUED = {
@@ -128,13 +121,14 @@ STUDIES = {
             "bfloat16": Arm("configs/demo.py", {"precision.compute_dtype": "bfloat16"}),
         },
         baseline="float32",
-        changes=QUIET | {"federated.rounds": 100},
+        changes=QUIET | {"federated.rounds": 200},
     ),
-    "recipes": Study(
-        about="What makes `parallel` learn more from the demo's data and tokens.",
-        arms=RECIPES,
-        baseline="uniform-6e-3",
+    "rates": Study(
+        about="Learning rates for every strategy, on the demo's data and tokens.",
+        arms=RATES,
+        baseline="demo-2e-3",
         changes=QUIET,
+        seeds=1,
     ),
     "continued": Study(
         about="A checkpoint, pre-trained further on film reviews by several strategies with equal tokens, and fine-tuned "

@@ -1,7 +1,8 @@
-"""The demo's data and budget with FedBERT's parallel strategy as published: clients' segments are averaged every eight steps.
+"""The demo's data and budget with FedBERT's parallel strategy as published: segments are averaged every eight steps.
 
-Each client's AdamW sees the gradients of its own two sequences alone, which are noisy, and normalises by that noise: its rate
-is three times the demo's. It moves fewer bytes than averaging gradients does; docs/strategies.md says when that pays.
+Each client's AdamW sees the gradients of its own two sequences alone, which are noisy, and normalises by that noise, so
+its rate is three times the demo's. It moves fewer bytes than averaging gradients does; docs/strategies.md says when that
+pays.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The demo's data and budget with FedBERT's sequential strategy: clients take turns and hand the client segment on.
 
-A round is eight turns of eight steps of four sequences: as many tokens as in the demo, in eight times as many optimizer
+A round is eight turns of eight steps of two sequences: as many tokens as in the demo, in eight times as many optimizer
 steps, each an eighth of the size. So the warm-up has eight times as many steps, and the learning rate is lower. It takes
 about five minutes on two CPU cores.
 """

@@ -476,7 +476,7 @@ def test_a_study_runs_every_arm_with_every_seed_once(tmp_path, commands, capsys)
         assert {
             f"--config.precision.compute_dtype={dtype}",
             f"--config.seed={seed}",
-            "--config.federated.rounds=100",
+            "--config.federated.rounds=200",
         } <= set(c)
     found = json.loads(out.read_text())["pretraining"]["judgement"]["bfloat16"]
     assert found["difference"] == pytest.approx(0.1) and found["within"]
