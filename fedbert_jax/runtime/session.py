@@ -1,0 +1,368 @@
+"""The server's side of a federation as a state machine: calls and the clock go in, what is to be done comes out.
+
+It has no I/O, no threads and no JAX, so its faults are tested in microseconds and are the same over every transport.
+A round is a script of barriers: at each, certain clients send a message; when all of them have, the server computes
+once and answers each.
+
+    ENROLLING --all, or a quorum after the grace--> ROUND --script done--> ENROLLING, for the next round ... --> DONE
+
+A message has an id (epoch, round, barrier) and a digest. The same id with the same content gets the same answer
+again, so a lost reply may be asked for any number of times and an update happens exactly once. The unit of recovery
+is the round: where a client comes back from a crash in the midst of one, the round is begun again, for all, under a
+new epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+ENROLLING, ROUND, DONE = "enrolling", "round", "done"
+
+
+class Id(NamedTuple):
+    """Which message of a client this is."""
+
+    epoch: int  # grows whenever a round begins, again or anew, and whenever the server starts
+    round: int  # from 0
+    at: int  # the barrier's place in the round's script
+
+
+class Barrier(NamedTuple):
+    """A point of a round at which certain clients send a message, and the server answers them all."""
+
+    phase: str  # such as "forward"
+    step: int  # from 0
+    who: tuple[str, ...]  # in the roster's order
+    part: int = 0  # which of a step's microbatches
+
+
+class Refused(NamedTuple):
+    """Why a call is not answered. The codes are gRPC's."""
+
+    code: str  # PERMISSION_DENIED, ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, ABORTED
+    text: str
+
+
+class Reply(NamedTuple):
+    """A message's answer."""
+
+    payload: Any
+
+
+class Compute(NamedTuple):
+    """What the server has to compute now: a barrier at which all messages are there."""
+
+    id: Id
+    barrier: Barrier
+    members: tuple[str, ...]  # who is in the round
+    messages: Mapping[str, Any]  # payloads, by client: of those who answered at this barrier
+
+
+class Turn(NamedTuple):
+    """What a client that asks for the next round is told."""
+
+    state: str  # ROUND: take part; DONE: training is over; ENROLLING: wait, for those in `missing`
+    epoch: int = 0
+    round: int = 0
+    members: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How long a federation waits, and for how many."""
+
+    quorum: int  # clients without whom a round neither begins nor goes on
+    deadline: float  # seconds that a barrier waits for the last client
+    join_grace: float  # seconds that a round's beginning waits for clients who are not there; anew each round
+    window: int = 1  # barriers that a client may be ahead: microbatches
+
+
+@dataclass
+class _Client:
+    incarnation: str  # of the process: another one has lost what a round keeps
+    blocks: int  # how much text it declared
+    heard: float  # when it last called
+
+
+@dataclass
+class Session:
+    """A federation's server, as far as it decides anything.
+
+    Args:
+      roster: who may take part, in the order that decides every sum's.
+      rounds: in all.
+      rules: see `Rules`.
+      cohort_of: (round) -> the clients drawn for it, in the order of their turns where they take turns.
+      script: (members, round) -> the round's barriers.
+      epoch, round: where an earlier session stood.
+    """
+
+    roster: tuple[str, ...]
+    rounds: int
+    rules: Rules
+    cohort_of: Callable[[int], Sequence[str]]
+    script: Callable[[tuple[str, ...], int], Sequence[Barrier]]
+    epoch: int = 0
+    round: int = 0
+
+    state: str = field(default=ENROLLING, init=False)
+    members: tuple[str, ...] = field(default=(), init=False)  # of the round
+    at: int = field(default=0, init=False)
+    draining: bool = field(default=False, init=False)
+    events: list[dict[str, Any]] = field(default_factory=list, init=False)  # for the log; whoever reads them clears them
+    _clients: dict[str, _Client] = field(default_factory=dict, init=False)
+    _gone: set[str] = field(default_factory=set, init=False)  # who has left for good
+    _barriers: tuple[Barrier, ...] = field(default=(), init=False)
+    _inbox: dict[tuple[str, int], Any] = field(default_factory=dict, init=False)  # payloads that wait, by (client, barrier)
+    _mail: dict[tuple[str, Id], tuple[str, Any]] = field(default_factory=dict, init=False)  # digest; Reply, or None
+    _busy: bool = field(default=False, init=False)
+    _since: float | None = field(default=None, init=False)  # when the barrier, or the enrolment, began
+
+    # --- calls of clients ---
+
+    def join(self, client: str, incarnation: str, blocks: int, now: float) -> Refused | None:
+        """A client's process says that it is there. After a crash it is another process: its round begins again."""
+        if client not in self.roster:
+            return Refused("PERMISSION_DENIED", f"{client!r} is not in the roster")
+        if client in self._gone:
+            return Refused("PERMISSION_DENIED", f"{client!r} has left this federation for good")
+        known = self._clients.get(client)
+        if known is not None and known.incarnation == incarnation:
+            known.heard = now
+            return None
+        if known is not None and known.blocks != blocks:
+            return Refused(
+                "FAILED_PRECONDITION", f"{client!r} had {known.blocks:,} blocks and now has {blocks:,}: its text must stay"
+            )
+        self._clients[client] = _Client(incarnation, blocks, now)
+        self._note("joined", client=client)
+        if known is not None and self.state == ROUND and client in self.members:
+            self._restart(now, f"{client} came back")
+        elif self.state == ENROLLING:
+            self._begin(now)
+        return None
+
+    def leave(self, client: str, now: float) -> None:
+        """A client leaves for good: no round waits for it any more."""
+        self._gone.add(client)
+        self._clients.pop(client, None)
+        self._note("left", client=client)
+        if self.state == ROUND and client in self.members:
+            self._drop([client], now, "left")
+        elif self.state == ENROLLING:
+            self._begin(now)
+
+    def next_turn(self, client: str, incarnation: str, now: float) -> Turn | Refused:
+        """A client asks what to do. It takes part if a round of its stands at its beginning."""
+        known = self._clients.get(client)
+        if known is None or known.incarnation != incarnation:
+            return Refused("FAILED_PRECONDITION", f"{client!r} has to join first")
+        known.heard = now
+        if self.state == DONE:
+            return Turn(DONE, self.epoch, self.round)
+        if self.state == ROUND and client in self.members and not self._touched(client):
+            return Turn(ROUND, self.epoch, self.round, self.members)
+        return Turn(ENROLLING, self.epoch, self.round, missing=self.missing())
+
+    def message(self, client: str, id: Id, payload: Any, digest: str, now: float) -> Refused | None:
+        """A client sends a message. Its answer is in `poll`, once all others have sent theirs."""
+        if client not in self.roster:
+            return Refused("PERMISSION_DENIED", f"{client!r} is not in the roster")
+        if client in self._clients:
+            self._clients[client].heard = now
+        seen = self._mail.get((client, id))
+        if seen is not None:
+            return None if seen[0] == digest else Refused("ALREADY_EXISTS", f"{_name(id)} was sent with other content")
+        if refused := self._misplaced(client, id):
+            return refused
+        self._mail[client, id] = (digest, None)
+        self._inbox[client, id.at] = payload
+        return None
+
+    def expected(self, client: str, id: Id) -> Barrier | None:
+        """Returns the barrier at which a message of this id would be taken now; None if it would not be."""
+        return None if client not in self.roster or self._misplaced(client, id) else self._barriers[id.at]
+
+    def poll(self, client: str, id: Id) -> Reply | Refused | None:
+        """Returns the answer to a message that was sent; None while it is waited for."""
+        seen = self._mail.get((client, id))
+        if seen is not None and seen[1] is not None:
+            return seen[1]
+        if seen is not None and id.epoch == self.epoch and client in self.members:
+            return None
+        return self._misplaced(client, id) or Refused("FAILED_PRECONDITION", f"{_name(id)} was not sent")
+
+    # --- the server's own ---
+
+    def tick(self, now: float) -> None:
+        """Looks at the clock: lets a round begin without those who are not there, or go on without those who are late."""
+        if self.state == ENROLLING:
+            self._begin(now)
+        elif self.state == ROUND and not self._busy and self._since is not None:
+            late = self.late()
+            if not late or now - self._since < self.rules.deadline:
+                return
+            if len(self.members) - len(late) < self.rules.quorum:
+                # Fewer than the quorum would stay: those who are late are waited for, and the round is not spoiled.
+                self._since = now
+                self._note("waiting", clients=late)
+                return
+            self._drop(late, now, f"late at {self._where()}")
+
+    def due(self) -> Compute | None:
+        """Returns what is to be computed now, if anything is; it is under way until `computed` or `failed`."""
+        if self.state != ROUND or self._busy or self.at >= len(self._barriers):
+            return None
+        barrier = self._barriers[self.at]
+        who = tuple(c for c in barrier.who if c in self.members)
+        if any((c, self.at) not in self._inbox for c in who):
+            return None
+        self._busy = True
+        messages = {c: self._inbox.pop((c, self.at)) for c in who}
+        return Compute(Id(self.epoch, self.round, self.at), barrier, self.members, messages)
+
+    def computed(self, what: Compute, replies: Mapping[str, Any], now: float) -> bool:
+        """Takes the result of `due`: answers go out, and the next barrier is waited at.
+
+        Returns:
+          Whether it counts. If not, the round was begun again in the meantime, and nothing of this result may be kept.
+        """
+        if what.id.epoch != self.epoch:
+            return False
+        self._busy = False
+        for client in what.messages:
+            digest, _ = self._mail[client, what.id]
+            self._mail[client, what.id] = (digest, Reply(replies.get(client)))
+        self.at += 1
+        self._since = now
+        self._forget()
+        self._skip()
+        if self.at >= len(self._barriers):
+            self._note("round", round=self.round, members=self.members)
+            self.round += 1
+            self.state = DONE if self.round >= self.rounds or self.draining else ENROLLING
+            if self.state == ENROLLING:
+                self._since = now
+                self._begin(now)
+        return True
+
+    def drain(self) -> None:
+        """Lets the round under way be the last one."""
+        self.draining = True
+        if self.state == ENROLLING:
+            self.state = DONE
+
+    # --- what others may ask ---
+
+    def here(self) -> tuple[str, ...]:
+        """Returns who has joined, in the roster's order."""
+        return tuple(c for c in self.roster if c in self._clients)
+
+    def missing(self) -> tuple[str, ...]:
+        """Returns who of the next round's cohort is not there."""
+        drawn = self.cohort_of(self.round) if self.round < self.rounds else ()
+        return tuple(c for c in drawn if c not in self._clients and c not in self._gone)
+
+    def late(self) -> tuple[str, ...]:
+        """Returns who of the round has not sent what the barrier waits for."""
+        if self.state != ROUND or self._busy or self.at >= len(self._barriers):
+            return ()
+        waited = self._barriers[self.at].who
+        return tuple(c for c in waited if c in self.members and (c, self.at) not in self._inbox)
+
+    def blocks(self) -> dict[str, int]:
+        """Returns how much text each client has declared."""
+        return {c: self._clients[c].blocks for c in self.here()}
+
+    def held(self) -> int:
+        """Returns how many payloads and answers are held: it doesn't grow with the rounds."""
+        return len(self._inbox) + len(self._mail)
+
+    # --- how it goes on ---
+
+    def _begin(self, now: float) -> None:
+        """Begins the round if everybody drawn is there, or a quorum is and the others have had their grace."""
+        if self.state != ENROLLING:
+            return
+        if self.round >= self.rounds or self.draining:
+            self.state = DONE
+            return
+        if self._since is None:
+            self._since = now
+        drawn = tuple(self.cohort_of(self.round))
+        there = tuple(c for c in drawn if c in self._clients)
+        waits = any(c not in self._clients and c not in self._gone for c in drawn)
+        if len(there) < self.rules.quorum or (waits and now - self._since < self.rules.join_grace):
+            return
+        self.members, self.state = there, ROUND
+        self._start(now)
+        self._note("begins", round=self.round, members=there, absent=tuple(c for c in drawn if c not in there))
+
+    def _start(self, now: float) -> None:
+        self.epoch += 1
+        self.at, self._busy, self._since = 0, False, now
+        self._barriers = tuple(self.script(self.members, self.round))
+        self._inbox.clear()
+        # Of the round before, the last answers are kept: one of them may have been lost.
+        self._mail = {key: value for key, value in self._mail.items() if value[1] is not None}
+        self._forget()
+
+    def _restart(self, now: float, why: str) -> None:
+        """Begins the round again, for all who are in it."""
+        self._mail = {key: value for key, value in self._mail.items() if key[1].epoch != self.epoch}
+        self._start(now)
+        self._note("again", round=self.round, why=why)
+
+    def _drop(self, clients: Sequence[str], now: float, why: str) -> None:
+        """Goes on without clients: they come back with the next round."""
+        self.members = tuple(c for c in self.members if c not in clients)
+        for client in clients:
+            self._inbox = {key: value for key, value in self._inbox.items() if key[0] != client}
+            self._note("dropped", client=client, round=self.round, at=self.at, why=why)
+        self._since = now
+        if len(self.members) < self.rules.quorum:
+            self.state, self.epoch = ENROLLING, self.epoch + 1  # the round begins again when there are enough
+            self._busy = False
+            self._inbox.clear()
+            self._begin(now)
+        elif not self._busy:
+            self._skip()
+
+    def _skip(self) -> None:
+        """Passes over barriers at which nobody is left to send anything."""
+        while self.at < len(self._barriers) and not any(c in self.members for c in self._barriers[self.at].who):
+            self.at += 1
+
+    def _misplaced(self, client: str, id: Id) -> Refused | None:
+        if id.epoch != self.epoch or id.round != self.round or self.state != ROUND:
+            return Refused("ABORTED", f"{_name(id)} is over, or was begun again; ask for the next turn")
+        if client not in self.members:
+            return Refused("ABORTED", f"{client} was left out of round {self.round}, and comes back with the next one")
+        here = self.at <= id.at < min(self.at + self.rules.window, len(self._barriers))
+        if not here or client not in self._barriers[id.at].who:
+            return Refused("FAILED_PRECONDITION", f"expected {self._where()}, got {_name(id)}")
+        return None
+
+    def _touched(self, client: str) -> bool:
+        """Whether a client has sent anything in this epoch: then it is in the midst of its round."""
+        return any(c == client and id.epoch == self.epoch for c, id in self._mail)
+
+    def _forget(self) -> None:
+        """Keeps the answers that may still be asked for: those of the last barriers that a client can have waited at."""
+        newest = sorted({id for _, id in self._mail})[-(self.rules.window + 1) :]
+        self._mail = {key: value for key, value in self._mail.items() if key[1] in newest or value[1] is None}
+
+    def _where(self) -> str:
+        barrier = self._barriers[self.at] if self.at < len(self._barriers) else None
+        said = f" ({barrier.phase}, step {barrier.step})" if barrier else ""
+        return f"{_name(Id(self.epoch, self.round, self.at))}{said}"
+
+    def _note(self, event: str, **what: Any) -> None:
+        self.events.append({"event": event, **what})
+
+
+def _name(id: Id) -> str:
+    return f"message {id.at} of round {id.round} (epoch {id.epoch})"
