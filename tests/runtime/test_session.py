@@ -389,7 +389,7 @@ def test_in_turn_a_client_that_is_late_is_passed_over():
     session = enrolled(rounds=1, script=in_turn)
     barrier_of = lambda: session._barriers[session.at].who  # noqa: E731
     assert barrier_of() == ("adams",)
-    session.tick(10.0)
+    session.tick(12.0)
     assert barrier_of() == ("jefferson",) and session.members == ("jefferson", "washington")
 
 
