@@ -128,8 +128,7 @@ def make_evaluate(
             model = model_of(state, batch.clients)
             questions = masked(streams.secrets(seeds), batch, spec)
             logits = joined_logits(segments, model.client, model.server, questions)
-            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), questions.labels[..., None], axis=-1)[..., 0]
-            return _sums(nll, jnp.argmax(logits, axis=-1), questions, batch.real)
+            return sums_of(logits, questions, batch.real)
 
         return jax.lax.map(one, data)
 
@@ -148,6 +147,12 @@ def make_evaluate_frequencies(spec: MaskSpec, seeds: Seeds) -> Callable[[jax.Arr
         return jax.lax.map(one, data)
 
     return evaluate
+
+
+def sums_of(logits: jax.Array, questions: MaskedBatch, real: jax.Array) -> jax.Array:
+    """Returns the summed loss, right answers and count of a batch's logits [B, M, V], float32 [3]; `real` is float32 [B]."""
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), questions.labels[..., None], axis=-1)[..., 0]
+    return _sums(nll, jnp.argmax(logits, axis=-1), questions, real)
 
 
 def _sums(nll: jax.Array, guesses: jax.Array, questions: MaskedBatch, real: jax.Array) -> jax.Array:

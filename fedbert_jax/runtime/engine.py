@@ -1,0 +1,368 @@
+"""The server's work: computes what the session says is due, and holds the body, the segment and their optimizers.
+
+A round works on a copy of the state, which takes the state's place when the round is over. A round that begins again
+begins from the state. Arrays are never overwritten, so the copy costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedbert_jax.data.sampling import client_weights
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.split import Up
+from fedbert_jax.federated.state import Rows
+from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
+from fedbert_jax.runtime.parties import ClientPrograms, ServerPrograms
+from fedbert_jax.runtime.payloads import from_tensors, merged, schema_of, stacked, to_tensors, zeros_like
+from fedbert_jax.runtime.session import Barrier, Compute
+
+FORWARD, BACKWARD, CONTRIBUTE, UPLOAD, HAND_ON, SCORES = "forward", "backward", "contribute", "upload", "hand on", "scores"
+NORM = {"norm": TensorSpec("float32", ())}
+SUMS = {"sums": TensorSpec("float32", (3,))}  # summed loss, right answers, positions asked for
+
+
+class ServerState(NamedTuple):
+    """All that changes from round to round."""
+
+    segment: Any  # the client segment, as far as the server holds it
+    segment_opt: Any  # its optimizer state; () where it doesn't travel
+    body: Any
+    body_opt: Any
+    outer: Any
+
+
+class Shapes(NamedTuple):
+    """What crosses, as shapes of one client's payloads."""
+
+    up: Up
+    hidden: Any
+    gradient: Any  # message 3
+    segment: Any
+    segment_opt: Any
+    contribution: Any
+    upload: Any
+    mean: Any
+
+
+def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
+    """Returns what crosses, from shapes alone.
+
+    Args:
+      s: the setting.
+      rows: the shapes of what one client trains on in one step, [B, ...].
+      parts: microbatches of a step.
+    """
+    programs, server = ClientPrograms(s, 0, parts), ServerPrograms(s, 1)
+    zero, weight = jnp.int32(0), jnp.float32(1)
+    segment = jax.eval_shape(programs.new_segment)
+    opt = jax.eval_shape(programs.new_optimizer, segment)
+    drawn = jax.eval_shape(programs.draw, rows, zero, zero)
+    up, _ = jax.eval_shape(programs.begin, segment, drawn, zero)
+    lifted = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), up)
+    body = jax.eval_shape(server.new_body)
+    body = jax.eval_shape(server.replicate, body) if server.copies else body
+    z, _ = jax.eval_shape(server.forward, body, lifted, jnp.ones(1), zero, zero, jnp.zeros(1, jnp.int32))
+    z = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
+    _, _, dz = jax.eval_shape(programs.head, segment, drawn, zero, z)
+    unsent = segment if s.config.wire.gradient_codec == "int8" else ()
+    contribution, _ = jax.eval_shape(programs.contribution, segment, unsent, weight)
+    upload = jax.eval_shape(programs.upload, segment, segment, weight)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), contribution)
+    mean = jax.eval_shape(server.gradient, one, jnp.ones(1)) if s.how.averages_gradients else ()
+    return Shapes(up, z, dz, segment, opt, contribution, upload, mean)
+
+
+class Engine:
+    """The server's arithmetic.
+
+    Args:
+      s: the setting; `cohort` is C.
+      roster: the clients, in the order of their indices.
+      rows: the shapes of what one client trains on in one step.
+      parts: microbatches of a step.
+    """
+
+    def __init__(self, s: Setting, roster: Sequence[str], rows: Rows, parts: int = 1):
+        self.s, self.how, self.f = s, s.how, s.config.federated
+        self.roster, self.parts = tuple(roster), parts
+        self.in_turn = self.how.clients == "in turn"
+        self.slots = 1 if self.in_turn else s.cohort
+        self.programs = ServerPrograms(s, self.slots)
+        self.shapes = shapes_of(s, rows, parts)
+        self.opt_travels = self.f.client_optimizer_state == "average" and not self.how.averages_gradients
+        self.own_update = jax.jit(s.client_tx.update)  # of the server's own copy, where gradients are averaged
+        self.state: ServerState | None = None
+        self.work: ServerState | None = None
+        self.round = 0
+        self.members: tuple[str, ...] = ()
+
+    # --- what a round is ---
+
+    def script(self, members: tuple[str, ...], round: int, evaluates: bool) -> list[Barrier]:
+        """Returns the barriers of a round."""
+        steps, parts = range(self.f.local_steps), range(self.parts)
+        script: list[Barrier] = []
+        for who in [(c,) for c in members] if self.in_turn else [members]:
+            for k in steps:
+                script += [Barrier(FORWARD, k, who, p) for p in parts] + [Barrier(BACKWARD, k, who, p) for p in parts]
+                if self.how.averages_gradients:
+                    script.append(Barrier(CONTRIBUTE, k, who))
+            if self.in_turn:
+                script.append(Barrier(HAND_ON, self.f.local_steps, who))
+        if self.how.client == "copies":
+            script.append(Barrier(UPLOAD, self.f.local_steps, members))
+        return script + ([Barrier(SCORES, self.f.local_steps, members)] if evaluates else [])
+
+    def schema(self, barrier: Barrier) -> Schema:
+        """Returns what is expected of a message at a barrier."""
+        sh = self.shapes
+        if barrier.phase == FORWARD:
+            return schema_of("up", sh.up)
+        if barrier.phase == BACKWARD:
+            return merged(schema_of("dz", sh.gradient), {"loss": TensorSpec("float32", ())})
+        if barrier.phase == CONTRIBUTE:
+            return merged(schema_of("gradient", sh.contribution), NORM)
+        if barrier.phase == SCORES:
+            return SUMS
+        state = schema_of("opt", sh.segment_opt) if self.opt_travels else {}
+        return merged(schema_of("segment", sh.upload if barrier.phase == UPLOAD else sh.segment), state, NORM)
+
+    def weights(self, members: Sequence[str], blocks: Mapping[str, int]) -> np.ndarray:
+        """Returns the shares of the clients of a round, by how much text each has; float32, summing to 1."""
+        sizes = np.array([blocks[c] for c in members])
+        return client_weights(sizes, np.arange(len(members)), self.f.weighting)
+
+    # --- the work ---
+
+    def begin(self, round: int, members: tuple[str, ...], blocks: Mapping[str, int]) -> None:
+        """Begins a round, anew or again."""
+        assert self.state is not None
+        body, opt = self.state.body, self.state.body_opt
+        if self.programs.copies:
+            body, opt = self.programs.replicate(body), self.programs.replicate(opt)
+        self.work = self.state._replace(body=body, body_opt=opt)
+        self.round, self.members = round, members
+        self._share = dict(zip(members, self.weights(members, blocks), strict=True))
+        self._kept: list[Any] = []
+        self._grads: Any = None
+        self._losses: dict[str, list[float]] = {c: [] for c in members}
+        self._norms: list[float] = []
+        self._client_norms: dict[str, list[float]] = {c: [] for c in members}
+        self.scores: dict[str, np.ndarray] = {}
+
+    def compute(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        """Computes a barrier.
+
+        Returns:
+          Each client's answer, and what keeps the result: to be called if it counts.
+        """
+        return {
+            FORWARD: self._forward,
+            BACKWARD: self._backward,
+            CONTRIBUTE: self._contribute,
+            UPLOAD: self._upload,
+            HAND_ON: self._hand_on,
+            SCORES: self._take_scores,
+        }[what.barrier.phase](what)
+
+    def finish_round(self) -> None:
+        """Ends a round: what it worked on becomes the state."""
+        assert self.work is not None
+        work = self.work
+        if self.programs.copies:
+            shares = self._at_slots({c: self._share[c] for c in self._there})
+            body = self.programs.average_states(work.body, shares)
+            work = work._replace(body=body, body_opt=self.programs.average_states(work.body_opt, shares))
+        self.state = jax.block_until_ready(work)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the numbers of the round that was computed last: means over steps, and over clients by weight."""
+        shares = {c: self._share[c] for c in self._losses if self._losses[c]}
+        total = sum(shares.values()) or 1.0
+        mean = lambda each: float(sum(shares[c] * np.mean(each[c]) for c in shares if each[c]) / total)  # noqa: E731
+        return {
+            "train_loss": mean(self._losses),
+            "grad_norm_client": mean(self._client_norms),
+            "grad_norm_server": float(np.mean(self._norms)) if self._norms else 0.0,
+        }
+
+    def transform(self, tensors: Tensors) -> Tensors:
+        """Runs the body on h [B, T, D], for evaluation: without dropout, and keeping nothing."""
+        assert self.work is not None
+        body = self.work.body
+        if self.programs.copies:
+            shares = self._at_slots({c: self._share[c] for c in self._there})
+            body = self.programs.average_states(body, shares)
+        positions = tensors["positions"].astype(np.int32)
+        return {"z": np.asarray(self.programs.transform(body, tensors["h"], positions), np.float32)}
+
+    def segment(self) -> Tensors:
+        """Returns what a client that comes, or comes back, begins a round with."""
+        assert self.state is not None
+        state = self.work if self.in_turn and self.work is not None else self.state
+        tensors = to_tensors("segment", state.segment)
+        return tensors | (to_tensors("opt", state.segment_opt) if jax.tree.leaves(state.segment_opt) else {})
+
+    def begin_with(self, tensors: Tensors) -> None:
+        """Takes the segment that the clients have drawn, before the first round."""
+        segment = from_tensors("segment", self.shapes.segment, tensors)
+        keeps = self.opt_travels or self.how.averages_gradients
+        opt = jax.jit(self.s.client_tx.init)(segment) if keeps else ()
+        body = self.programs.new_body()
+        outer = self.s.outer.init(segment) if self.s.outer else ()
+        self.state = ServerState(segment, opt, body, self.programs.new_optimizer(body), outer)
+
+    # --- barrier by barrier ---
+
+    def _forward(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        assert self.work is not None
+        like = self.shapes.up
+        ups = self._fill({c: from_tensors("up", like, m) for c, m in what.messages.items()}, like)
+        weights = self._weights_of(what.messages)
+        ids = np.array([self.roster.index(c) for c in self._slot_names(what)], np.int32)
+        z, kept = self.programs.forward(self.work.body, ups, weights, np.int32(self.round), np.int32(what.barrier.step), ids)
+        z = jax.tree.map(np.asarray, z)
+        replies = {c: to_tensors("z", self._of(z, c, what)) for c in what.messages}
+
+        def keep() -> None:
+            self._kept.append((kept, tuple(what.messages)))
+
+        return replies, keep
+
+    def _backward(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        assert self.work is not None
+        (kept, _), like = self._kept[0], self.shapes.gradient
+        given = {c: from_tensors("dz", like, m) for c, m in what.messages.items()}
+        dz = self._fill(given, like)
+        weights = self._weights_of(what.messages)
+        grads, dh = self.programs.backward(kept, dz, weights)
+        if self._grads is not None:
+            grads = self.programs.add(self._grads, grads)
+        dh = jax.tree.map(np.asarray, dh)
+        replies = {c: to_tensors("dh", self._of(dh, c, what)) for c in what.messages}
+        last = what.barrier.part == self.parts - 1
+        body, opt, norm = self.work.body, self.work.body_opt, jnp.zeros(())
+        if last:
+            body, opt, norm = self.programs.update(grads, opt, body, self._step(what))
+
+        def keep() -> None:
+            assert self.work is not None
+            self._kept.pop(0)
+            self._grads = None if last else grads
+            for c, m in what.messages.items():
+                if what.barrier.part:
+                    self._losses[c][-1] += float(m["loss"])
+                else:
+                    self._losses[c].append(float(m["loss"]))
+            if last:
+                self.work = self.work._replace(body=body, body_opt=opt)
+                self._norms.append(float(jnp.mean(norm)))
+
+        return replies, keep
+
+    def _contribute(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        assert self.work is not None
+        like = self.shapes.contribution
+        given = self._fill({c: from_tensors("gradient", like, m) for c, m in what.messages.items()}, like)
+        mean = self.programs.gradient(given, self._at_slots({c: self._share[c] for c in what.messages}))
+        crossing = to_tensors("mean", mean)
+        channel = self.s.cut().channels.mean
+        received = mean if channel is None else channel.receive(mean)
+        segment, opt, _ = self.own_update(received, self.work.segment_opt, self.work.segment, self._step(what))
+
+        def keep() -> None:
+            assert self.work is not None
+            self._note_norms(what)
+            self.work = self.work._replace(segment=segment, segment_opt=opt)
+
+        return dict.fromkeys(what.messages, crossing), keep
+
+    def _upload(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        assert self.work is not None
+        like, shares = self.shapes.upload, self._at_slots({c: self._share[c] for c in what.messages})
+        given = self._fill({c: from_tensors("segment", like, m) for c, m in what.messages.items()}, like)
+        segment, outer = self.programs.average(self.work.segment, given, shares, self.work.outer)
+        opt = self.work.segment_opt
+        if self.opt_travels:
+            states = {c: from_tensors("opt", self.shapes.segment_opt, m) for c, m in what.messages.items()}
+            opt = self.programs.average_states(self._fill(states, self.shapes.segment_opt), shares)
+        answer = to_tensors("segment", segment) | (to_tensors("opt", opt) if self.opt_travels else {})
+
+        def keep() -> None:
+            assert self.work is not None
+            self._note_norms(what)
+            self.work = self.work._replace(segment=segment, segment_opt=opt, outer=outer)
+
+        return dict.fromkeys(what.messages, answer), keep
+
+    def _hand_on(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        (message,) = what.messages.values()
+        segment = from_tensors("segment", self.shapes.segment, message)
+        opt = from_tensors("opt", self.shapes.segment_opt, message) if self.opt_travels else ()
+
+        def keep() -> None:
+            assert self.work is not None
+            self._note_norms(what)
+            self.work = self.work._replace(segment=segment, segment_opt=opt)
+
+        return {client: {} for client in what.messages}, keep
+
+    def _take_scores(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        def keep() -> None:
+            self.scores = {c: np.asarray(m["sums"], np.float64) for c, m in what.messages.items()}
+
+        return {client: {} for client in what.messages}, keep
+
+    # --- slots ---
+
+    @property
+    def _there(self) -> list[str]:
+        return [c for c in self.members if self._losses[c]]
+
+    def _slot_names(self, what: Compute) -> list[str]:
+        """Returns whose slot each is; an empty one repeats the first client's name, with weight 0."""
+        if self.in_turn:
+            return list(what.barrier.who)
+        return [*self.members, *[self.members[0]] * (self.slots - len(self.members))]
+
+    def _fill(self, given: Mapping[str, Any], like: Any) -> Any:
+        """Stacks payloads at their slots, [C, ...], with zeros where nobody is."""
+        if self.in_turn:
+            return stacked(list(given.values()))
+        zero = zeros_like(like)
+        rows = [given.get(c, zero) for c in self.members]
+        return stacked(rows + [zero] * (self.slots - len(rows)))
+
+    def _at_slots(self, shares: Mapping[str, float]) -> np.ndarray:
+        weights = np.zeros(self.slots, np.float32)
+        for n, c in enumerate(self.members[: self.slots] if not self.in_turn else list(shares)):
+            weights[n] = shares.get(c, 0.0)
+        return weights
+
+    def _weights_of(self, there: Mapping[str, Any]) -> np.ndarray:
+        """Returns the shares of who is there, summing to 1, at their slots."""
+        if self.in_turn:
+            return np.ones(1, np.float32)
+        weights = self._at_slots({c: self._share[c] for c in there})
+        return weights if set(there) == set(self.members) else weights / weights.sum()
+
+    def _of(self, stack: Any, client: str, what: Compute) -> Any:
+        """Returns a client's part of a stack [C, ...]."""
+        n = 0 if self.in_turn else self.members.index(client)
+        return jax.tree.map(lambda x: x[n], stack)
+
+    def _step(self, what: Compute) -> np.int32:
+        """Returns the global step, from which the rates follow."""
+        per_round = self.f.steps_per_round(self.s.cohort)
+        turn = self.members.index(what.barrier.who[0]) * self.f.local_steps if self.in_turn else 0
+        return np.int32(self.round * per_round + turn + what.barrier.step)
+
+    def _note_norms(self, what: Compute) -> None:
+        for c, m in what.messages.items():
+            self._client_norms[c].append(float(m["norm"]))

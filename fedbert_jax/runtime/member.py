@@ -1,0 +1,228 @@
+"""A client's part in a federation: its rounds, step by step, against whatever carries its messages.
+
+It holds the client segment and its optimizer state between rounds. A round begins from what it held then, so a round that is
+begun again needs nothing but that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedbert_jax.data import streams
+from fedbert_jax.data.masking import MaskSpec
+from fedbert_jax.data.streams import seeds_of
+from fedbert_jax.federated.evaluation import EvalSet, masked, sums_of
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.runtime.engine import Shapes
+from fedbert_jax.runtime.frames import Tensors
+from fedbert_jax.runtime.parties import ClientPrograms
+from fedbert_jax.runtime.payloads import from_tensors, to_tensors
+from fedbert_jax.runtime.session import Id
+
+
+class Wire(Protocol):
+    """What carries a client's messages."""
+
+    def post(self, id: Id, tensors: Tensors) -> Future[Tensors]:
+        """Sends a message; the future has its answer."""
+        ...
+
+    def transform(self, tensors: Tensors) -> Tensors:
+        """Asks for the body's output, for evaluation."""
+        ...
+
+
+class Held(NamedTuple):
+    """What a client holds between rounds."""
+
+    segment: Any
+    opt: Any  # () where it is made anew each round
+    unsent: Any  # what a gradient codec has lost so far; () where it loses nothing
+    round: int  # the round that this is the beginning of
+
+
+class Ended(NamedTuple):
+    """A round's end at one client."""
+
+    held: Held
+    loss: float  # mean over its steps
+    sums: np.ndarray | None  # float32 [3], of an evaluation
+
+
+class Member:
+    """One client.
+
+    Args:
+      s: the setting.
+      index: its place in the roster.
+      rows: (round) -> what it trains on in that round, [K, B, ...].
+      shapes: what crosses (`engine.shapes_of`).
+      parts: microbatches of a step.
+      heldout: its held-out blocks, in batches; None if it has none.
+      mask: the vocabulary's facts for masking, which evaluation needs.
+    """
+
+    def __init__(
+        self,
+        s: Setting,
+        index: int,
+        rows: Callable[[int], Any],
+        shapes: Shapes,
+        parts: int = 1,
+        heldout: EvalSet | None = None,
+        mask: MaskSpec | None = None,
+    ):
+        self.s, self.index, self.rows, self.shapes, self.parts = s, index, rows, shapes, parts
+        self.programs, self.heldout = ClientPrograms(s, index, parts), heldout
+        f = s.config.federated
+        self.opt_travels = f.client_optimizer_state == "average" and not s.how.averages_gradients
+        if heldout is not None and mask is not None:
+            self._questions = jax.jit(lambda one: masked(streams.secrets(seeds_of(s.config)), one, mask))
+            self._embed = jax.jit(s.segments.embed)
+            self._sums = jax.jit(lambda params, z, q, real: sums_of(s.segments.predict(params, z), q, real))
+
+    def fresh(self) -> Held:
+        """Returns what a client holds before the first round: the segment that all of them draw."""
+        segment = self.programs.new_segment()
+        opt = () if self.s.config.federated.client_optimizer_state == "reset" else self.programs.new_optimizer(segment)
+        return Held(segment, opt, self._nothing_unsent(segment), 0)
+
+    def received(self, tensors: Tensors, held: Held | None, round: int) -> Held:
+        """Returns what a client holds that was sent the segment, as it comes or comes back."""
+        segment = from_tensors("segment", self.shapes.segment, tensors)
+        if any(name.startswith("opt/") for name in tensors):
+            opt = from_tensors("opt", self.shapes.segment_opt, tensors)
+        else:
+            opt = held.opt if held is not None else self.programs.new_optimizer(segment)
+        unsent = held.unsent if held is not None else self._nothing_unsent(segment)
+        return Held(jax.device_put(segment), jax.device_put(opt), unsent, round)
+
+    def compile(self) -> None:
+        """Compiles what a step needs, before anybody waits for it."""
+        held, zero = self.fresh(), np.int32(0)
+        drawn = self.programs.draw(jax.tree.map(lambda x: x[0], self.rows(0)), zero, zero)
+        up, kept = self.programs.begin(held.segment, drawn, zero)
+        z = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.hidden)
+        _, grads, _ = self.programs.head(held.segment, drawn, zero, z)
+        dh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), up.h)
+        grads = self.programs.finish(kept, dh, grads)
+        opt = held.opt if jax.tree.leaves(held.opt) else self.programs.new_optimizer(held.segment)
+        jax.block_until_ready(self.programs.update(grads, opt, held.segment, zero))
+
+    def first_message(self, members: Sequence[str], me: str) -> int:
+        """Returns the barrier at which this client sends its first message of a round."""
+        place = members.index(me) if self.s.how.clients == "in turn" else 0
+        return place * self._per_turn()
+
+    def scores_at(self, members: Sequence[str]) -> int:
+        """Returns the barrier of a round's evaluation."""
+        return self._per_turn() * (len(members) if self.s.how.clients == "in turn" else 1)
+
+    def _per_turn(self) -> int:
+        """Returns how many messages a client sends before an evaluation."""
+        how, f = self.s.how, self.s.config.federated
+        once = how.clients == "in turn" or how.client == "copies"
+        return f.local_steps * (2 * self.parts + how.averages_gradients) + once
+
+    def run_round(
+        self, held: Held, id: Id, members: Sequence[str], me: str, weight: float, evaluates: bool, wire: Wire
+    ) -> Ended:
+        """Trains a round.
+
+        Args:
+          held: what it begins from.
+          id: the round's first message.
+          members: who takes part, in the order of their turns where they take turns.
+          me: this client's name.
+          weight: its share.
+          evaluates: whether the round ends with an evaluation.
+          wire: what carries messages.
+
+        Raises:
+          whatever `wire` raises; the round has then changed nothing.
+        """
+        how, f, p = self.s.how, self.s.config.federated, self.programs
+        in_turn = how.clients == "in turn"
+        at = self.first_message(members, me)
+        first = id.round * f.steps_per_round(self.s.cohort) + (members.index(me) * f.local_steps if in_turn else 0)
+        segment, opt, unsent = held.segment, held.opt, held.unsent
+        if not jax.tree.leaves(opt):
+            opt = p.new_optimizer(segment)
+        rows, losses, norms = self.rows(id.round), [], []
+        for k in range(f.local_steps):
+            drawn = p.draw(jax.tree.map(lambda x: x[k], rows), np.int32(id.round), np.int32(k))  # noqa: B023
+            grads, loss = self._gradient(segment, drawn, id._replace(at=at), wire)
+            at += 2 * self.parts
+            step = np.int32(first + k)
+            if how.averages_gradients:
+                payload, unsent = p.contribution(grads, unsent, np.float32(weight))
+                norm = np.asarray(_norm(grads), np.float32)
+                tensors = to_tensors("gradient", payload) | {"norm": norm}
+                answer = wire.post(id._replace(at=at), tensors).result()
+                grads, at = p.mean_gradient(from_tensors("mean", self.shapes.mean, answer)), at + 1
+            segment, opt, norm = p.update(grads, opt, segment, step)
+            losses.append(loss)
+            norms.append(float(norm))
+        norm = np.asarray(np.mean(norms), np.float32)
+        own = () if f.client_optimizer_state == "reset" else opt
+        state = to_tensors("opt", opt) if self.opt_travels else {}
+        if in_turn:
+            wire.post(id._replace(at=at), to_tensors("segment", segment) | state | {"norm": norm}).result()
+        elif how.client == "copies":
+            payload = p.upload(segment, held.segment, np.float32(weight))
+            answer = wire.post(id._replace(at=at), to_tensors("segment", payload) | state | {"norm": norm}).result()
+            after = self.received(answer, Held(segment, own, unsent, id.round), id.round + 1)
+            segment, own = after.segment, after.opt
+        sums = None
+        if evaluates:
+            sums = self.score(segment, wire)
+            wire.post(id._replace(at=self.scores_at(members)), {"sums": sums}).result()
+        return Ended(Held(segment, own, unsent, id.round + 1), float(np.mean(losses)), sums)
+
+    def score(self, segment: Any, wire: Wire) -> np.ndarray:
+        """Scores the model on the client's held-out text; returns sums, float32 [3] (`evaluation.sums_of`)."""
+        total = np.zeros(3, np.float32)
+        for n in range(0 if self.heldout is None else len(self.heldout.clients)):
+            assert self.heldout is not None
+            one = jax.tree.map(lambda x: x[n], self.heldout)  # noqa: B023
+            questions = self._questions(one)
+            h = np.asarray(self._embed(segment, questions), np.float32)
+            positions = np.asarray(questions.positions, np.uint16)
+            z = wire.transform({"h": h, "positions": positions})["z"]
+            total += np.asarray(self._sums(segment, z, questions, one.real))
+        return total
+
+    def _gradient(self, segment: Any, drawn: Any, id: Id, wire: Wire) -> tuple[Any, float]:
+        """Returns the gradient of a step and its loss; microbatches are on their way while others are computed."""
+        p, parts = self.programs, [np.int32(n) for n in range(self.parts)]
+        begun, asked, answered, loss, total = [], [], [], 0.0, None
+        for n in parts:
+            up, kept = p.begin(segment, drawn, n)
+            begun.append(kept)
+            asked.append(wire.post(id._replace(at=id.at + int(n)), to_tensors("up", up)))
+        for n in parts:
+            z = from_tensors("z", self.shapes.hidden, asked[n].result())
+            value, grads, dz = p.head(segment, drawn, n, z)
+            mine = np.asarray(value, np.float32)
+            message = to_tensors("dz", dz) | {"loss": mine}
+            answered.append((grads, wire.post(id._replace(at=id.at + self.parts + int(n)), message)))
+            loss += float(mine)
+        for kept, (head_grads, future) in zip(begun, answered, strict=True):
+            dh = from_tensors("dh", self.shapes.up.h, future.result())
+            grads = p.finish(kept, dh, head_grads)
+            total = grads if total is None else p.add(total, grads)
+        return total, loss
+
+    def _nothing_unsent(self, segment: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, segment) if self.s.config.wire.gradient_codec == "int8" else ()
+
+
+@jax.jit
+def _norm(grads: Any) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)))

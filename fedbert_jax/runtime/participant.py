@@ -1,0 +1,182 @@
+"""A client's way through a federation: it joins, takes its turns, comes back after an outage, and ends with the others."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+from fedbert_jax.errors import UserError
+from fedbert_jax.runtime import frames
+from fedbert_jax.runtime.frames import Tensors
+from fedbert_jax.runtime.member import Ended, Held, Member
+from fedbert_jax.runtime.payloads import to_tensors
+from fedbert_jax.runtime.service import Abort, Hello
+from fedbert_jax.runtime.session import DONE, ROUND, Id
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries to reach the server
+
+
+class Transport(Protocol):
+    """What brings a call to the server. It raises `service.Abort`; UNAVAILABLE is that it can't be reached."""
+
+    def call(self, method: str, data: bytes, timeout: float) -> bytes:
+        """Sends a frame and returns the answer's."""
+        ...
+
+
+class Line:
+    """A client's messages over a transport (`member.Wire`): what isn't answered is sent again, with the same id.
+
+    Args:
+      transport: what carries them.
+      parts: how many may be on their way at once.
+      limit: bytes that an answer may have.
+      patience: seconds for which an unreachable server is called again.
+      timeout: seconds that one call may take.
+      say: called with a sentence when the server can't be reached, and when it can again.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        parts: int,
+        limit: int,
+        patience: float,
+        timeout: float,
+        say: Callable[[str], None] = lambda text: None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._transport, self._limit, self._patience, self._timeout = transport, limit, patience, timeout
+        self._say, self._sleep, self._clock = say, sleep, clock
+        self._pool = ThreadPoolExecutor(parts, thread_name_prefix="fedbert-line") if parts > 1 else None
+        self.id = Id(0, 0, 0)  # of the evaluation under way
+        self.sent = self.received = 0  # bytes of frames
+
+    def ask(self, method: str, meta: dict[str, Any], tensors: Tensors | None = None) -> tuple[dict[str, Any], Tensors]:
+        """Calls the server, again and again while it can't be reached.
+
+        Raises:
+          Abort: with what the server refuses, or UNAVAILABLE after `patience` seconds.
+        """
+        data, began, pause = frames.encode(meta, tensors), self._clock(), FIRST_PAUSE
+        told = False
+        while True:
+            try:
+                answer = self._transport.call(method, data, self._timeout)
+            except Abort as error:
+                if error.code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or self._clock() - began > self._patience:
+                    raise
+                if not told:
+                    self._say(f"the server can't be reached ({error.text}); trying for {self._patience:.0f} s")
+                    told = True
+                self._sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            if told:
+                self._say("the server is there again")
+            self.sent, self.received = self.sent + len(data), self.received + len(answer)
+            return frames.decode(answer, self._limit)
+
+    def post(self, id: Id, tensors: Tensors) -> Future[Tensors]:
+        """Sends a message of a round."""
+        if self._pool is not None:
+            return self._pool.submit(lambda: self.ask("message", {"id": list(id)}, tensors)[1])
+        future: Future[Tensors] = Future()
+        future.set_result(self.ask("message", {"id": list(id)}, tensors)[1])
+        return future
+
+    def transform(self, tensors: Tensors) -> Tensors:
+        """Asks for the body's output."""
+        return self.ask("transform", {"id": list(self.id)}, tensors)[1]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Participant:
+    """One client of a federation, from joining to the end.
+
+    Args:
+      member: its arithmetic.
+      line: what carries its messages.
+      name: in the roster.
+      hello: what it says of itself.
+      blocks: how much training text it has.
+      held: what it holds, of an earlier process; None before the first.
+      wait: seconds that it asks for the next turn at a time.
+    """
+
+    def __init__(
+        self, member: Member, line: Line, name: str, hello: Hello, blocks: int, held: Held | None = None, wait: float = 20.0
+    ):
+        self.member, self.line, self.name, self.hello, self.blocks = member, line, name, hello, blocks
+        self.held, self.wait = held, wait
+        self.incarnation = uuid.uuid4().hex
+
+    def join(self) -> dict[str, Any]:
+        """Says that it is there; brings the first segment, if the server has none.
+
+        Raises:
+          UserError: if the server refuses it.
+        """
+        meta = self.hello._asdict() | {"incarnation": self.incarnation, "blocks": self.blocks}
+        try:
+            answer, _ = self.line.ask("join", meta)
+            if answer["bring"]:
+                self.line.ask("bring", {}, to_tensors("segment", self.member.fresh().segment))
+        except Abort as error:
+            raise UserError(f"the server refuses {self.name!r}: {error.text}.") from error
+        return answer
+
+    def run(
+        self,
+        on_round: Callable[[int, Ended], None] = lambda round, ended: None,
+        on_wait: Callable[[dict[str, Any]], None] = lambda turn: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Takes part until training is over.
+
+        Args:
+          on_round: called at the end of each round.
+          on_wait: called with the turn that says for whom the federation waits.
+          stop: whether to take no other turn.
+
+        Returns:
+          Whether training is over; False if `stop` said so.
+        """
+        self.join()
+        while not stop():
+            try:
+                turn, _ = self.line.ask("turn", {"incarnation": self.incarnation, "patience": self.wait})
+                if turn["state"] == DONE:
+                    return True
+                if turn["state"] != ROUND:
+                    on_wait(turn)
+                    continue
+                ended = self._round(turn)
+            except Abort as error:
+                if error.code == "FAILED_PRECONDITION":  # a server that came back knows of nobody
+                    self.join()
+                elif error.code != "ABORTED":
+                    raise UserError(f"the server ends {self.name!r}'s part: {error.text}.") from error
+                continue
+            self.held = ended.held
+            on_round(turn["round"], ended)
+        return False
+
+    def _round(self, turn: dict[str, Any]) -> Ended:
+        id, members = Id(turn["epoch"], turn["round"], 0), tuple(turn["members"])
+        in_turn = self.member.s.how.clients == "in turn"
+        held = self.held
+        if held is None or held.round != id.round or in_turn:
+            at = self.member.first_message(members, self.name)
+            _, tensors = self.line.ask("segment", {"id": list(id._replace(at=at))})
+            held = self.member.received(tensors, self.held, id.round)
+        self.line.id = id._replace(at=self.member.scores_at(members))
+        return self.member.run_round(held, id, members, self.name, turn["weight"], turn["evaluates"], self.line)

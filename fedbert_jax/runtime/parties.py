@@ -1,0 +1,199 @@
+"""What each party of a federation computes: the halves of a step and what follows them, each a compiled program.
+
+`ClientPrograms` is one client's, `ServerPrograms` the server's for C clients at a time. Both are made of the same setting
+as the simulation's round and of the same halves (`federated/split.py`), so nothing has to be kept in step by hand. A
+message, or the end of a step, lies between any two programs. They are the same in one process and over a network.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedbert_jax.data import streams
+from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.data.streams import Stream, seeds_of
+from fedbert_jax.federated import holding as hold
+from fedbert_jax.federated.average import outer_update, weighted_average, weighted_sum
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.split import Up, client_begin, client_finish, client_head, server_backward, server_forward
+from fedbert_jax.federated.state import Rows, pick
+from fedbert_jax.federated.wire import StepKeys
+
+Params = Any
+
+
+class Drawn(NamedTuple):
+    """One client's batch of a step, and its keys [1]."""
+
+    batch: MaskedBatch  # [B, ...]
+    keys: StepKeys
+
+
+class ClientPrograms:
+    """One client's programs.
+
+    Args:
+      s: the setting; its `num_clients` and its schedules are the federation's.
+      index: the client's place in the roster.
+      parts: microbatches of a step.
+    """
+
+    def __init__(self, s: Setting, index: int, parts: int = 1):
+        cut, self.s, self.index, self.parts = s.cut(), s, index, parts
+        share = s.config.federated.batch_size // parts
+
+        def draw(rows: Rows, round: jax.Array, step: jax.Array) -> Drawn:
+            batch, keys = s.draw(jax.tree.map(lambda x: x[None], rows), round, step, jnp.full(1, index, jnp.int32))
+            return Drawn(pick(batch, 0), keys._replace(server=None))
+
+        def part_of(drawn: Drawn, part: jax.Array) -> MaskedBatch:
+            """Returns some rows of a batch, weighted so that the parts' losses add up to the batch's."""
+            cut_out = lambda x: jax.lax.dynamic_slice_in_dim(x, part * share, share)  # noqa: E731
+            mine = jax.tree.map(cut_out, drawn.batch)
+            return mine
+
+        def begin(params: Params, drawn: Drawn, part: jax.Array) -> tuple[Up, Any]:
+            return client_begin(cut, params, part_of(drawn, part), drawn.keys)
+
+        def head(params: Params, drawn: Drawn, part: jax.Array, z: Any) -> tuple[jax.Array, Params, Any]:
+            mine = part_of(drawn, part)
+            loss, grads, dz = client_head(cut, params, mine, z, drawn.keys)
+            if parts == 1:
+                return loss, grads, dz
+            scale = jnp.sum(mine.weights) / jnp.maximum(jnp.sum(drawn.batch.weights), 1.0)
+            return jax.tree.map(lambda x: (x * scale).astype(x.dtype), (loss, grads, dz))
+
+        def finish(kept: Any, dh: Any, head_grads: Params) -> Params:
+            return client_finish(cut, kept, dh, head_grads)
+
+        def update(grads: Params, opt: Any, params: Params, step: jax.Array) -> tuple[Params, Any, jax.Array]:
+            return s.client_tx.update(grads, opt, params, step)
+
+        def contribution(grads: Params, unsent: Any, weight: jax.Array) -> tuple[Any, Any]:
+            """Returns what crosses of a step's weighted gradient, and what the codec has lost of it."""
+            channel, mine = cut.channels.segment, jax.tree.map(lambda g: weight * g, grads)
+            if channel is None:
+                return mine, unsent
+            wanted = jax.tree.map(jnp.add, mine, unsent) if jax.tree.leaves(unsent) else mine
+            sent = channel.send(wanted, None)
+            if not jax.tree.leaves(unsent):
+                return sent, unsent
+            return sent, jax.tree.map(jnp.subtract, wanted, channel.receive(sent))
+
+        def mean_gradient(payload: Any) -> Params:
+            return payload if cut.channels.mean is None else cut.channels.mean.receive(payload)
+
+        def upload(params: Params, begun: Params, weight: jax.Array) -> Any:
+            """Returns what crosses of a trained segment: the segment, or its move, or its weighted part of a sum."""
+            ended = jax.tree.map(jnp.subtract, params, begun) if s.outer else params
+            if cut.channels.segment is None:
+                return ended
+            return cut.channels.segment.send(jax.tree.map(lambda x: weight * x, ended), None)
+
+        self.draw, self.begin, self.head = jax.jit(draw), jax.jit(begin), jax.jit(head)
+        self.finish, self.update = jax.jit(finish), jax.jit(update)
+        self.contribution, self.mean_gradient = jax.jit(contribution), jax.jit(mean_gradient)
+        self.upload = jax.jit(upload)
+        self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+        self.new_segment = jax.jit(lambda: s.segments.init(self._segment_key(), jax.random.key(0))[0])
+        self.new_optimizer = jax.jit(s.client_tx.init)
+
+    def _segment_key(self) -> jax.Array:
+        of = streams.secrets(seeds_of(self.s.config)) if self.s.secrets is None else self.s.secrets
+        return streams.key(of, Stream.SEGMENT)
+
+
+class ServerPrograms:
+    """The server's programs, for C clients at a time; one that isn't there has weight 0 and zeros for a message.
+
+    Args:
+      s: the setting.
+      slots: C; 1 where clients take turns.
+    """
+
+    def __init__(self, s: Setting, slots: int):
+        cut, how = s.cut(), s.how
+        self.s, self.slots, self.copies = s, slots, how.body == "copies"
+        segment, mean = cut.channels.segment, cut.channels.mean
+        self.held = hold.holding(how, s.config.federated.client_optimizer_state)
+
+        def keys(round: jax.Array, step: jax.Array, clients: jax.Array) -> StepKeys:
+            model = s.config.model
+            if not (model.hidden_dropout > 0 or model.attention_dropout > 0):
+                return StepKeys()
+            of = streams.secrets(seeds_of(s.config))
+            draw = lambda c: streams.key(of, Stream.BODY_DROPOUT, round, step, c)  # noqa: E731
+            return StepKeys(server=jax.vmap(draw)(clients))
+
+        one = jnp.ones(1)
+        lift = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
+
+        def forward(body: Params, up: Up, weights: jax.Array, round: Any, step: Any, clients: jax.Array) -> Any:
+            drawn = keys(round, step, clients)
+            if not self.copies:
+                return server_forward(cut, body, up, weights, drawn)
+
+            def alone(body: Params, up: Up, key: Any) -> Any:
+                z, kept = server_forward(cut, body, lift(up), one, StepKeys(server=None if key is None else key[None]))
+                return pick(z, 0), kept
+
+            return jax.vmap(alone)(body, up, drawn.server)
+
+        def backward(kept: Any, dz: Any, weights: jax.Array) -> Any:
+            if not self.copies:
+                return server_backward(cut, kept, dz, weights)
+
+            def alone(kept: Any, dz: Any) -> Any:
+                grads, dh = server_backward(cut, kept, lift(dz), one)
+                return grads, pick(dh, 0)
+
+            return jax.vmap(alone)(kept, dz)
+
+        def update(grads: Params, opt: Any, body: Params, step: jax.Array) -> Any:
+            if not self.copies:
+                return s.server_tx.update(grads, opt, body, step)
+            return jax.vmap(s.server_tx.update, (0, 0, 0, None))(grads, opt, body, step)
+
+        def gradient(contributions: Any, weights: jax.Array) -> tuple[Any, jax.Array]:
+            """Returns the clients' mean gradient as it crosses back, and the share of them that is there."""
+            there = lambda x: (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))  # noqa: E731
+            received = contributions if segment is None else jax.vmap(segment.receive)(contributions)
+            total = jax.tree.map(lambda x: jnp.sum(jnp.where(there(x), x, 0), axis=0, dtype=x.dtype), received)
+            total = total if segment is None else segment.total(total)
+            share = jnp.sum(weights)
+            total = jax.tree.map(lambda x: x / share, total)
+            return total if mean is None else mean.send(total, None)
+
+        def average(begun: Params, uploads: Any, weights: jax.Array, outer: Any) -> tuple[Params, Any]:
+            """Returns the segment after a round, and the outer optimizer's state; `weights` are those of who is there."""
+            if segment is None:
+                moved = weighted_average(uploads, weights / jnp.sum(weights))
+            else:
+                there = lambda x: (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))  # noqa: E731
+                received = jax.vmap(segment.receive)(uploads)
+                total = jax.tree.map(lambda x: jnp.sum(jnp.where(there(x), x, 0), axis=0, dtype=x.dtype), received)
+                moved = jax.tree.map(lambda x: x / jnp.sum(weights), segment.total(total))
+            return outer_update(s.outer, begun, moved, outer)
+
+        self.forward, self.backward, self.update = jax.jit(forward), jax.jit(backward), jax.jit(update)
+        self.gradient, self.average = jax.jit(gradient), jax.jit(average)
+        self.average_states = jax.jit(lambda stacked, weights: weighted_average(stacked, weights / jnp.sum(weights)))
+        self.mean_of = jax.jit(lambda weights, x: weighted_sum(weights / jnp.sum(weights), x))
+        self.transform = jax.jit(lambda body, h, positions: s.segments.transform(body, h, positions, None, None))
+        self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+        self.replicate = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), tree))
+        self.new_body = jax.jit(lambda: s.segments.init(jax.random.key(0), self._body_key())[1])
+        self.new_optimizer = jax.jit(s.server_tx.init)
+
+    def _body_key(self) -> jax.Array:
+        of = streams.secrets(seeds_of(self.s.config)) if self.s.secrets is None else self.s.secrets
+        return streams.key(of, Stream.BODY)
+
+
+def host(tree: Any) -> Any:
+    """Brings a pytree to the host."""
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,46 @@
+"""Pytrees as named tensors and back: what a frame holds of a payload, and what a receiver expects of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
+
+
+def name_of(prefix: str, path: tuple[Any, ...]) -> str:
+    """Returns the name of a leaf: "h", "h/int8", "segment/embeddings/word/embedding"."""
+    return "/".join([prefix, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
+
+
+def to_tensors(prefix: str, tree: Any) -> Tensors:
+    """Returns the leaves of a pytree of arrays as tensors of this host, by name; None is no tensor."""
+    return {name_of(prefix, path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def from_tensors(prefix: str, like: Any, tensors: Tensors) -> Any:
+    """Returns a pytree like another (of arrays or their shapes), filled with the tensors that `to_tensors` made of it."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: tensors[name_of(prefix, path)], like)
+
+
+def schema_of(prefix: str, like: Any) -> dict[str, TensorSpec]:
+    """Returns what a receiver expects of a pytree of arrays, or of their shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    return {name_of(prefix, path): TensorSpec(np.dtype(x.dtype).name, tuple(x.shape)) for path, x in leaves}
+
+
+def stacked(trees: list[Any]) -> Any:
+    """Stacks the clients' payloads, [C, ...], on the host."""
+    return jax.tree.map(lambda *x: np.stack([np.asarray(v) for v in x]), *trees)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Returns zeros like a payload: what stands in the place of a client that isn't there."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+
+
+def merged(*schemas: Schema) -> dict[str, TensorSpec]:
+    """Returns what is expected of a message of several parts."""
+    return {name: spec for schema in schemas for name, spec in schema.items()}

@@ -1,0 +1,335 @@
+"""The server as its transports see it: a call of a client goes in, with its name and its bytes, and bytes come out.
+
+Every transport brings the same calls here. Handlers run in the transport's threads and wait; the arithmetic runs in one
+thread, outside the lock, so that a call is heard while the server computes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from fedbert_jax.runtime import frames
+from fedbert_jax.runtime.frames import FrameError, Schema, Tensors, TensorSpec
+from fedbert_jax.runtime.session import DONE, Barrier, Compute, Id, Refused, Reply, Session, Turn
+
+HEADER = 1 << 16  # bytes that the header of a message may have beside its tensors
+POLL = 0.05  # seconds between two looks at the clock
+
+
+class Abort(Exception):
+    """A call that is refused; transports turn it into their own kind of error."""
+
+    def __init__(self, code: str, text: str):
+        super().__init__(text)
+        self.code, self.text = code, text
+
+
+class Work(Protocol):
+    """The server's arithmetic, as the service needs it (`engine.Engine`)."""
+
+    def weights(self, members: Sequence[str], blocks: Mapping[str, int]) -> Sequence[float]:
+        """Returns the shares of the clients of a round, which they are told."""
+        ...
+
+    def begin(self, round: int, members: tuple[str, ...], blocks: Mapping[str, int]) -> None:
+        """Begins a round, anew or again."""
+        ...
+
+    def schema(self, barrier: Barrier) -> Schema:
+        """Returns what is expected of a message at a barrier."""
+        ...
+
+    def compute(self, what: Compute) -> tuple[Mapping[str, Tensors], Callable[[], None]]:
+        """Computes a barrier; returns answers, and what keeps the result."""
+        ...
+
+    def finish_round(self) -> None:
+        """Ends a round."""
+        ...
+
+    def segment(self) -> Tensors:
+        """Returns the client segment."""
+        ...
+
+    def transform(self, tensors: Tensors) -> Tensors:
+        """Runs the body for an evaluation."""
+        ...
+
+
+class Hello(NamedTuple):
+    """What a client says of itself when it joins; both sides must agree in all of it but its text."""
+
+    config: Mapping[str, Any]  # flat, the keys that both sides share
+    tokenizer: str  # a digest of its files
+    secret: str  # a digest of the clients' secret, which the server doesn't know
+    version: str
+
+
+class Service:
+    """A federation's server, without a transport.
+
+    Args:
+      session: who is waited for.
+      work: what is computed.
+      hello: what clients must agree with; its `secret` is the first client's.
+      transform: what is expected of a call for evaluation.
+      evaluates: (round) -> whether it ends with an evaluation.
+      segment: what is expected of the segment that the first client brings; None if the server has one.
+      on_segment: takes it.
+      on_round: called when a round is over, with its number and its members.
+      clock: seconds, from anywhere.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        work: Work,
+        hello: Hello,
+        transform: Schema,
+        evaluates: Callable[[int], bool] = lambda round: False,
+        segment: Schema | None = None,
+        on_segment: Callable[[Tensors], None] = lambda tensors: None,
+        on_round: Callable[[int, tuple[str, ...]], None] = lambda round, members: None,
+        in_turn: bool = False,
+        body: Callable[[], Tensors] = dict,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.session, self.work, self.hello, self.clock = session, work, hello, clock
+        self._transform, self._evaluates = transform, evaluates
+        self._segment, self._take_segment, self._on_round = segment, on_segment, on_round
+        self._in_turn, self._body = in_turn, body
+        self._changed = threading.Condition()
+        self._secret = hello.secret
+        self._epoch = -1  # that the work has begun
+        self._stop = False
+        self.received = self.sent = 0  # bytes of frames
+        self.failure: BaseException | None = None
+
+    # --- calls ---
+
+    def call(self, method: str, client: str, data: bytes, alive: Callable[[], bool] = lambda: True) -> bytes:
+        """Answers a client's call; waits as long as it takes, or until the client has gone.
+
+        Raises:
+          Abort: with a gRPC code and a sentence.
+        """
+        handler = getattr(self, f"_on_{method}", None) if method in METHODS else None
+        if handler is None:
+            raise Abort("UNIMPLEMENTED", f"there is no call {method!r}")
+        if client not in self.session.roster:
+            raise Abort("PERMISSION_DENIED", f"{client!r} is not in the roster")
+        try:
+            meta, tensors = frames.decode(data, self.limit(method))
+        except FrameError as error:
+            raise Abort("INVALID_ARGUMENT", f"{method}: {error}") from None
+        with self._changed:
+            self.received += len(data)
+        try:
+            answer = handler(client, meta, tensors, data, alive)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Abort("INVALID_ARGUMENT", f"{method}: the meta data is not as expected ({type(error).__name__})") from None
+        with self._changed:
+            self.sent += len(answer)
+        return answer
+
+    def limit(self, method: str) -> int:
+        """Returns how many bytes a call's frame may have."""
+        if method == "message":
+            barriers = [Barrier(phase, 0, ()) for phase in PHASES]
+            return HEADER + max(frames.size_of(self.work.schema(b)) for b in barriers if self._knows(b))
+        if method == "transform":
+            return HEADER + frames.size_of(self._transform)
+        if method == "bring":
+            return HEADER * 4 + (frames.size_of(self._segment) if self._segment else 0)
+        return HEADER
+
+    def _knows(self, barrier: Barrier) -> bool:
+        try:
+            self.work.schema(barrier)
+        except KeyError:
+            return False
+        return True
+
+    def _on_join(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        theirs = Hello(meta["config"], meta["tokenizer"], meta["secret"], meta["version"])
+        if theirs.version != self.hello.version:
+            said = f"fedbert_jax {theirs.version} here, {self.hello.version} at the server: both need the same"
+            raise Abort("FAILED_PRECONDITION", said)
+        ours = self.hello.config
+        different = [key for key in ours if theirs.config.get(key) != ours[key]] + sorted(theirs.config.keys() - ours.keys())
+        if different:
+            shown = ", ".join(f"{k}={theirs.config.get(k)!r} (the server has {ours.get(k)!r})" for k in different[:5])
+            raise Abort("FAILED_PRECONDITION", f"the configs differ: {shown}")
+        if theirs.tokenizer != self.hello.tokenizer:
+            raise Abort("FAILED_PRECONDITION", "the tokenizers differ: data.tokenizer must be the same files on all sides")
+        blocks = meta["blocks"]
+        if type(blocks) is not int or not 0 < blocks < 2**40:
+            raise Abort("INVALID_ARGUMENT", f"{client!r} declares {blocks!r} blocks of text; accepted: at least 1")
+        with self._changed:
+            if self._secret and theirs.secret != self._secret:
+                raise Abort("FAILED_PRECONDITION", "privacy.client_seed differs from the other clients': all need the same")
+            self._secret = theirs.secret
+            refused = self.session.join(client, str(meta["incarnation"]), blocks, self.clock())
+            self._changed.notify_all()
+            if refused:
+                raise Abort(*refused)
+            answer = {"epoch": self.session.epoch, "round": self.session.round, "bring": self._segment is not None}
+        return frames.encode(answer)
+
+    def _on_bring(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        """A client brings the segment that all of them have drawn: the server, which can't draw it, has none yet."""
+        with self._changed:
+            wanted = self._segment
+        if wanted is not None:
+            if why := frames.check(tensors, wanted):
+                raise Abort("INVALID_ARGUMENT", f"bring: {why}")
+            with self._changed:
+                if self._segment is not None:
+                    self._take_segment({name: x.copy() for name, x in tensors.items()})
+                    self._segment = None
+                self._changed.notify_all()
+        return frames.encode({})
+
+    def _on_turn(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        """What to do next: waits up to `patience` seconds for something else than waiting."""
+        end = self.clock() + min(float(meta["patience"]), 60.0)
+        with self._changed:
+            while True:
+                turn = self.session.next_turn(client, str(meta["incarnation"]), self.clock())
+                if isinstance(turn, Refused):
+                    raise Abort(*turn)
+                if self._segment is not None and turn.state != DONE:
+                    turn = Turn("enrolling", missing=("the first segment",))
+                if turn.state != "enrolling" or self.clock() >= end or not alive() or self._stop:
+                    break
+                self._changed.wait(POLL)
+            shares = self.work.weights(turn.members, self.session.blocks()) if turn.members else ()
+            share = dict(zip(turn.members, map(float, shares), strict=True))
+            evaluates = turn.state == "round" and self._evaluates(turn.round)
+        return frames.encode(turn._asdict() | {"weight": share.get(client, 0.0), "evaluates": evaluates})
+
+    def _on_segment(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        """The segment that a round, or a turn, begins with."""
+        id = Id(*map(int, meta["id"]))
+        with self._changed:
+            while self._in_turn and self.session.at < id.at and (id.epoch, id.round) == self._place() and alive():
+                self._wait()
+            if (id.epoch, id.round) != self._place():
+                raise Abort("ABORTED", f"round {id.round} (epoch {id.epoch}) is over, or was begun again")
+            while self._epoch != id.epoch and alive() and (id.epoch, id.round) == self._place():
+                self._wait()  # the work hasn't begun it yet
+            found = self.work.segment()
+        return frames.encode({}, found)
+
+    def _on_message(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        id = Id(*map(int, meta["id"]))
+        with self._changed:
+            barrier = self.session.expected(client, id)
+        if barrier is not None and (why := frames.check(tensors, self.work.schema(barrier))):
+            raise Abort("INVALID_ARGUMENT", f"{barrier.phase}, step {barrier.step} of round {id.round}: {why}")
+        digest = frames.digest(data)
+        with self._changed:
+            refused = self.session.message(client, id, tensors, digest, self.clock())
+            self._changed.notify_all()
+            if refused:
+                raise Abort(*refused)
+            while True:
+                answer = self.session.poll(client, id)
+                if isinstance(answer, Refused):
+                    raise Abort(*answer)
+                if isinstance(answer, Reply):
+                    break
+                if not alive():
+                    raise Abort("CANCELLED", f"{client} has gone")
+                self._wait()
+        return frames.encode({}, answer.payload or {})
+
+    def _on_transform(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        id = Id(*map(int, meta["id"]))
+        if why := frames.check(tensors, self._transform):
+            raise Abort("INVALID_ARGUMENT", f"evaluation after round {id.round}: {why}")
+        with self._changed:
+            barrier = self.session.expected(client, id)
+            if barrier is None or barrier.phase != "scores":
+                raise Abort("ABORTED", f"round {id.round} (epoch {id.epoch}) is not being evaluated")
+        return frames.encode({}, self.work.transform(tensors))
+
+    def _on_body(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        with self._changed:
+            if self.session.state != DONE:
+                raise Abort("FAILED_PRECONDITION", "training isn't over")
+        return frames.encode({}, self._body())
+
+    def _on_leave(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        with self._changed:
+            self.session.leave(client, self.clock())
+            self._changed.notify_all()
+        return frames.encode({})
+
+    def _place(self) -> tuple[int, int]:
+        return self.session.epoch, self.session.round
+
+    def _wait(self) -> None:
+        if self._stop:
+            raise Abort("UNAVAILABLE", "the server is stopping")
+        self._changed.wait(POLL)
+
+    # --- the work ---
+
+    def run(self, watch: Callable[[Session], None] = lambda session: None) -> None:
+        """Computes what is due until training is over, or `stop`; `watch` is called with the session every now and then."""
+        while not self._stop:
+            with self._changed:
+                self.session.tick(self.clock())
+                if self.session.state == DONE:
+                    return
+                begins = self.session.state == "round" and self._epoch != self.session.epoch and self._segment is None
+                epoch, round, members = self.session.epoch, self.session.round, self.session.members
+                blocks = self.session.blocks()
+                what = None if self._segment is not None or begins else self.session.due()
+                if what is None and not begins:
+                    self._changed.wait(POLL)
+            watch(self.session)
+            if begins:
+                self.work.begin(round, members, blocks)
+                with self._changed:
+                    self._epoch = epoch
+                    self._changed.notify_all()
+            elif what is not None:
+                self._do(what)
+
+    def _do(self, what: Compute) -> None:
+        answers, keep = self.work.compute(what)
+        with self._changed:
+            round = self.session.round
+            if self.session.computed(what, answers, self.clock()):
+                keep()
+            over = self.session.round > round
+            self._changed.notify_all()
+        if over:
+            # Clients may be on their way to the next round; it begins when this one is kept.
+            self.work.finish_round()
+            self._on_round(what.id.round, what.members)
+
+    def drain(self) -> None:
+        """Lets the round under way be the last one."""
+        with self._changed:
+            self.session.drain()
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ends `run`, and every call that waits."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+
+
+METHODS = ("join", "bring", "turn", "segment", "message", "transform", "body", "leave")
+PHASES = ("forward", "backward", "contribute", "upload", "hand on", "scores")
+EVALUATION = lambda batch, length, masked, hidden: {  # noqa: E731
+    "h": TensorSpec("float32", (batch, length, hidden)),
+    "positions": TensorSpec("uint16", (batch, masked)),
+}

@@ -1,0 +1,54 @@
+"""A federation trains what the simulation trains: the same halves, with messages between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from federation import NAMES, Federation
+from tiny import assert_trees_close, tiny_config
+
+
+def simulated(federation: Federation) -> tuple[Any, list[Any]]:
+    simulation = federation.simulation
+    state, metrics = simulation.init_state(), []
+    for n in range(federation.config.federated.rounds):
+        state, m = simulation.run_round(state, n)
+        metrics.append(jax.device_get(m))
+    return state, metrics
+
+
+CASES = [
+    (dict(), {}, 1),
+    (dict(), {}, 2),
+    (dict(client_optimizer_state="reset", weighting="uniform"), {}, 1),
+    (dict(client_optimizer_state="keep"), {}, 1),
+    (dict(average="gradients"), {}, 1),
+    (dict(average="gradients"), dict(wire=dict(gradient_codec="bfloat16")), 1),
+    (dict(body="merged"), {}, 1),
+    (dict(strategy="sequential"), {}, 1),
+    (dict(), dict(aggregator=dict(name="sgd", learning_rate=0.7, momentum=0.9)), 1),
+    (dict(), dict(model=dict(hidden_dropout=0.1, attention_dropout=0.1, client_layers=1)), 1),
+    (dict(), dict(wire=dict(codec="bfloat16", downlink="all")), 1),
+]
+
+
+@pytest.mark.parametrize("federated, others, parts", CASES)
+def test_a_federation_equals_the_simulation(federated, others, parts):
+    federation = Federation(tiny_config(federated=dict(rounds=2) | federated, **others), parts=parts)
+    clients = federation.run()
+    state, metrics = simulated(federation)
+    work = federation.engine.state
+    assert work is not None
+    loose = dict(rtol=2e-2, atol=2e-3) if "wire" in others else dict(rtol=1e-4, atol=2e-6)
+    assert_trees_close(jax.device_get(work.body), jax.device_get(state.model.server), **loose)
+    assert_trees_close(jax.device_get(work.segment), jax.device_get(state.model.client), **loose)
+    for name in NAMES:
+        held = clients[name].held
+        assert held is not None and held.round == 2
+        if federated.get("strategy") != "sequential":
+            assert_trees_close(jax.device_get(held.segment), jax.device_get(state.model.client), **loose)
+    losses = [numbers["train_loss"] for _, numbers in federation.rounds]
+    np.testing.assert_allclose(losses, [float(m.loss) for m in metrics], rtol=1e-3 if "wire" in others else 1e-5)
