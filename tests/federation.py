@@ -1,4 +1,4 @@
-"""A federation of the tiny model in one process: a service, and clients in threads, joined by function calls or by sockets."""
+"""A federation of the tiny model in one process: a service and clients in threads, joined by function calls or sockets."""
 
 from __future__ import annotations
 
@@ -91,9 +91,13 @@ class Federation:
         blocks = int(self.simulation.train.sizes[NAMES.index(name)])
         return Participant(self.member(name), line, name, HELLO, blocks, wait=0.5, **options)
 
-    def run(self, on_round: Callable[[str, int, Ended], None] = lambda name, round, ended: None) -> dict[str, Participant]:
-        """Trains with every client in a thread of its own; returns the clients."""
-        participants = {name: self.participant(name) for name in NAMES}
+    def run(
+        self,
+        on_round: Callable[[str, int, Ended], None] = lambda name, round, ended: None,
+        transport: Callable[[str], Any] = lambda name: None,
+    ) -> dict[str, Participant]:
+        """Trains with every client in a thread of its own, over a transport; returns the clients."""
+        participants = {name: self.participant(name, transport(name)) for name in NAMES}
         failures: list[BaseException] = []
 
         def take_part(name: str) -> None:

@@ -1,0 +1,190 @@
+"""The gRPC transport: a service's calls over HTTP/2, with mutual TLS wherever more than this machine can reach it.
+
+Frames travel in chunks of 1 MiB, so that a cap is checked before memory is taken. There is no generated code, and gRPC
+retries nothing: `participant.Line` asks again for what isn't answered, by id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedbert_jax.errors import UserError
+from fedbert_jax.runtime.credentials import Credentials, Roster
+from fedbert_jax.runtime.service import METHODS, Abort, Service
+
+NAME = "fedbert.Federation"
+CHUNK = 1 << 20
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ACCEPTED = {code.name: code for code in grpc.StatusCode}
+OPTIONS = [
+    ("grpc.max_receive_message_length", 2 * CHUNK),
+    ("grpc.max_send_message_length", 2 * CHUNK),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),  # shorter ones cut slow sends off
+    ("grpc.http2.ping_timeout_ms", 20_000),  # without it, a peer that was stopped isn't noticed
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+CLIENT_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_retries", 0),
+]
+
+
+def chunks_of(data: bytes) -> Iterator[bytes]:
+    """Cuts a frame into chunks."""
+    view = memoryview(data)
+    for start in range(0, len(data), CHUNK):
+        yield bytes(view[start : start + CHUNK])
+
+
+def joined(chunks: Iterable[bytes], limit: int) -> bytes:
+    """Puts a frame together.
+
+    Raises:
+      Abort: as soon as it has more bytes than it may have.
+    """
+    parts, size = [], 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise Abort("RESOURCE_EXHAUSTED", f"more than the {limit:,} bytes that this message may have")
+        parts.append(chunk)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class Server:
+    """A service, listening.
+
+    Args:
+      service: answers the calls.
+      host: an address of this machine; without `credentials` only the loopback is accepted.
+      port: 0 takes any that is free.
+      credentials: the server's.
+      roster: (): who may call, by certificate; asked at every call, so that a revoked certificate ends at once.
+
+    Raises:
+      UserError: if the address can't be had, or others than this machine could reach it in clear.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        host: str,
+        port: int,
+        credentials: Credentials | None = None,
+        roster: Callable[[], Roster] | None = None,
+    ):
+        if credentials is None and host not in LOOPBACK:
+            raise UserError(
+                f"config key network.host={host!r}: accepted without network.credentials: 127.0.0.1. What crosses would be "
+                "in clear; see `python -m fedbert_jax.provision`."
+            )
+        self.service, self._roster = service, roster
+        threads = 8 + 4 * len(service.session.roster)
+        self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="fedbert-grpc")
+        self._server = grpc.server(self._pool, options=[*OPTIONS, ("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=threads)
+        handlers = {m: grpc.stream_stream_rpc_method_handler(self._handler(m)) for m in METHODS}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+        self.health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        self.health.set(NAME, health_pb2.HealthCheckResponse.SERVING)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                pair = [(credentials.key, credentials.certificate)]
+                tls = grpc.ssl_server_credentials(pair, credentials.authority, require_client_auth=True)
+                self.port = self._server.add_secure_port(address, tls)
+        except RuntimeError as error:
+            self._pool.shutdown()
+            raise UserError(
+                f"config keys network.host={host!r}, network.port={port}: another program may have it."
+            ) from error
+        self._server.start()
+
+    def _handler(self, method: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
+        def handle(chunks: Iterator[bytes], context: Any) -> Iterator[bytes]:
+            try:
+                client = self._who(context)
+                data = joined(chunks, self.service.limit(method))
+                answer = self.service.call(method, client, data, context.is_active)
+            except Abort as error:
+                context.abort(ACCEPTED.get(error.code, grpc.StatusCode.UNKNOWN), error.text)
+            yield from chunks_of(answer)
+
+        return handle
+
+    def _who(self, context: Any) -> str:
+        """Returns who calls: by its certificate, or on the loopback as it says."""
+        if self._roster is None:
+            name = dict(context.invocation_metadata()).get("client", b"")
+            return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
+        pem = context.auth_context().get("x509_pem_cert")
+        found = self._roster().client_of(pem[0]) if pem else None
+        if found is None:
+            raise Abort("PERMISSION_DENIED", "this certificate is not that of a client in the roster")
+        return found
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Ends all calls, and lets go of the port."""
+        self.health.set(NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.service.stop()
+        self._server.stop(grace).wait()
+        self._pool.shutdown()
+
+
+class Client:
+    """A transport to a server (`participant.Transport`).
+
+    Args:
+      host, port: the server's.
+      name: the client's; the server believes it only on the loopback, where there are no certificates.
+      credentials: the client's.
+      limit: bytes that an answer may have.
+    """
+
+    def __init__(self, host: str, port: int, name: str, credentials: Credentials | None, limit: int):
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._limit, self._metadata = limit, (("client", name),) if credentials is None else ()
+        options = [*OPTIONS, *CLIENT_OPTIONS]
+        if credentials is None:
+            if host not in LOOPBACK:
+                raise UserError(f"config key network.host={host!r}: accepted without network.credentials: 127.0.0.1.")
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            tls = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
+            # The certificate says that it is the server's, whatever the address under which it is reached.
+            self._channel = grpc.secure_channel(
+                address, tls, [*options, ("grpc.ssl_target_name_override", Credentials.SERVER)]
+            )
+        self._calls = {m: self._channel.stream_stream(f"/{NAME}/{m}") for m in METHODS}
+
+    def call(self, method: str, data: bytes, timeout: float) -> bytes:
+        """Sends a frame and returns the answer's.
+
+        Raises:
+          Abort: with gRPC's code and the server's sentence.
+        """
+        call = self._calls[method](chunks_of(data), timeout=timeout, metadata=self._metadata)
+        try:
+            return joined(call, self._limit)
+        except grpc.RpcError as error:
+            details = error.details() or ""  # type: ignore[attr-defined]
+            raise Abort(error.code().name, details.splitlines()[0][:500] if details else "no reason given") from None  # type: ignore[attr-defined]
+        finally:
+            with contextlib.suppress(Exception):
+                call.cancel()
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._channel.close()
