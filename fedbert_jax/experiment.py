@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,18 @@ from fedbert_jax import disk
 from fedbert_jax.config import HUB_NAME, Config
 from fedbert_jax.data import hub
 from fedbert_jax.data.dataset import Dataset, prepare
-from fedbert_jax.data.masking import MaskSpec, num_masked
+from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
 from fedbert_jax.data.progress import Progress
 from fedbert_jax.data.tokenizer import continuation_mask, load_tokenizer, special_ids, vocab_size
 from fedbert_jax.devices import processes
 from fedbert_jax.devices.mesh import make_mesh
-from fedbert_jax.devices.tuning import resolve_attention
+from fedbert_jax.devices.tuning import compute_dtype, resolve_attention
 from fedbert_jax.errors import ConfigError, UserError, about
 from fedbert_jax.federated import optim
+from fedbert_jax.federated.setting import Setting, make_setting
 from fedbert_jax.federated.state import State
 from fedbert_jax.models import huggingface
+from fedbert_jax.models.bert import make_segments
 from fedbert_jax.runtime.fill_mask import check_sentences
 from fedbert_jax.runtime.simulation import Simulation
 from fedbert_jax.workdir import resume
@@ -113,15 +116,26 @@ def build(
     if dataset.train.num_clients == 1 and not config.federated.arrangement.pools_text:
         keys = "data.client_field, data.client_pattern and data.partition"
         warn(f"there is one client only, so nothing is federated; {keys} say who holds which text.")
-    mask = MaskSpec(
+    simulation = Simulation(config, dataset.train, dataset.heldout, mask_spec(config, tokenizer), mesh)
+    return Run(config, workdir, dataset, tokenizer, simulation)
+
+
+def mask_spec(config: Config, tokenizer: Any) -> MaskSpec:
+    """Returns what masking needs to know of a tokenizer's vocabulary."""
+    return MaskSpec(
         num_masked=num_masked(config.mlm.mask_prob, config.data.seq_len),
-        vocab_size=dataset.vocab_size,
+        vocab_size=vocab_size(tokenizer),
         mask_id=tokenizer.mask_token_id,
         special_ids=tuple(special_ids(tokenizer)),
         continuation=continuation_mask(tokenizer) if config.mlm.whole_word else None,
     )
-    simulation = Simulation(config, dataset.train, dataset.heldout, mask, mesh)
-    return Run(config, workdir, dataset, tokenizer, simulation)
+
+
+def party_setting(config: Config, mask: MaskSpec, clients: int, cohort: int) -> Setting:
+    """Returns the setting of one party of a federation: what the simulation's is, for the same clients."""
+    span = optim.schedule_span(config.federated, config.federated.steps_per_round(cohort))
+    segments = make_segments(resolve_attention(config).model, compute_dtype(config))
+    return make_setting(config, segments, functools.partial(mask_blocks, spec=mask), clients, cohort, span)
 
 
 def check_before_reading(config: Config) -> None:

@@ -43,6 +43,13 @@ def main() -> int:
         if join is not None:
             raise ConfigError("--distributed is for task='pretrain'; fine-tuning runs in one process.")
         from fedbert_jax.glue.finetune import finetune as command
+    elif config.task in ("serve", "join"):
+        if join is not None:
+            raise ConfigError(f"--distributed is for task='pretrain'; task={config.task!r} is one process of each party.")
+        if config.task == "serve":
+            from fedbert_jax.serve import serve as command
+        else:
+            from fedbert_jax.join import join as command
     else:
         from fedbert_jax.train import train as command
 

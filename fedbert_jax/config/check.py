@@ -8,6 +8,7 @@ from typing import Any
 from fedbert_jax.config.arrangement import ARRANGEMENTS, rows
 from fedbert_jax.config.finetuning import check_finetuning
 from fedbert_jax.config.keys import flatten, to_dict
+from fedbert_jax.config.network import check_network
 from fedbert_jax.config.ranges import Need, check_each
 from fedbert_jax.config.schema import PRESETS, AggregatorConfig, Config, FederatedConfig, ModelConfig, WireConfig
 from fedbert_jax.errors import ConfigError
@@ -42,6 +43,7 @@ def validate(config: Config) -> None:
     _check_model(config, need)
     if config.task == "finetune":
         check_finetuning(config, need)
+    check_network(config, need)
     _check_cohort(config, need)
     _check_wire(config, need)
     _check_schedules(config, need)
@@ -98,7 +100,7 @@ def _check_model(config: Config, need: Need) -> None:
         f"an integer from 0 to below model.num_layers={sizes.num_layers}",
     )
     need(
-        m.attention != "cudnn" or (how.body == "one" and not m.attention_dropout and config.task == "pretrain"),
+        m.attention != "cudnn" or (how.body == "one" and not m.attention_dropout and config.task != "finetune"),
         "model.attention",
         m.attention,
         "'auto' or 'xla' with task='finetune', model.attention_dropout, or where each client has a body",

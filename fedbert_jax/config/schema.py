@@ -76,6 +76,8 @@ class DataConfig:
     missing_client: Literal["error", "drop"] = "error"  # a row or file in which client_field or client_pattern finds no name
     split: str = "train"  # hf and save_to_disk: the split to read, or a part of it as in train[:10%]
     deduplicate: bool = True  # drop paragraphs, and runs of 32 tokens, seen before: no held-out text is trained on
+    # Whether "before" means in any client's text, or in the same client's: organisations see no more than their own.
+    deduplicate_across: bool = True
     small_clients: Literal["drop", "error"] = "drop"  # a client with less than one training block of known text
     store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks are kept during training
     cache_dir: str = ""  # "" is ~/.cache/fedbert_jax
@@ -196,6 +198,9 @@ class WireConfig:
     # average=gradients: how the clients' segment gradients are sent. With float32 and bfloat16, the mean comes back in the
     # same type; with int8 (a scale for each row, and what a step loses is added to the next), it comes back in bfloat16.
     gradient_codec: Literal["float32", "bfloat16", "int8"] = "float32"
+    # serve, join: parts of a client's batch that travel one after another, so that one is computed while another crosses; a
+    # divisor of federated.batch_size. The result is the same, to rounding.
+    microbatches: int = 1
 
 
 @dataclass(frozen=True)
@@ -275,10 +280,28 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class NetworkConfig:
+    """task=serve, task=join: a federation over a network. docs/federation.md says how to set one up."""
+
+    host: str = "127.0.0.1"  # serve: the address to listen at; join: the server's
+    port: int = 8476  # the server's; serve takes any that is free for 0
+    name: str = ""  # join: the client's, as in the roster; "" is the workdir's name
+    credentials: str = ""  # a folder of `python -m fedbert_jax.provision`; needed for any host but this machine
+    quorum: int | None = None  # clients without whom no round begins or goes on; None: all of the round's
+    deadline: float = (
+        300.0  # seconds that a step waits for the last client of a round; then it goes on without, if a quorum is left
+    )
+    join_grace: float = 60.0  # seconds that the beginning of a round waits for clients who are not there
+    patience: float = 600.0  # join: seconds for which a server that can't be reached is called again
+    release_body: bool = True  # serve: whether clients get the body when training is over, and so a model of their own
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of one run."""
 
-    task: Literal["pretrain", "finetune"] = "pretrain"  # masked language modelling, or one of GLUE's tasks
+    # Masked language modelling with all clients simulated here; one of GLUE's tasks; or one party of a federation over a network.
+    task: Literal["pretrain", "finetune", "serve", "join"] = "pretrain"
     seed: int = 0  # of everything drawn: held-out text, initial weights, batches, masks, dropout
     resume: Literal["auto", "force"] = "auto"  # force: accept harmless changes to an old workdir's config
     profile: str = ""  # START:STOP writes a trace of these rounds to the workdir's profile/
@@ -300,6 +323,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
 
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub

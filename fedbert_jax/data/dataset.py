@@ -62,6 +62,7 @@ def prepare(
     *,
     warn: Callable[[str], None] = log.warning,
     progress: Progress | None = None,
+    only: tuple[int, str] | None = None,
 ) -> tuple[Dataset, PreTrainedTokenizerFast]:
     """Makes a run's token blocks and tokenizer, or takes those that `directory` holds.
 
@@ -74,6 +75,7 @@ def prepare(
       directory: where the data is or goes.
       warn: called with a sentence about clients left out, text that the tokenizer doesn't know, or missing held-out text.
       progress: called as each stage begins, and with how much of it is done; by default, stages go to the log.
+      only: of a party in a federation, its index in the roster and its name; None: all clients' text is here.
 
     Returns:
       The dataset, with its blocks memory-mapped read-only, and the tokenizer.
@@ -89,23 +91,24 @@ def prepare(
             raise UserError(f"{directory} holds something else than prepared data; give another --workdir.")
         unfinished.mkdir(parents=True)
         try:
-            _make(config, unfinished, warn, progress or Logged())
+            _make(config, unfinished, warn, progress or Logged(), only)
             os.replace(unfinished, directory)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-    return _load(config, directory)
+    return _load(config, directory, only)
 
 
-def _origin(config: Config) -> dict[str, Any]:
+def _origin(config: Config, only: tuple[int, str] | None) -> dict[str, Any]:
     """Returns what decides the data; a directory made from anything else is not this run's."""
     data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir")}
     init_from = config.model.init_from if not config.data.tokenizer else ""
     data |= {"num_clients": config.federated.num_clients, "init_from": init_from}
-    return {"format": FORMAT, "seed": config.seed, "client_seed": seeds_of(config).client} | data
+    party = {} if only is None else {"index": only[0], "name": only[1]}
+    return {"format": FORMAT, "seed": config.seed, "client_seed": seeds_of(config).client} | party | data
 
 
-def _load(config: Config, directory: Path) -> tuple[Dataset, PreTrainedTokenizerFast]:
+def _load(config: Config, directory: Path, only: tuple[int, str] | None) -> tuple[Dataset, PreTrainedTokenizerFast]:
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -114,13 +117,14 @@ def _load(config: Config, directory: Path) -> tuple[Dataset, PreTrainedTokenizer
         raise UserError(
             f"{directory} was prepared by another version of fedbert_jax, which alone can go on with it or export its model."
         )
-    ours = _origin(config)
+    ours = _origin(config, only)
     for key, was in meta["origin"].items():
         value = ours.get(key, was)
         if was != value:
             raise UserError(f"{directory} was prepared with {key}={was!r}, not {value!r}; give another --workdir.")
     summary = tuple(ClientSummary(**client) for client in meta["clients"])
-    _check_cohort(config, len(summary))
+    if only is None:
+        _check_cohort(config, len(summary))
     dataset = Dataset(
         train=_open(directory / "train.npy", [c.train_blocks for c in summary]),
         heldout=_open(directory / "heldout.npy", [c.heldout_blocks for c in summary]),
@@ -137,16 +141,19 @@ def _open(path: Path, sizes: Sequence[int]) -> TokenBlocks:
     return TokenBlocks(np.load(path, mmap_mode="r"), np.cumsum([0, *sizes], dtype=np.int64))
 
 
-def _make(config: Config, directory: Path, warn: Callable[[str], None], progress: Progress) -> None:
+def _make(
+    config: Config, directory: Path, warn: Callable[[str], None], progress: Progress, only: tuple[int, str] | None
+) -> None:
     data = config.data
-    text = read_text(config, warn, progress)
+    text = read_text(config, warn, progress, only)
     tokenizer = _tokenizer(config, text, progress)
     save_tokenizer(tokenizer, directory / "tokenizer")
     special = special_ids(tokenizer)
 
     words, clients = int(text.words.sum()), len(text.shares)
     progress.stage(f"encoding {words:,} words of {clients:,} clients", "characters", sum(map(len, text.texts)))
-    encoded = encode_documents(tokenizer, text.texts, directory / "documents.bin", data.deduplicate, progress.count)
+    apart = None if data.deduplicate_across else text.owners
+    encoded = encode_documents(tokenizer, text.texts, directory / "documents.bin", data.deduplicate, progress.count, apart)
     if not encoded.usual.any():
         key = "data.tokenizer" if data.tokenizer else "model.init_from"
         raise UserError(
@@ -159,7 +166,7 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
     packed = _write_blocks(directory, text.shares, encoded, tokenizer, data.seq_len, progress)
     _report_left_out(config, text, encoded, packed, warn)
     kept = [(share, sizes) for share, sizes in zip(text.shares, packed, strict=True) if sizes.train]
-    _check_cohort(config, len(kept))
+    _check_cohort(config, len(kept), alone=only is not None)
     if not any(sizes.heldout for _, sizes in kept):
         warn("no client holds out as much as one block, so nothing will be evaluated; raise data.eval_fraction.")
     elif unjudged := [share.name for share, sizes in kept if not sizes.heldout]:
@@ -179,7 +186,7 @@ def _make(config: Config, directory: Path, warn: Callable[[str], None], progress
         warn(unknown)
     (directory / "documents.bin").unlink()
     meta = {
-        "origin": _origin(config),
+        "origin": _origin(config, only),
         "special_ids": special,
         "unigram": unigram.tolist(),
         "clients": [dataclasses.asdict(s) for s in summaries],
@@ -274,14 +281,14 @@ def _report_left_out(
         warn(f"clients left out: {clients}.")
 
 
-def _check_cohort(config: Config, num_clients: int) -> None:
+def _check_cohort(config: Config, num_clients: int, alone: bool = False) -> None:
     per_round = config.federated.clients_per_round
     if num_clients == 0:
         raise UserError(
             f"data.source={config.data.source!r} leaves no client with a training block of data.seq_len="
             f"{config.data.seq_len} tokens; give more text, fewer clients or a smaller data.seq_len."
         )
-    if per_round is not None and per_round > num_clients:
+    if per_round is not None and per_round > num_clients and not alone:
         raise ConfigError(
             f"config key federated.clients_per_round={per_round}: accepted: at most {num_clients}, "
             "which is how many clients have a training block."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -14,14 +15,19 @@ _CHUNK = 1 << 20  # tokens that are hashed together
 _SORTED = 1 << 23  # windows that are sorted together
 
 
-def drop_repeated_paragraphs(texts: Iterable[str]) -> Iterator[str]:
-    """Yields the texts without the paragraphs (separated by blank lines) that came before, in any of them.
+def drop_repeated_paragraphs(texts: Iterable[str], groups: Iterable[str] | None = None) -> Iterator[str]:
+    """Yields the texts without the paragraphs (separated by blank lines) that came before, in any text of the same group.
 
     Paragraphs are compared without case and with each run of whitespace as one space. A text that repeats nothing is yielded
     as it is; one that repeats everything is left empty.
+
+    Args:
+      texts: the documents' texts.
+      groups: each text's group; None: all are of one.
     """
-    seen: set[int] = set()  # 8-byte hashes: 10M paragraphs fit in memory, and none collide in practice
-    for text in texts:
+    seen_of: dict[str, set[int]] = {}  # 8-byte hashes: 10M paragraphs fit in memory, and none collide in practice
+    for text, group in zip(texts, itertools.repeat("") if groups is None else groups, strict=False):
+        seen = seen_of.setdefault(group, set())
         kept = []
         paragraphs = re.split(r"\n\s*\n", text)
         for paragraph in paragraphs:
@@ -39,8 +45,8 @@ def _spaced_alike(text: str) -> str:
     return " ".join(text.split())
 
 
-def kept_spans(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Finds what is left of documents without the windows of `WINDOW` tokens that came before in any of them.
+def kept_spans(tokens: np.ndarray, ends: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    """Finds what is left of documents without the windows of `WINDOW` tokens that came before in any of the same group.
 
     Every token in such a window is dropped, so no window is left twice. The document is cut there, and what lies between
     two cuts, or between a cut and an end of the document, is dropped, too, if it is shorter than a window: so short a piece
@@ -52,12 +58,16 @@ def kept_spans(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
     Args:
       tokens: integers [n], all documents one after another; may be a memmap.
       ends: int64 [D], where each document ends.
+      groups: integers [D], each document's group; None: all are of one.
 
     Returns:
       int64 [S, 3], in order: a span's document, its first token, and the token after its last.
     """
     starts = ends - np.diff(ends, prepend=0)
-    dropped = _first_tokens_of_repeats(_hash_windows(tokens), starts, ends)
+    hashes = _hash_windows(tokens)
+    if groups is not None:  # equal windows of different groups are no longer equal
+        hashes = _mix(hashes + np.repeat(groups.astype(np.uint64), ends - starts) * np.uint64(0x9E3779B97F4A7C15))
+    dropped = _first_tokens_of_repeats(hashes, starts, ends)
     size = 1
     while size < WINDOW:  # marks all tokens of each window, not only its first
         dropped[size:] |= dropped[:-size]

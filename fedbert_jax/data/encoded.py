@@ -46,6 +46,7 @@ def encode_documents(
     path: Path,
     deduplicate: bool,
     count: Callable[[int], None],
+    groups: np.ndarray | None = None,
 ) -> Encoded:
     """Encodes documents into a file.
 
@@ -55,6 +56,7 @@ def encode_documents(
       path: the file's path; the file has to stay while the documents are used.
       deduplicate: leave out windows of tokens that came before, see `kept_spans`.
       count: called with the number of characters encoded so far.
+      groups: integers [D], whose windows are compared with one another; None: all documents'.
     """
     dtype, usual = token_dtype(vocab_size(tokenizer)), usual_tokens(tokenizer)
     unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # some tokenizers know every byte
@@ -67,7 +69,7 @@ def encode_documents(
     ends = np.cumsum(lengths)
     everything = np.asarray(np.memmap(path, dtype, "r")) if lengths.sum() else np.zeros(0, dtype)
     if deduplicate:
-        document, *bounds = kept_spans(everything, ends).T
+        document, *bounds = kept_spans(everything, ends, groups).T
     else:
         document, bounds = np.arange(len(ends)), [ends - lengths, ends]
     offsets = np.searchsorted(document, np.arange(len(ends) + 1))

@@ -44,9 +44,22 @@ class Text:
     shares: list[Share]
     emptied: list[str]  # clients that are gone, since all their paragraphs came before
 
+    @property
+    def owners(self) -> np.ndarray:
+        """Which client holds each document, int64 [D]."""
+        owners = np.zeros(len(self.texts), np.int64)
+        for client, share in enumerate(self.shares):
+            owners[share.documents] = client
+        return owners
 
-def read_text(config: Config, warn: Callable[[str], None], progress: Progress) -> Text:
+
+def read_text(config: Config, warn: Callable[[str], None], progress: Progress, only: tuple[int, str] | None = None) -> Text:
     """Reads `data.source`, leaves out paragraphs that came before, deals the documents and draws what is held out.
+
+    Args:
+      config: the run's.
+      warn, progress: see `dataset.prepare`.
+      only: of a party in a federation, its index and name: all text is its own, and its draws are those of that index.
 
     Raises:
       UserError: for text that cannot be read, or fewer documents than clients.
@@ -54,19 +67,21 @@ def read_text(config: Config, warn: Callable[[str], None], progress: Progress) -
     data, seeds = config.data, seeds_of(config)
     progress.stage(f"reading data.source={data.source!r}", "documents")
     documents = read_documents(data, warn=warn, count=progress.count)
+    if only is not None:
+        documents = [Document(document.text, only[1]) for document in documents]
     natural, wanted = data.partition.kind == "natural", config.federated.num_clients
-    if natural and wanted is not None:
+    if natural and wanted is not None and only is None:
         # Before repeats are dropped, so that no text is lost because it first occurs at a client that doesn't take part.
         words = np.array([count_words(document.text) for document in documents], np.int64)
         chosen = set(assign([document.group for document in documents], words, data.partition, wanted, seeds)[0])
         documents = [document for document in documents if document.group in chosen]
     kept, words, dropped, emptied = _without_repeats(documents, config)
     groups = [document.group for document in kept]
-    names, owned = assign(groups, words, data.partition, None if natural else wanted, seeds)
+    names, owned = assign(groups, words, data.partition, None if natural or only else wanted, seeds)
     taken = np.sort(np.concatenate(owned))  # the others belong to clients that don't take part
     shares = []
     for client, (name, mine) in enumerate(zip(names, owned, strict=True)):
-        held = hold_out(words[mine], data.eval_fraction, seeds, client)
+        held = hold_out(words[mine], data.eval_fraction, seeds, client if only is None else only[0])
         places = np.searchsorted(taken, mine)
         shares.append(Share(name, places[~held], places[held], emptied[name] if natural else 0))
     lost = sorted(emptied.keys() - set(groups)) if natural else []
@@ -80,7 +95,8 @@ def _without_repeats(
     min_words = DOCS_MIN_WORDS if config.data.source.startswith("docs:") else 1
     texts: Iterable[str] = (document.text for document in documents)
     if config.data.deduplicate:
-        texts = drop_repeated_paragraphs(texts)
+        groups = None if config.data.deduplicate_across else (document.group for document in documents)
+        texts = drop_repeated_paragraphs(texts, groups)
     kept: list[Document] = []
     counts: list[tuple[int, int]] = []
     emptied: Counter[str] = Counter()

@@ -133,10 +133,22 @@ class Engine:
         state = schema_of("opt", sh.segment_opt) if self.opt_travels else {}
         return merged(schema_of("segment", sh.upload if barrier.phase == UPLOAD else sh.segment), state, NORM)
 
-    def weights(self, members: Sequence[str], blocks: Mapping[str, int]) -> np.ndarray:
+    def weights(self, members: Sequence[str], blocks: Mapping[str, int]) -> Sequence[float]:
         """Returns the shares of the clients of a round, by how much text each has; float32, summing to 1."""
         sizes = np.array([blocks[c] for c in members])
-        return client_weights(sizes, np.arange(len(members)), self.f.weighting)
+        return [float(share) for share in client_weights(sizes, np.arange(len(members)), self.f.weighting)]
+
+    def state_shape(self) -> ServerState:
+        """Returns the shapes of a state: what a checkpoint is restored to."""
+
+        def make(segment: Any) -> ServerState:
+            keeps = self.opt_travels or self.how.averages_gradients
+            body = self.programs.new_body()
+            outer = self.s.outer.init(segment) if self.s.outer else ()
+            opt = self.s.client_tx.init(segment) if keeps else ()
+            return ServerState(segment, opt, body, self.programs.new_optimizer(body), outer)
+
+        return jax.eval_shape(make, self.shapes.segment)
 
     # --- the work ---
 

@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime.credentials import Credentials, Roster
-from fedbert_jax.runtime.service import METHODS, Abort, Service
+from fedbert_jax.runtime.service import METHODS, Abort, Gathering, Service
 
 NAME = "fedbert.Federation"
 CHUNK = 1 << 20
@@ -77,7 +77,7 @@ class Server:
 
     def __init__(
         self,
-        service: Service,
+        service: Service | Gathering,
         host: str,
         port: int,
         credentials: Credentials | None = None,
@@ -89,7 +89,7 @@ class Server:
                 "in clear; see `python -m fedbert_jax.provision`."
             )
         self.service, self._roster = service, roster
-        threads = 8 + 4 * len(service.session.roster)
+        threads = 64
         self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="fedbert-grpc")
         self._server = grpc.server(self._pool, options=[*OPTIONS, ("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=threads)
         handlers = {m: grpc.stream_stream_rpc_method_handler(self._handler(m)) for m in METHODS}
@@ -111,6 +111,11 @@ class Server:
                 f"config keys network.host={host!r}, network.port={port}: another program may have it."
             ) from error
         self._server.start()
+
+    def use(self, service: Service) -> None:
+        """Lets another service answer from now on."""
+        before, self.service = self.service, service
+        before.stop()
 
     def _handler(self, method: str) -> Callable[[Iterator[bytes], Any], Iterator[bytes]]:
         def handle(chunks: Iterator[bytes], context: Any) -> Iterator[bytes]:

@@ -110,13 +110,24 @@ class Participant:
       blocks: how much training text it has.
       held: what it holds, of an earlier process; None before the first.
       wait: seconds that it asks for the next turn at a time.
+      recall: (round) -> what it held at that round's beginning, if it kept that; asked when the server has gone back.
+      fresh: what becomes of the segment that it begins with: a checkpoint's values, say.
     """
 
     def __init__(
-        self, member: Member, line: Line, name: str, hello: Hello, blocks: int, held: Held | None = None, wait: float = 20.0
+        self,
+        member: Member,
+        line: Line,
+        name: str,
+        hello: Hello,
+        blocks: int,
+        held: Held | None = None,
+        wait: float = 20.0,
+        recall: Callable[[int], Held | None] = lambda round: None,
+        fresh: Callable[[Held], Held] | None = None,
     ):
         self.member, self.line, self.name, self.hello, self.blocks = member, line, name, hello, blocks
-        self.held, self.wait = held, wait
+        self.held, self.wait, self._recall, self._fresh = held, wait, recall, fresh
         self.incarnation = uuid.uuid4().hex
 
     def join(self) -> dict[str, Any]:
@@ -129,10 +140,15 @@ class Participant:
         try:
             answer, _ = self.line.ask("join", meta)
             if answer["bring"]:
-                self.line.ask("bring", {}, to_tensors("segment", self.member.fresh().segment))
+                self.line.ask("bring", {}, to_tensors("segment", self._first().segment))
         except Abort as error:
             raise UserError(f"the server refuses {self.name!r}: {error.text}.") from error
         return answer
+
+    def _first(self) -> Held:
+        """Returns what it holds before the first round."""
+        held = self.member.fresh()
+        return held if self._fresh is None else self._fresh(held)
 
     def run(
         self,
@@ -177,6 +193,8 @@ class Participant:
         if held is None or held.round != id.round or in_turn:
             at = self.member.first_message(members, self.name)
             _, tensors = self.line.ask("segment", {"id": list(id._replace(at=at))})
-            held = self.member.received(tensors, self.held, id.round)
+            if held is None or held.round != id.round:
+                held = self._recall(id.round) or held
+            held = self.member.received(tensors, held, id.round)
         self.line.id = id._replace(at=self.member.scores_at(members))
         return self.member.run_round(held, id, members, self.name, turn["weight"], turn["evaluates"], self.line)

@@ -80,6 +80,8 @@ class Service:
       segment: what is expected of the segment that the first client brings; None if the server has one.
       on_segment: takes it.
       on_round: called when a round is over, with its number and its members.
+      in_turn: whether clients take turns, each beginning with what the one before it has handed on.
+      body: (): what clients get when training is over; None: nothing.
       clock: seconds, from anywhere.
     """
 
@@ -94,7 +96,7 @@ class Service:
         on_segment: Callable[[Tensors], None] = lambda tensors: None,
         on_round: Callable[[int, tuple[str, ...]], None] = lambda round, members: None,
         in_turn: bool = False,
-        body: Callable[[], Tensors] = dict,
+        body: Callable[[], Tensors] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.session, self.work, self.hello, self.clock = session, work, hello, clock
@@ -105,6 +107,7 @@ class Service:
         self._secret = hello.secret
         self._epoch = -1  # that the work has begun
         self._stop = False
+        self._dismissed: set[str] = set()
         self.received = self.sent = 0  # bytes of frames
         self.failure: BaseException | None = None
 
@@ -259,8 +262,10 @@ class Service:
 
     def _on_body(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         with self._changed:
-            if self.session.state != DONE:
+            if self.session.state != DONE or self.session.round < self.session.rounds:
                 raise Abort("FAILED_PRECONDITION", "training isn't over")
+        if self._body is None:
+            raise Abort("PERMISSION_DENIED", "the server keeps the body (network.release_body)")
         return frames.encode({}, self._body())
 
     def _on_leave(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
@@ -268,6 +273,22 @@ class Service:
             self.session.leave(client, self.clock())
             self._changed.notify_all()
         return frames.encode({})
+
+    def _on_enrol(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        return frames.encode({"roster": list(self.session.roster)})
+
+    def _on_bye(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        with self._changed:
+            self._dismissed.add(client)
+            self._changed.notify_all()
+        return frames.encode({})
+
+    def farewell(self, seconds: float) -> None:
+        """Waits until all clients who are there have got what is theirs and said goodbye, but not for ever."""
+        end = self.clock() + seconds
+        with self._changed:
+            while set(self.session.here()) - self._dismissed and self.clock() < end:
+                self._changed.wait(POLL)
 
     def _place(self) -> tuple[int, int]:
         return self.session.epoch, self.session.round
@@ -327,7 +348,63 @@ class Service:
             self._changed.notify_all()
 
 
-METHODS = ("join", "bring", "turn", "segment", "message", "transform", "body", "leave")
+class Gathering:
+    """The server before its clients are known: on the loopback, without a roster, whoever comes first takes part.
+
+    Args:
+      names: the clients, if they are known.
+      wanted: how many there will be.
+      quorum: ignored; a roster has to be whole, since a client's place in it decides its draws.
+    """
+
+    def __init__(self, names: tuple[str, ...], wanted: int, quorum: int | None = None):
+        self.wanted, self._names, self._come = wanted, names, set[str]()
+        self._changed = threading.Condition()
+        self._stop = False
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Who has come."""
+        with self._changed:
+            return tuple(sorted(self._come))
+
+    def names(self) -> tuple[str, ...] | None:
+        """Returns the roster, once it is whole: in the order of names, as the simulation has natural clients."""
+        with self._changed:
+            if not self._names and len(self._come) >= self.wanted > 0:
+                self._names = tuple(sorted(self._come))
+                self._changed.notify_all()
+            return self._names or None
+
+    def limit(self, method: str) -> int:
+        """Returns how many bytes a call's frame may have."""
+        return HEADER
+
+    def call(self, method: str, client: str, data: bytes, alive: Callable[[], bool] = lambda: True) -> bytes:
+        """Answers `enrol` once the roster is whole; everything else is too early."""
+        if method != "enrol":
+            raise Abort("UNAVAILABLE", "the server waits for its clients")
+        with self._changed:
+            if self._names and client not in self._names:
+                raise Abort("PERMISSION_DENIED", f"{client!r} is not in the roster")
+            if not self._names and client not in self._come and len(self._come) >= self.wanted:
+                raise Abort("PERMISSION_DENIED", f"{client!r} comes too late: {self.wanted} clients are there already")
+            self._come.add(client)
+            end = time.monotonic() + 20.0
+            while not self._names and alive() and not self._stop and time.monotonic() < end:
+                self._changed.wait(POLL)
+            if not self._names:
+                raise Abort("UNAVAILABLE", f"waiting for {self.wanted} clients; here: {', '.join(sorted(self._come))}")
+            return frames.encode({"roster": list(self._names)})
+
+    def stop(self) -> None:
+        """Ends every call that waits."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+
+
+METHODS = ("enrol", "bye", "join", "bring", "turn", "segment", "message", "transform", "body", "leave")
 PHASES = ("forward", "backward", "contribute", "upload", "hand on", "scores")
 EVALUATION = lambda batch, length, masked, hidden: {  # noqa: E731
     "h": TensorSpec("float32", (batch, length, hidden)),

@@ -1,0 +1,85 @@
+"""What cannot run over a network: settings that task=serve and task=join don't have, and addresses that are none."""
+
+from __future__ import annotations
+
+import re
+
+from fedbert_jax.config.keys import flatten, to_dict
+from fedbert_jax.config.ranges import Need
+from fedbert_jax.config.schema import Config, NetworkConfig
+
+CLIENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+# By what stands in its place.
+UNUSED = {
+    "goes by federated.rounds: nobody knows how much text all have": ("federated.epochs",),
+    "has one party a process": ("federated.clients_at_once", "mesh.model", "data.store"),
+    "fills in no sentences": ("fill_mask", "profile"),
+    "gives every client batch_size rows": ("federated.batch_by",),
+}
+
+
+def check_network(config: Config, need: Need) -> None:
+    """Checks `network`, and what a config with task='serve' or 'join' needs."""
+    n, f, w = config.network, config.federated, config.wire
+    need(0 <= n.port < 65536, "network.port", n.port, "an integer from 0 to 65535")
+    need(n.host.strip() == n.host != "", "network.host", n.host, "an address or a name of this machine, or the server's")
+    need(
+        n.name == "" or re.fullmatch(CLIENT_NAME, n.name) is not None, "network.name", n.name, "letters, digits, ., - and _"
+    )
+    for key, value in (("deadline", n.deadline), ("patience", n.patience)):
+        need(value > 0, f"network.{key}", value, "seconds, above 0")
+    need(n.join_grace >= 0, "network.join_grace", n.join_grace, "seconds, at least 0")
+    need(n.quorum is None or n.quorum >= 1, "network.quorum", n.quorum, "None or at least 1")
+    need(
+        w.microbatches >= 1 and f.batch_size % w.microbatches == 0,
+        "wire.microbatches",
+        w.microbatches,
+        f"a divisor of federated.batch_size={f.batch_size}",
+    )
+    if config.task not in ("serve", "join"):
+        given, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
+        for key in ("wire.microbatches", *(f"network.{name}" for name in vars(NetworkConfig()))):
+            need(given[key] == defaults[key], key, given[key], f"its default, {defaults[key]!r}, with task={config.task!r}")
+        return
+    how, task = f.arrangement, f"with task={config.task!r}"
+    need(
+        how.cut and not how.keeps_own,
+        "federated.strategy",
+        f.strategy,
+        f"{task} a strategy with a cut that ends in one model",
+    )
+    need(config.data.partition.kind == "natural", "data.partition.kind", config.data.partition.kind, f"'natural' {task}")
+    need(
+        not config.data.tokenizer.startswith("train:"),
+        "data.tokenizer",
+        config.data.tokenizer,
+        f"{task} a Hugging Face directory or hub name that all parties have",
+    )
+    need(
+        (w.noise == 0 and w.gradient_noise == 0) or w.microbatches == 1,
+        "wire.microbatches",
+        w.microbatches,
+        "1 with wire.noise",
+    )
+    need(
+        config.model.client_layers == 0 or w.microbatches == 1 or not config.model.hidden_dropout,
+        "wire.microbatches",
+        w.microbatches,
+        "1 with model.client_layers and dropout",
+    )
+    need(
+        config.privacy.client_seed is None or config.task == "join",
+        "privacy.client_seed",
+        config.privacy.client_seed,
+        "None with task='serve': the server doesn't know the clients' secret",
+    )
+    need(
+        bool(n.credentials) or config.task == "join" or (f.num_clients or 0) > 0,
+        "federated.num_clients",
+        f.num_clients,
+        "an integer, with task='serve' and no network.credentials: how many clients to wait for",
+    )
+    given, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
+    for instead, keys in UNUSED.items():
+        for key in keys:
+            need(given[key] == defaults[key], key, given[key], f"its default, {defaults[key]!r}, {task}, which {instead}")

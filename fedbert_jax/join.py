@@ -1,0 +1,299 @@
+"""task=join: one client of a federation, which keeps its text, its embedding and its head."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from fedbert_jax import config as config_lib
+from fedbert_jax import disk, experiment
+from fedbert_jax.config import Config
+from fedbert_jax.console import progress
+from fedbert_jax.console.output import make_console, print_table, shown
+from fedbert_jax.console.progress import Stages
+from fedbert_jax.data import sampling
+from fedbert_jax.data.dataset import Dataset, prepare
+from fedbert_jax.data.streams import seeds_of
+from fedbert_jax.data.summary import client_table
+from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
+from fedbert_jax.devices import platforms
+from fedbert_jax.devices.interrupts import Interrupts
+from fedbert_jax.devices.mesh import make_mesh
+from fedbert_jax.errors import UserError
+from fedbert_jax.federated import optim
+from fedbert_jax.federated.evaluation import EvalSet, plan_evaluation
+from fedbert_jax.models import huggingface
+from fedbert_jax.runtime import frames
+from fedbert_jax.runtime.agreement import hello_of
+from fedbert_jax.runtime.credentials import load_credentials, load_roster, open_group_secret
+from fedbert_jax.runtime.dispatch import Compiling
+from fedbert_jax.runtime.engine import shapes_of
+from fedbert_jax.runtime.grpc import Client
+from fedbert_jax.runtime.member import Ended, Held, Member
+from fedbert_jax.runtime.participant import Line, Participant
+from fedbert_jax.runtime.payloads import from_tensors, schema_of
+from fedbert_jax.runtime.service import Abort
+from fedbert_jax.workdir import resume
+from fedbert_jax.workdir.checkpoint import Checkpoints
+from fedbert_jax.workdir.log import MetricsLog, truncate
+from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
+
+
+def join(config: Config, root: Path, console: Console | None = None) -> int:
+    """Takes part in a federation until training is over, and exports the client's model.
+
+    Args:
+      config: validated, with task='join'.
+      root: the workdir.
+      console: where to speak; the terminal by default.
+
+    Returns:
+      The exit code: 0, or 128 + the signal that interrupted it.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    console = console or make_console()
+    optim.check(config)
+    platforms.introduce(console, lambda: make_mesh(config.mesh).size)
+    workdir, lock = open_workdir(root)
+    with lock:
+        huggingface.check_target(workdir.hf)
+        return Joining(config, workdir, console).run()
+
+
+class Joining:
+    """A client's process: its text, its files, its line to the server."""
+
+    def __init__(self, config: Config, workdir: Workdir, console: Console):
+        self.workdir, self.console = workdir, console
+        n = config.network
+        self.name = n.name or workdir.root.resolve().name
+        self.credentials = None
+        if n.credentials:
+            folder = Path(n.credentials)
+            self.credentials = load_credentials(folder, self.name)
+            if self.name not in load_roster(folder).clients:
+                raise UserError(f"config key network.name={self.name!r}: the roster in {folder} has no client of that name.")
+            if config.privacy.client_seed is None:
+                secret = open_group_secret(folder, self.name)
+                config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, client_seed=secret))
+        self.tokenizer = load_tokenizer(config.data.tokenizer or str(huggingface.local(config.model.init_from)))
+        self.config = experiment.resolve(config, vocab_size(self.tokenizer))
+        if workdir.exists():
+            check_same(workdir.read_config(), self._shown(self.config), harmless=config_lib.HARMLESS)
+
+    def _shown(self, config: Config) -> Config:
+        """Returns the config as config.json has it: without a secret that came from the credentials."""
+        if not config.network.credentials:
+            return config
+        return dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, client_seed=None))
+
+    def run(self) -> int:
+        """Joins, trains and exports."""
+        n = self.config.network
+        transport = Client(n.host, n.port, self.name, self.credentials, 1 << 31)
+        line = Line(transport, self.config.wire.microbatches, 1 << 31, n.patience, max(2 * n.deadline, 60.0), self._warn)
+        try:
+            with Interrupts() as interrupts, contextlib.closing(line):
+                names = self._enrol(line)
+                dataset = self._read(names)
+                member = self._member(names, dataset)
+                participant = self._participant(member, line, dataset)
+                over = self._train(participant, interrupts)
+                if not over:
+                    self.console.print(f"stopped after round {self.done}; the same command goes on from there")
+                    return interrupts.exit_code
+                self._export(participant, line)
+                line.ask("bye", {})
+        finally:
+            transport.close()
+        return 0
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"warning: {shown(text)}", style="yellow")
+
+    # --- before the first round ---
+
+    def _enrol(self, line: Line) -> tuple[str, ...]:
+        """Asks for the roster; waits for a server that isn't there yet, and for the other clients."""
+        where = f"{self.config.network.host}:{self.config.network.port}"
+        with progress.waiting(self.console, f"waiting for the server at {where}"):
+            try:
+                answer, _ = line.ask("enrol", {})
+            except Abort as error:
+                if error.code == "UNAVAILABLE":
+                    raise UserError(f"no server answers at {where} ({error.text}).") from error
+                raise UserError(f"the server at {where} refuses {self.name!r}: {error.text}.") from error
+        return tuple(answer["roster"])
+
+    def _read(self, names: tuple[str, ...]) -> Dataset:
+        """Prepares this client's own text, with the draws of its place in the roster."""
+        only = (names.index(self.name), self.name)
+        with Stages(self.console) as stages, disk.writing(self.workdir.data):
+            dataset, _ = prepare(self.config, self.workdir.data, warn=self._warn, progress=stages, only=only)
+        print_table(self.console, client_table(dataset.summary))
+        return dataset
+
+    def _member(self, names: tuple[str, ...], dataset: Dataset) -> Member:
+        """Builds and compiles this client's part."""
+        clients, index = len(names), names.index(self.name)
+        config = config_lib.work_out(self.config, 0, clients, None)
+        self.config = config = dataclasses.replace(
+            config, federated=dataclasses.replace(config.federated, num_clients=clients)
+        )
+        config_lib.validate(config)
+        self.workdir.write_config(self._shown(config))
+        f, seeds, own = config.federated, seeds_of(config), dataset.train.client(0)
+        mask = experiment.mask_spec(config, self.tokenizer)
+        setting = experiment.party_setting(config, mask, clients, min(f.clients_per_round or clients, clients))
+
+        def rows(round: int) -> np.ndarray:
+            count = f.local_steps * f.batch_size
+            places = sampling.block_indices(seeds, index, len(own), round * count, count)
+            return np.asarray(own[places]).reshape(f.local_steps, f.batch_size, -1)
+
+        one = jax.ShapeDtypeStruct((f.batch_size, config.data.seq_len), own.dtype)
+        self.shapes = shapes_of(setting, one, config.wire.microbatches)
+        member = Member(
+            setting, index, rows, self.shapes, config.wire.microbatches, self._heldout(config, dataset, index), mask
+        )
+        with progress.waiting(self.console, "compiling a step"), Compiling() as compiling:
+            member.compile()
+        compiling.tell(self.console, "a step")
+        return member
+
+    def _heldout(self, config: Config, dataset: Dataset, index: int) -> EvalSet | None:
+        """Returns this client's held-out blocks, in batches, as the simulation draws them for its place."""
+        held, e = dataset.heldout, config.eval
+        if not len(held.tokens):
+            return None
+        offsets = np.zeros(index + 2, np.int64)
+        offsets[index + 1] = len(held.tokens)
+        plan = plan_evaluation(offsets, np.array([index]), e.max_blocks, e.batch_size, seeds_of(config))
+        tokens = np.asarray(held.tokens)[plan.rows]
+        return EvalSet(tokens, plan.real, plan.blocks, plan.clients)  # type: ignore[arg-type]
+
+    def _participant(self, member: Member, line: Line, dataset: Dataset) -> Participant:
+        f = self.config.federated
+        # What no server has: a client's own optimizer state, and what its gradient codec has yet to send.
+        self.keeps = f.client_optimizer_state == "keep" or self.config.wire.gradient_codec == "int8"
+        self.checkpoints = Checkpoints(self.workdir.checkpoints, keep=4) if self.keeps else None
+        self.shape = jax.eval_shape(member.fresh)
+        secret = seeds_of(self.config).client
+        hello = hello_of(self.config, self.tokenizer, secret)
+        fresh = self._from_checkpoint if self.config.model.init_from else None
+        return Participant(member, line, self.name, hello, len(dataset.train.tokens), recall=self._recall, fresh=fresh)
+
+    def _from_checkpoint(self, held: Held) -> Held:
+        """Fills the segment that a client begins with from the checkpoint that all start from."""
+        tensors, _ = huggingface.load_tensors(huggingface.local(self.config.model.init_from))
+        mask = experiment.mask_spec(self.config, self.tokenizer)
+        segments = experiment.party_setting(self.config, mask, 1, 1).segments
+        body = segments.init(jax.random.key(0), jax.random.key(0))[1]  # of which the client needs nothing
+        segment, _, missing = huggingface.from_tensors(tensors, held.segment, body)
+        if missing:
+            self._warn(f"the checkpoint lacks, so it starts fresh: {', '.join(huggingface.describe_missing(missing))}")
+        return held._replace(segment=segment)
+
+    # --- the rounds ---
+
+    def _train(self, participant: Participant, interrupts: Interrupts) -> bool:
+        """Takes part; returns whether training is over."""
+        f, log = self.config.federated, None
+        self.done, self.mark = 0, time.perf_counter()
+        with progress.bar(self.console, "phase", "numbers") as bar:
+            task = bar.add_task("rounds", total=f.rounds, phase="joins", numbers="")
+            told: list[str] = []
+
+            def on_wait(turn: dict[str, Any]) -> None:
+                waits = f"waits for {', '.join(turn['missing'][:3]) or 'the others'}"
+                bar.update(task, phase=shown(waits))
+                if told[-1:] != [waits]:
+                    told.append(waits)
+                    self.console.print(f"round {turn['round'] + 1} {shown(waits)}")
+                self.mark = time.perf_counter()
+
+            def on_round(round: int, ended: Ended) -> None:
+                nonlocal log
+                if log is None:
+                    truncate(self.workdir.metrics, round)
+                    log = MetricsLog(self.workdir.metrics)
+                self._record(log, round, ended, participant)
+                told.clear()
+                bar.update(task, completed=round + 1, phase="trains", numbers=f"loss {ended.loss:.3f}")
+
+            try:
+                return participant.run(on_round, on_wait, lambda: interrupts.received is not None)
+            finally:
+                if log is not None:
+                    log.close()
+                if self.checkpoints is not None:
+                    self.checkpoints.close()
+
+    def _record(self, log: MetricsLog, round: int, ended: Ended, participant: Participant) -> None:
+        now, self.done = time.perf_counter(), round + 1
+        line = participant.line
+        record: dict[str, Any] = {
+            "round": self.done,
+            "train_loss": ended.loss,
+            "seconds": now - self.mark,
+            "uplink_bytes": line.sent,
+            "downlink_bytes": line.received,
+        }
+        self.mark = now
+        if ended.sums is not None and ended.sums[2] > 0:
+            loss, right, count = map(float, ended.sums)
+            record |= {"eval_loss": loss / count, "eval_accuracy": right / count}
+            self.console.print(
+                f"round {self.done}  train loss {ended.loss:.3f}  own held-out loss {loss / count:.3f}  "
+                f"accuracy {right / count:.1%}"
+            )
+        log.append(record)
+        if self.checkpoints is not None:
+            held = ended.held
+            stamp = {"config": resume.stamp(self._shown(self.config))}
+            self.checkpoints.save(self.done, {"opt": held.opt, "unsent": held.unsent, "segment": held.segment}, stamp)
+
+    def _recall(self, round: int) -> Held | None:
+        """Returns what the client held at the beginning of a round, if it kept it."""
+        if self.checkpoints is None or round not in self.checkpoints.rounds():
+            return None
+        like = {"opt": self.shape.opt, "unsent": self.shape.unsent, "segment": self.shape.segment}
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        found, _ = self.checkpoints.restore(round, like, jax.tree.map(lambda _: here, like))
+        return Held(found["segment"], found["opt"], found["unsent"], round)
+
+    # --- after the last round ---
+
+    def _export(self, participant: Participant, line: Line) -> None:
+        """Writes the model, if the server gives the body away."""
+        held = participant.held
+        if held is None:  # it came when all was over
+            held = participant.member.fresh()
+        try:
+            _, tensors = line.ask("body", {})
+        except Abort as error:
+            if error.code != "PERMISSION_DENIED":
+                raise UserError(f"the server at the end: {error.text}.") from error
+            self.console.print(f"no model: {shown(error.text)}")
+            return
+        like = jax.eval_shape(participant.member.s.fresh).server
+        if why := frames.check(tensors, schema_of("body", like)):
+            raise UserError(f"the server sent a body that doesn't fit: {why}.")
+        body, f = from_tensors("body", like, tensors), self.config.federated
+        facts = {"round": f.rounds, "num_clients": f.num_clients, "clients_per_round": f.clients_per_round or f.num_clients}
+        card = huggingface.model_card(self.config, facts)
+        client = jax.device_get(held.segment)
+        with disk.writing(self.workdir.hf):
+            huggingface.save(
+                self.workdir.hf, client, body, self.config.model, self.tokenizer, card, export=self.config.export
+            )
+        self.console.print(f"model  {shown(self.workdir.hf)}")

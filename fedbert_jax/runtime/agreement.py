@@ -1,0 +1,44 @@
+"""What the parties of a federation must have the same, and how they tell without showing it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from fedbert_jax import __version__
+from fedbert_jax.config import Config, flatten, to_dict
+from fedbert_jax.runtime.service import Hello
+
+SECTIONS = ("model", "federated", "client_optimizer", "server_optimizer", "aggregator", "mlm", "wire", "precision")
+KEYS = ("data.seq_len", "privacy.averaging", "eval.every_rounds", "eval.batch_size", "eval.max_blocks")
+# A party's own business: where it finds a checkpoint, and how its machine computes.
+OWN = (
+    *("model.init_from", "model.preset", "model.remat", "model.unroll_layers", "model.attention", "model.logits_at_once"),
+    *("federated.num_clients", "federated.clients_at_once"),
+)
+
+
+def agreed(config: Config) -> dict[str, Any]:
+    """Returns the keys of a resolved config that all parties must have the same, with their values."""
+    values = flatten(to_dict(config))
+    return {k: v for k, v in values.items() if (k.split(".")[0] in SECTIONS or k in KEYS) and k not in OWN}
+
+
+def hello_of(config: Config, tokenizer: Any, client_seed: int | None) -> Hello:
+    """Returns what a party says of itself.
+
+    Args:
+      config: resolved.
+      tokenizer: its own.
+      client_seed: the clients' secret; None at the server, which doesn't know it.
+    """
+    text = json.loads(tokenizer.backend_tokenizer.to_str())
+    text.pop("padding", None)  # what was last asked of it, not what it is
+    text.pop("truncation", None)
+    secret = "" if client_seed is None else _digest(f"fedbert_jax client secret {client_seed}")
+    return Hello(agreed(config), _digest(json.dumps(text, sort_keys=True)), secret, __version__)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,293 @@
+"""task=serve: the server of a federation, which holds the body, waits for its clients and computes their rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from fedbert_jax import config as config_lib
+from fedbert_jax import experiment
+from fedbert_jax.config import Config
+from fedbert_jax.console import progress
+from fedbert_jax.console.output import make_console, shown
+from fedbert_jax.data import sampling
+from fedbert_jax.data.streams import seeds_of
+from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
+from fedbert_jax.devices import platforms
+from fedbert_jax.devices.interrupts import Interrupts
+from fedbert_jax.devices.mesh import make_mesh
+from fedbert_jax.errors import UserError
+from fedbert_jax.federated import optim
+from fedbert_jax.federated.evaluation import evaluation
+from fedbert_jax.models import huggingface
+from fedbert_jax.runtime.agreement import hello_of
+from fedbert_jax.runtime.credentials import load_credentials, load_roster
+from fedbert_jax.runtime.engine import Engine, ServerState
+from fedbert_jax.runtime.grpc import Server
+from fedbert_jax.runtime.payloads import from_tensors, schema_of, to_tensors
+from fedbert_jax.runtime.service import EVALUATION, Gathering, Service
+from fedbert_jax.runtime.session import Rules, Session
+from fedbert_jax.workdir import resume
+from fedbert_jax.workdir.checkpoint import Checkpoints
+from fedbert_jax.workdir.log import MetricsLog, truncate
+from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
+
+FAREWELL = 60.0  # seconds that the server stays for clients to fetch what is theirs
+
+
+def serve(config: Config, root: Path, console: Console | None = None) -> int:
+    """Runs a federation's server to its last round, from wherever its workdir stands.
+
+    Args:
+      config: validated, with task='serve'.
+      root: the workdir.
+      console: where to speak; the terminal by default.
+
+    Returns:
+      The exit code: 0, or 128 + the signal that interrupted it.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    console = console or make_console()
+    optim.check(config)
+    platforms.introduce(console, lambda: make_mesh(config.mesh).size)
+    workdir, lock = open_workdir(root)
+    with lock:
+        return Serving(config, workdir, console).run()
+
+
+class Serving:
+    """A server's process: its files, its address and its console."""
+
+    def __init__(self, config: Config, workdir: Workdir, console: Console):
+        self.workdir, self.console = workdir, console
+        tokenizer = load_tokenizer(config.data.tokenizer or str(huggingface.local(config.model.init_from)))
+        config = experiment.resolve(config, vocab_size(tokenizer))
+        self.credentials, self.roster_of = None, None
+        if config.network.credentials:
+            folder = Path(config.network.credentials)
+            self.credentials, self.roster_of = load_credentials(folder, "server"), lambda: load_roster(folder)
+        self.given, self.tokenizer = config, tokenizer
+        if workdir.exists():
+            check_same(workdir.read_config(), config, harmless=config_lib.HARMLESS)
+
+    def run(self) -> int:
+        """Gathers the clients, serves them, and ends."""
+        n = self.given.network
+        gathering = Gathering(self._names(), self.given.federated.num_clients or 0, n.quorum)
+        server = Server(gathering, n.host, n.port, self.credentials, self.roster_of)
+        try:
+            with Interrupts() as interrupts:
+                self.console.print(f"listening at {n.host}:{server.port}" + ("" if self.credentials else ", in clear"))
+                names = self._gather(gathering, interrupts)
+                if names is None:
+                    return interrupts.exit_code
+                service = self._prepare(names)
+                server.use(service)
+                self._serve(service, interrupts)
+                service.farewell(FAREWELL if not interrupts.received else 5.0)
+        finally:
+            server.stop()
+        self.checkpoints.close()
+        self.log.close()
+        if interrupts.received and service.session.round < self.config.federated.rounds:
+            done = service.session.round
+            self.console.print(f"stopped after round {done}; the same command goes on from there")
+            return interrupts.exit_code
+        self.console.print(f"checkpoints  {shown(self.workdir.checkpoints)}")
+        return 0
+
+    # --- before the first round ---
+
+    def _names(self) -> tuple[str, ...]:
+        """Returns the clients' names, if they are known: from the roster, or from the workdir."""
+        if self.roster_of is not None:
+            names = self.roster_of().clients
+            if not names:
+                raise UserError(
+                    f"config key network.credentials={self.given.network.credentials!r}: its roster has no client."
+                )
+            return names
+        return tuple(self.workdir.read_facts().get("roster", ()))
+
+    def _gather(self, gathering: Gathering, interrupts: Interrupts) -> tuple[str, ...] | None:
+        """Waits until the clients are known; None if a signal came first."""
+        told: tuple[str, ...] | None = None
+        while (names := gathering.names()) is None:
+            if interrupts.received:
+                return None
+            if gathering.waiting != told:
+                told = gathering.waiting
+                here = ", ".join(told) or "nobody"
+                self.console.print(f"waiting for {gathering.wanted} clients; here: {shown(here)}")
+            time.sleep(0.1)
+        return names
+
+    def _prepare(self, names: Sequence[str]) -> Service:
+        """Builds the engine and the session, from the newest checkpoint if there is one."""
+        clients = len(names)
+        config = config_lib.work_out(self.given, 0, clients, None)
+        self.config = config = dataclasses.replace(
+            config, federated=dataclasses.replace(config.federated, num_clients=clients)
+        )
+        config_lib.validate(config)
+        self.names, f = tuple(names), config.federated
+        self.mask = experiment.mask_spec(config, self.tokenizer)
+        cohort = min(f.clients_per_round or clients, clients)
+        setting = experiment.party_setting(config, self.mask, clients, cohort)
+        rows = jax.ShapeDtypeStruct((f.batch_size, config.data.seq_len), np.uint16)
+        self.engine = Engine(setting, names, rows, config.wire.microbatches)
+        self.cohort, seeds = cohort, seeds_of(config)
+
+        def cohort_of(round: int) -> list[str]:
+            chosen = sampling.draw_cohort(seeds, round, clients, cohort)
+            if f.arrangement.clients == "in turn" and f.order == "shuffled":
+                chosen = chosen[sampling.turn_order(seeds, round, cohort)]
+            return [names[c] for c in chosen]
+
+        n = config.network
+        rules = Rules(n.quorum or cohort, n.deadline, n.join_grace, config.wire.microbatches)
+        self.checkpoints = Checkpoints(self.workdir.checkpoints, config.checkpoint.keep)
+        done = self._restore()
+        script = lambda members, round: self.engine.script(members, round, self._evaluates(round))  # noqa: E731
+        # Time makes every start of the server another epoch, whatever became of the one before.
+        self.session = Session(self.names, f.rounds, rules, cohort_of, script, epoch=int(time.time()), round=done)
+        if done >= f.rounds:
+            self.session.drain()
+        self.began = self.mark = time.perf_counter()
+        e, m = config.eval, config.model
+        assert m.hidden_size is not None
+        positions = self.mask.num_masked
+        self.workdir.write_config(config)
+        self.workdir.write_facts({"roster": list(names)})
+        shapes = self.engine.shapes
+        return Service(
+            self.session,
+            self.engine,
+            hello_of(config, self.tokenizer, None),
+            EVALUATION(min(e.batch_size, e.max_blocks), config.data.seq_len, positions, m.hidden_size),
+            self._evaluates,
+            segment=None if self.engine.state is not None else schema_of("segment", shapes.segment),
+            on_segment=self._begin_with,
+            on_round=self._on_round,
+            in_turn=self.engine.in_turn,
+            body=self._body if n.release_body else None,
+        )
+
+    def _restore(self) -> int:
+        """Takes the newest checkpoint; returns how many rounds are finished."""
+        rounds, done = self.checkpoints.rounds(), 0
+        if rounds:
+            done = rounds[-1]
+            shape = self.engine.state_shape()
+            mesh = make_mesh(config_lib.MeshConfig(data=1))
+            here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            state, meta = self.checkpoints.restore(done, shape, jax.tree.map(lambda _: here, shape))
+            resume.check_stamp(f"the checkpoint of round {done}", meta.get("config"), self.config, config_lib.HARMLESS)
+            self.engine.state = ServerState(*state)
+            self.console.print(f"resuming after round {done} of {self.config.federated.rounds}")
+            truncate(self.workdir.metrics, done)
+        else:
+            self.workdir.metrics.unlink(missing_ok=True)
+        self.log = MetricsLog(self.workdir.metrics)
+        return done
+
+    def _begin_with(self, tensors: dict[str, np.ndarray]) -> None:
+        self.engine.begin_with(tensors)
+        if self.config.model.init_from:
+            assert self.engine.state is not None
+            tensors_, _ = huggingface.load_tensors(huggingface.local(self.config.model.init_from))
+            segment = from_tensors("segment", self.engine.shapes.segment, tensors)
+            _, body, _ = huggingface.from_tensors(tensors_, segment, self.engine.state.body)
+            self.engine.state = self.engine.state._replace(body=body)
+
+    def _evaluates(self, round: int) -> bool:
+        last = round + 1 == self.config.federated.rounds
+        return last or (round + 1) % self.config.eval.every_rounds == 0
+
+    # --- the rounds ---
+
+    def _serve(self, service: Service, interrupts: Interrupts) -> None:
+        f = self.config.federated
+        with progress.bar(self.console, "phase", "numbers") as bar:
+            task = bar.add_task("rounds", total=f.rounds, completed=self.session.round, phase="", numbers="")
+            self._numbers = ""
+
+            def watch(session: Session) -> None:
+                for event in self._news(session):
+                    self.console.print(event)
+                if interrupts.received and not session.draining:
+                    self.console.print("ends with the round under way")
+                    service.drain()
+                late = session.late()
+                waits = f"waits for {', '.join(late[:3])}" if late else session.state
+                if session.state == "enrolling" and session.missing():
+                    waits = f"waits for {', '.join(session.missing()[:3])}"
+                bar.update(task, completed=session.round, phase=shown(waits), numbers=self._numbers)
+
+            service.run(watch)
+
+    def _news(self, session: Session) -> list[str]:
+        """Returns what has happened, as lines; the log has all of it."""
+        events, session.events = session.events, []
+        lines = []
+        for event in events:
+            client, round = shown(str(event.get("client", ""))), event.get("round", 0)
+            if event["event"] == "joined":
+                lines.append(f"{client} is there ({len(session.here())} of {len(session.roster)})")
+            elif event["event"] == "left":
+                lines.append(f"{client} has left for good")
+            elif event["event"] == "dropped":
+                lines.append(f"round {round + 1} goes on without {client}: {event['why']}")
+            elif event["event"] == "again":
+                lines.append(f"round {round + 1} begins again: {shown(event['why'])}")
+            elif event["event"] == "waiting":
+                lines.append(f"waiting for {shown(', '.join(event['clients']))}, without whom there is no quorum")
+            elif event["event"] == "begins" and event["absent"]:
+                lines.append(f"round {round + 1} begins without {shown(', '.join(event['absent']))}")
+        return lines
+
+    def _on_round(self, round: int, members: tuple[str, ...]) -> None:
+        f, now, service = self.config.federated, time.perf_counter(), self.engine
+        numbers, done = service.metrics(), round + 1
+        steps = f.steps_per_round(self.cohort)
+        tokens = len(members) * f.local_steps * f.batch_size * self.config.data.seq_len
+        record: dict[str, Any] = {"round": done, "step": done * steps, "members": list(members)} | numbers
+        record |= {"tokens": tokens * done, "seconds": now - self.mark, "tokens_per_second": tokens / (now - self.mark)}
+        self.mark = now
+        if service.scores:
+            record |= self._scores(service.scores)
+        self.log.append(record)
+        self._numbers = f"loss {numbers['train_loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if "eval_loss" in record:
+            self.console.print(
+                f"round {done}  train loss {numbers['train_loss']:.3f}  held-out loss {record['eval_loss']:.3f}  accuracy "
+                f"{record['eval_accuracy']:.1%}  ({record['eval_clients_scored']} of {len(self.names)} clients)"
+            )
+        if done % self.config.checkpoint.every_rounds == 0 or done == f.rounds or self.session.draining:
+            assert service.state is not None
+            self.checkpoints.save(done, tuple(service.state), {"round": done, "config": resume.stamp(self.config)})
+
+    def _scores(self, scores: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Returns an evaluation's fields: clients have sent their own sums."""
+        owners = np.array([self.names.index(c) for c in scores])
+        blocks = self.session.blocks()
+        sizes = np.array([blocks.get(c, 0) for c in self.names])
+        found = evaluation(np.array(list(scores.values())), owners, sizes)
+        if found is None:
+            return {}
+        fields = found.fields("eval_loss", "eval_accuracy", self.config.federated.weighting)
+        each = {self.names[c]: score._asdict() for c, score in found.clients.items()}
+        return fields | {"eval_clients_scored": len(each), "eval_clients": each}
+
+    def _body(self) -> dict[str, np.ndarray]:
+        assert self.engine.state is not None
+        return to_tensors("body", self.engine.state.body)
