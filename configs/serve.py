@@ -13,7 +13,7 @@ from fedbert_jax.config.flags import read_config
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the server's config."""
-    config = read_config(Path(__file__).with_name("demo.py"))
+    config = read_config(Path(__file__).with_name("parallel.py"))
     config.task = "serve"
     config.data.tokenizer = "google-bert/bert-base-uncased"  # all parties have it
     config.federated.num_clients = 2

@@ -153,7 +153,8 @@ class Joining:
         self.workdir.write_config(self._shown(config))
         f, seeds, own = config.federated, seeds_of(config), dataset.train.client(0)
         mask = experiment.mask_spec(config, self.tokenizer)
-        setting = experiment.party_setting(config, mask, clients, min(f.clients_per_round or clients, clients))
+        cohort = min(f.clients_per_round or clients, clients)
+        self.setting = setting = experiment.party_setting(config, mask, clients, cohort)
 
         def rows(round: int) -> np.ndarray:
             count = f.local_steps * f.batch_size
@@ -285,7 +286,7 @@ class Joining:
                 raise UserError(f"the server at the end: {error.text}.") from error
             self.console.print(f"no model: {shown(error.text)}")
             return
-        like = jax.eval_shape(participant.member.s.fresh).server
+        like = jax.eval_shape(self.setting.fresh).server
         if why := frames.check(tensors, schema_of("body", like)):
             raise UserError(f"the server sent a body that doesn't fit: {why}.")
         body, f = from_tensors("body", like, tensors), self.config.federated

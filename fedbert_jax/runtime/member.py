@@ -55,8 +55,36 @@ class Ended(NamedTuple):
     sums: np.ndarray | None  # float32 [3], of an evaluation
 
 
+class Part(Protocol):
+    """A client's arithmetic, as its participant needs it."""
+
+    in_turn: bool  # whether clients take turns
+
+    def fresh(self) -> Held:
+        """Returns what a client holds before the first round."""
+        ...
+
+    def received(self, tensors: Tensors, held: Held | None, round: int) -> Held:
+        """Returns what a client holds that was sent the segment."""
+        ...
+
+    def first_message(self, members: Sequence[str], me: str) -> int:
+        """Returns the barrier at which this client sends its first message of a round."""
+        ...
+
+    def scores_at(self, members: Sequence[str]) -> int:
+        """Returns the barrier of a round's evaluation."""
+        ...
+
+    def run_round(
+        self, held: Held, id: Id, members: Sequence[str], me: str, weight: float, evaluates: bool, wire: Wire
+    ) -> Ended:
+        """Trains a round."""
+        ...
+
+
 class Member:
-    """One client.
+    """One client of the real model (`Part`).
 
     Args:
       s: the setting.
@@ -81,6 +109,7 @@ class Member:
         self.s, self.index, self.rows, self.shapes, self.parts = s, index, rows, shapes, parts
         self.programs, self.heldout = ClientPrograms(s, index, parts), heldout
         f = s.config.federated
+        self.in_turn = s.how.clients == "in turn"
         self.opt_travels = f.client_optimizer_state == "average" and not s.how.averages_gradients
         if heldout is not None and mask is not None:
             self._questions = jax.jit(lambda one: masked(streams.secrets(seeds_of(s.config)), one, mask))
@@ -117,17 +146,17 @@ class Member:
 
     def first_message(self, members: Sequence[str], me: str) -> int:
         """Returns the barrier at which this client sends its first message of a round."""
-        place = members.index(me) if self.s.how.clients == "in turn" else 0
+        place = members.index(me) if self.in_turn else 0
         return place * self._per_turn()
 
     def scores_at(self, members: Sequence[str]) -> int:
         """Returns the barrier of a round's evaluation."""
-        return self._per_turn() * (len(members) if self.s.how.clients == "in turn" else 1)
+        return self._per_turn() * (len(members) if self.in_turn else 1)
 
     def _per_turn(self) -> int:
         """Returns how many messages a client sends before an evaluation."""
         how, f = self.s.how, self.s.config.federated
-        once = how.clients == "in turn" or how.client == "copies"
+        once = self.in_turn or how.client == "copies"
         return f.local_steps * (2 * self.parts + how.averages_gradients) + once
 
     def run_round(
@@ -148,7 +177,7 @@ class Member:
           whatever `wire` raises; the round has then changed nothing.
         """
         how, f, p = self.s.how, self.s.config.federated, self.programs
-        in_turn = how.clients == "in turn"
+        in_turn = self.in_turn
         at = self.first_message(members, me)
         first = id.round * f.steps_per_round(self.s.cohort) + (members.index(me) * f.local_steps if in_turn else 0)
         segment, opt, unsent = held.segment, held.opt, held.unsent

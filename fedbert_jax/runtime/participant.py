@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.frames import Tensors
-from fedbert_jax.runtime.member import Ended, Held, Member
+from fedbert_jax.runtime.member import Ended, Held, Part
 from fedbert_jax.runtime.payloads import to_tensors
 from fedbert_jax.runtime.service import Abort, Hello
 from fedbert_jax.runtime.session import DONE, ROUND, Id
@@ -116,7 +116,7 @@ class Participant:
 
     def __init__(
         self,
-        member: Member,
+        member: Part,
         line: Line,
         name: str,
         hello: Hello,
@@ -188,9 +188,8 @@ class Participant:
 
     def _round(self, turn: dict[str, Any]) -> Ended:
         id, members = Id(turn["epoch"], turn["round"], 0), tuple(turn["members"])
-        in_turn = self.member.s.how.clients == "in turn"
         held = self.held
-        if held is None or held.round != id.round or in_turn:
+        if held is None or held.round != id.round or self.member.in_turn:
             at = self.member.first_message(members, self.name)
             _, tensors = self.line.ask("segment", {"id": list(id._replace(at=at))})
             if held is None or held.round != id.round:

@@ -115,6 +115,7 @@ class Session:
     events: list[dict[str, Any]] = field(default_factory=list, init=False)  # for the log; whoever reads them clears them
     _clients: dict[str, _Client] = field(default_factory=dict, init=False)
     _gone: set[str] = field(default_factory=set, init=False)  # who has left for good
+    _replaced: set[str] = field(default_factory=set, init=False)  # incarnations whose place another has taken
     _barriers: tuple[Barrier, ...] = field(default=(), init=False)
     _inbox: dict[tuple[str, int], Any] = field(default_factory=dict, init=False)  # payloads that wait, by (client, barrier)
     _mail: dict[tuple[str, Id], tuple[str, Any]] = field(default_factory=dict, init=False)  # digest; Reply, or None
@@ -129,6 +130,8 @@ class Session:
             return Refused("PERMISSION_DENIED", f"{client!r} is not in the roster")
         if client in self._gone:
             return Refused("PERMISSION_DENIED", f"{client!r} has left this federation for good")
+        if incarnation in self._replaced:
+            return Refused("PERMISSION_DENIED", f"another process has joined as {client!r} since, and takes its place")
         known = self._clients.get(client)
         if known is not None and known.incarnation == incarnation:
             known.heard = now
@@ -137,6 +140,8 @@ class Session:
             return Refused(
                 "FAILED_PRECONDITION", f"{client!r} had {known.blocks:,} blocks and now has {blocks:,}: its text must stay"
             )
+        if known is not None:
+            self._replaced.add(known.incarnation)
         self._clients[client] = _Client(incarnation, blocks, now)
         self._note("joined", client=client)
         if known is not None and self.state == ROUND and client in self.members:

@@ -356,6 +356,14 @@ def test_who_was_left_out_and_crashed_does_not_disturb_the_round():
     assert session.epoch == epoch and session.members == NAMES[:2]
 
 
+def test_of_two_processes_of_one_name_the_later_one_stays():
+    session = enrolled()
+    session.join("adams", "adams-2", 10, 1.0)
+    assert code(session.join("adams", "adams-1", 10, 2.0)) == "PERMISSION_DENIED"
+    assert code(session.next_turn("adams", "adams-1", 2.0)) == "FAILED_PRECONDITION"
+    assert session.next_turn("adams", "adams-2", 2.0).state == ROUND
+
+
 def test_joining_twice_is_joining_once_and_text_stays_what_it_was():
     session = enrolled()
     barrier(session)
