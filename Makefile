@@ -11,10 +11,11 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types clean
+.PHONY: help demo federation test lint types clean
 
 help:
 	@echo 'make demo    train a small federation on the text that is already here, into $(WORKDIR)'
+	@echo 'make federation  a server and three clients in processes of their own, and the difference to the simulation'
 	@echo 'make test    the tests'
 	@echo 'make lint    ruff, of format and of faults, and the arrows between modules'
 	@echo 'make types   mypy'
@@ -24,6 +25,9 @@ help:
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m fedbert_jax.main --config configs/demo.py --workdir "$(WORKDIR)" $(ARGS)
+
+federation: $(VENV)/.runtime
+	$(BIN)/python launch/federation.py $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
