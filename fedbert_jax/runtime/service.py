@@ -215,9 +215,11 @@ class Service:
         return frames.encode(turn._asdict() | {"weight": share.get(client, 0.0), "evaluates": evaluates})
 
     def _on_segment(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
-        """The segment that a round, or a turn, begins with."""
+        """The segment that a round, or a turn, begins with; when training is over, the last one."""
         id = Id(*map(int, meta["id"]))
         with self._changed:
+            if self.session.state == DONE:
+                return frames.encode({}, self.work.segment())
             while self._in_turn and self.session.at < id.at and (id.epoch, id.round) == self._place() and alive():
                 self._wait()
             if (id.epoch, id.round) != self._place():
@@ -284,10 +286,10 @@ class Service:
         return frames.encode({})
 
     def farewell(self, seconds: float) -> None:
-        """Waits until all clients who are there have got what is theirs and said goodbye, but not for ever."""
+        """Waits until all clients have got what is theirs and said goodbye, but not for ever: one may be on its way back."""
         end = self.clock() + seconds
         with self._changed:
-            while set(self.session.here()) - self._dismissed and self.clock() < end:
+            while set(self.session.roster) - self.session.gone() - self._dismissed and self.clock() < end:
                 self._changed.wait(POLL)
 
     def _place(self) -> tuple[int, int]:

@@ -266,6 +266,10 @@ class Session:
         """Returns who has joined, in the roster's order."""
         return tuple(c for c in self.roster if c in self._clients)
 
+    def gone(self) -> frozenset[str]:
+        """Returns who has left for good."""
+        return frozenset(self._gone)
+
     def missing(self) -> tuple[str, ...]:
         """Returns who of the next round's cohort is not there."""
         drawn = self.cohort_of(self.round) if self.round < self.rounds else ()
