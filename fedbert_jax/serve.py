@@ -32,6 +32,7 @@ from fedbert_jax.runtime.credentials import load_credentials, load_roster
 from fedbert_jax.runtime.engine import Engine, ServerState
 from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.payloads import from_tensors, schema_of, to_tensors
+from fedbert_jax.runtime.prometheus import Exporter
 from fedbert_jax.runtime.service import EVALUATION, Gathering, Service
 from fedbert_jax.runtime.session import Rules, Session
 from fedbert_jax.workdir import resume
@@ -82,6 +83,7 @@ class Serving:
     def run(self) -> int:
         """Gathers the clients, serves them, and ends."""
         n = self.given.network
+        self.exporter = Exporter(n.metrics_port) if n.metrics_port else None
         gathering = Gathering(self._names(), self.given.federated.num_clients or 0, n.quorum)
         server = Server(gathering, n.host, n.port, self.credentials, self.roster_of)
         try:
@@ -96,6 +98,8 @@ class Serving:
                 service.farewell(FAREWELL if not interrupts.received else 5.0)
         finally:
             server.stop()
+            if self.exporter is not None:
+                self.exporter.close()
         self.checkpoints.close()
         self.log.close()
         if interrupts.received and service.session.round < self.config.federated.rounds:
@@ -232,6 +236,16 @@ class Serving:
                 if session.state == "enrolling" and session.missing():
                     waits = f"waits for {', '.join(session.missing()[:3])}"
                 bar.update(task, completed=session.round, phase=shown(waits), numbers=self._numbers)
+                if self.exporter is not None:
+                    self.exporter.set(
+                        {
+                            "round": session.round,
+                            "clients_here": len(session.here()),
+                            "clients_late": len(late),
+                            "received_bytes": service.received,
+                            "sent_bytes": service.sent,
+                        }
+                    )
 
             service.run(watch)
 
@@ -266,6 +280,8 @@ class Serving:
         if service.scores:
             record |= self._scores(service.scores)
         self.log.append(record)
+        if self.exporter is not None:
+            self.exporter.set(record | {"round_seconds": record["seconds"]})
         self._numbers = f"loss {numbers['train_loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         if "eval_loss" in record:
             self.console.print(

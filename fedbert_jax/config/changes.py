@@ -15,6 +15,7 @@ FREE = frozenset(
         "network.deadline",
         "network.join_grace",
         "network.patience",
+        "network.metrics_port",
         "network.release_body",
         "export.license",
         "export.language",

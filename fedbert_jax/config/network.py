@@ -22,6 +22,7 @@ def check_network(config: Config, need: Need) -> None:
     """Checks `network`, and what a config with task='serve' or 'join' needs."""
     n, f, w = config.network, config.federated, config.wire
     need(0 <= n.port < 65536, "network.port", n.port, "an integer from 0 to 65535")
+    need(0 <= n.metrics_port < 65536, "network.metrics_port", n.metrics_port, "an integer from 0 to 65535")
     need(n.host.strip() == n.host != "", "network.host", n.host, "an address or a name of this machine, or the server's")
     need(
         n.name == "" or re.fullmatch(CLIENT_NAME, n.name) is not None, "network.name", n.name, "letters, digits, ., - and _"

@@ -293,6 +293,7 @@ class NetworkConfig:
     )
     join_grace: float = 60.0  # seconds that the beginning of a round waits for clients who are not there
     patience: float = 600.0  # join: seconds for which a server that can't be reached is called again
+    metrics_port: int = 0  # serve: a port of this machine at which Prometheus finds the numbers; 0: none
     release_body: bool = True  # serve: whether clients get the body when training is over, and so a model of their own
 
 

@@ -122,7 +122,7 @@ class Service:
         handler = getattr(self, f"_on_{method}", None) if method in METHODS else None
         if handler is None:
             raise Abort("UNIMPLEMENTED", f"there is no call {method!r}")
-        if client not in self.session.roster:
+        if client not in self.session.roster and method != "status":
             raise Abort("PERMISSION_DENIED", f"{client!r} is not in the roster")
         try:
             meta, tensors = frames.decode(data, self.limit(method))
@@ -279,6 +279,26 @@ class Service:
     def _on_enrol(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         return frames.encode({"roster": list(self.session.roster)})
 
+    def _on_status(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        with self._changed:
+            return frames.encode(self.status())
+
+    def status(self) -> dict[str, Any]:
+        """Returns where the federation stands: what `python -m fedbert_jax.status` shows."""
+        s = self.session
+        return {
+            "state": s.state,
+            "round": s.round,
+            "rounds": s.rounds,
+            "roster": list(s.roster),
+            "here": list(s.here()),
+            "members": list(s.members) if s.state == "round" else [],
+            "late": list(s.late()),
+            "missing": list(s.missing()) if s.state == "enrolling" else [],
+            "received_bytes": self.received,
+            "sent_bytes": self.sent,
+        }
+
     def _on_bye(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         with self._changed:
             self._dismissed.add(client)
@@ -384,6 +404,9 @@ class Gathering:
 
     def call(self, method: str, client: str, data: bytes, alive: Callable[[], bool] = lambda: True) -> bytes:
         """Answers `enrol` once the roster is whole; everything else is too early."""
+        if method == "status":
+            come = list(self.waiting)
+            return frames.encode({"state": "gathering", "here": come, "wanted": self.wanted, "roster": list(self._names)})
         if method != "enrol":
             raise Abort("UNAVAILABLE", "the server waits for its clients")
         with self._changed:
@@ -406,7 +429,7 @@ class Gathering:
             self._changed.notify_all()
 
 
-METHODS = ("enrol", "bye", "join", "bring", "turn", "segment", "message", "transform", "body", "leave")
+METHODS = ("enrol", "status", "bye", "join", "bring", "turn", "segment", "message", "transform", "body", "leave")
 PHASES = ("forward", "backward", "contribute", "upload", "hand on", "scores")
 EVALUATION = lambda batch, length, masked, hidden: {  # noqa: E731
     "h": TensorSpec("float32", (batch, length, hidden)),

@@ -1,0 +1,59 @@
+"""python -m fedbert_jax.status HOST:PORT [--credentials FOLDER --name NAME]: where a federation stands, as its server says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedbert_jax import cli
+from fedbert_jax.console.output import make_console, shown
+from fedbert_jax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code.
+
+    Raises:
+      UserError: if the server can't be reached, or refuses.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fedbert_jax.status", description=__doc__)
+    parser.add_argument("address", metavar="HOST:PORT")
+    parser.add_argument("--credentials", type=Path, metavar="FOLDER", help="a client's folder, off this machine")
+    parser.add_argument("--name", default="status", help="the client's name, whose certificate it is")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    args = parser.parse_args(arguments)
+    host, _, port = args.address.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"{args.address!r}: accepted: HOST:PORT, such as 127.0.0.1:8476.")
+
+    from fedbert_jax.runtime import frames
+    from fedbert_jax.runtime.credentials import load_credentials
+    from fedbert_jax.runtime.grpc import Client
+    from fedbert_jax.runtime.service import Abort
+
+    credentials = load_credentials(args.credentials, args.name) if args.credentials else None
+    client = Client(host.strip("[]"), int(port), args.name, credentials, 1 << 20)
+    try:
+        found, _ = frames.decode(client.call("status", frames.encode({}), timeout=5.0), 1 << 20)
+    except Abort as error:
+        raise UserError(f"the server at {args.address} doesn't answer ({error.text}).") from error
+    finally:
+        client.close()
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    console = make_console()
+    here, roster = found["here"], found.get("roster") or []
+    of = f" of {len(roster) or found.get('wanted')}"
+    console.print(f"{found['state']}" + (f", round {found['round']} of {found['rounds']}" if "round" in found else ""))
+    console.print(f"here ({len(here)}{of}): {shown(', '.join(here)) or 'nobody'}")
+    for what in ("members", "late", "missing"):
+        if found.get(what):
+            console.print(f"{what}: {shown(', '.join(found[what]))}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
