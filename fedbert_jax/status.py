@@ -1,4 +1,4 @@
-"""python -m fedbert_jax.status HOST:PORT [--credentials FOLDER --name NAME]: where a federation stands, as its server says."""
+"""python -m fedbert_jax.status HOST:PORT [--credentials FOLDER --name NAME]: where a federation stands."""
 
 from __future__ import annotations
 
