@@ -301,7 +301,7 @@ class NetworkConfig:
 class Config:
     """All settings of one run."""
 
-    # Masked language modelling, all clients simulated here; one of GLUE's tasks; or one party of a federation over a network.
+    # Masked language modelling, all clients simulated here; a GLUE task; or one party of a federation over a network.
     task: Literal["pretrain", "finetune", "serve", "join"] = "pretrain"
     seed: int = 0  # of everything drawn: held-out text, initial weights, batches, masks, dropout
     resume: Literal["auto", "force"] = "auto"  # force: accept harmless changes to an old workdir's config
