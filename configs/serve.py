@@ -1,7 +1,8 @@
 """The server of a federation on this machine: `--config configs/serve.py --workdir runs/server`, and nothing else is needed.
 
-It waits for two clients (`--config.federated.num_clients=N` for others) that run configs/join.py, and trains a BERT of
-2 x 128 with them, on text that it never sees. Others than this machine are let in with certificates alone: docs/federation.md.
+It waits for two clients (`--config.federated.num_clients=N` for others) that run configs/join.py, and trains a BERT
+of 2 x 128 with them, on text that it never sees. Clients on other
+machines are let in with certificates alone: docs/federation.md.
 """
 
 from pathlib import Path

@@ -32,14 +32,14 @@ from fedbert_jax.federated.evaluation import EvalSet, plan_evaluation
 from fedbert_jax.models import huggingface
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.agreement import hello_of
+from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.runtime.credentials import load_credentials, load_roster, open_group_secret
 from fedbert_jax.runtime.dispatch import Compiling
-from fedbert_jax.runtime.engine import shapes_of
 from fedbert_jax.runtime.grpc import Client
 from fedbert_jax.runtime.member import Ended, Held, Member
 from fedbert_jax.runtime.participant import Line, Participant
 from fedbert_jax.runtime.payloads import from_tensors, schema_of
-from fedbert_jax.runtime.service import Abort
+from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.workdir import resume
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import MetricsLog, truncate

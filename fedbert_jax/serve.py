@@ -30,11 +30,13 @@ from fedbert_jax.models import huggingface
 from fedbert_jax.runtime.agreement import hello_of
 from fedbert_jax.runtime.credentials import load_credentials, load_roster
 from fedbert_jax.runtime.engine import Engine, ServerState
+from fedbert_jax.runtime.gathering import Gathering
 from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.payloads import from_tensors, schema_of, to_tensors
 from fedbert_jax.runtime.prometheus import Exporter
-from fedbert_jax.runtime.service import EVALUATION, Gathering, Service
-from fedbert_jax.runtime.session import Rules, Session
+from fedbert_jax.runtime.service import EVALUATION, Service
+from fedbert_jax.runtime.session import Session
+from fedbert_jax.runtime.turns import Rules
 from fedbert_jax.workdir import resume
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import MetricsLog, truncate

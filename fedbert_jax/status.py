@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.address!r}: accepted: HOST:PORT, such as 127.0.0.1:8476.")
 
     from fedbert_jax.runtime import frames
+    from fedbert_jax.runtime.calls import Abort
     from fedbert_jax.runtime.credentials import load_credentials
     from fedbert_jax.runtime.grpc import Client
-    from fedbert_jax.runtime.service import Abort
 
     credentials = load_credentials(args.credentials, args.name) if args.credentials else None
     client = Client(host.strip("[]"), int(port), args.name, credentials, 1 << 20)

@@ -14,11 +14,14 @@ from fedbert_jax.config import Config
 from fedbert_jax.data import sampling
 from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.federated.evaluation import plan_evaluation
-from fedbert_jax.runtime.engine import Engine, shapes_of
+from fedbert_jax.runtime.calls import Hello
+from fedbert_jax.runtime.engine import Engine
 from fedbert_jax.runtime.member import Ended, Member
 from fedbert_jax.runtime.participant import Line, Participant
-from fedbert_jax.runtime.service import EVALUATION, Hello, Service
-from fedbert_jax.runtime.session import Rules, Session
+from fedbert_jax.runtime.service import EVALUATION, Service
+from fedbert_jax.runtime.session import Session
+from fedbert_jax.runtime.shapes import shapes_of
+from fedbert_jax.runtime.turns import Rules
 
 NAMES = ("adams", "jefferson", "washington")
 HELLO = Hello({"federated.rounds": 4}, "tokenizer", "secret", "0")

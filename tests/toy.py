@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from fedbert_jax.errors import UserError
+from fedbert_jax.runtime.calls import Hello
 from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
 from fedbert_jax.runtime.member import Ended, Held
 from fedbert_jax.runtime.participant import Line, Participant
-from fedbert_jax.runtime.service import Hello, Service
-from fedbert_jax.runtime.session import Barrier, Compute, Id, Rules, Session
+from fedbert_jax.runtime.service import Service
+from fedbert_jax.runtime.session import Session
+from fedbert_jax.runtime.turns import Barrier, Compute, Id, Rules
 
 NAMES = ("adams", "jefferson", "washington")
 BLOCKS = {"adams": 51, "jefferson": 365, "washington": 116}

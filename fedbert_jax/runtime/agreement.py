@@ -8,7 +8,7 @@ from typing import Any
 
 from fedbert_jax import __version__
 from fedbert_jax.config import Config, flatten, to_dict
-from fedbert_jax.runtime.service import Hello
+from fedbert_jax.runtime.calls import Hello
 
 SECTIONS = ("model", "federated", "client_optimizer", "server_optimizer", "aggregator", "mlm", "wire", "precision")
 KEYS = ("data.seq_len", "privacy.averaging", "eval.every_rounds", "eval.batch_size", "eval.max_blocks")

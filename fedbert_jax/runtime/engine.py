@@ -15,12 +15,12 @@ import numpy as np
 
 from fedbert_jax.data.sampling import client_weights
 from fedbert_jax.federated.setting import Setting
-from fedbert_jax.federated.split import Up
 from fedbert_jax.federated.state import Rows
 from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
-from fedbert_jax.runtime.parties import ClientPrograms, ServerPrograms
+from fedbert_jax.runtime.parties import ServerPrograms
 from fedbert_jax.runtime.payloads import from_tensors, merged, schema_of, stacked, to_tensors, zeros_like
-from fedbert_jax.runtime.session import Barrier, Compute
+from fedbert_jax.runtime.shapes import shapes_of
+from fedbert_jax.runtime.turns import Barrier, Compute
 
 FORWARD, BACKWARD, CONTRIBUTE, UPLOAD, HAND_ON, SCORES = "forward", "backward", "contribute", "upload", "hand on", "scores"
 NORM = {"norm": TensorSpec("float32", ())}
@@ -35,47 +35,6 @@ class ServerState(NamedTuple):
     body: Any
     body_opt: Any
     outer: Any
-
-
-class Shapes(NamedTuple):
-    """What crosses, as shapes of one client's payloads."""
-
-    up: Up
-    hidden: Any
-    gradient: Any  # message 3
-    segment: Any
-    segment_opt: Any
-    contribution: Any
-    upload: Any
-    mean: Any
-
-
-def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
-    """Returns what crosses, from shapes alone.
-
-    Args:
-      s: the setting.
-      rows: the shapes of what one client trains on in one step, [B, ...].
-      parts: microbatches of a step.
-    """
-    programs, server = ClientPrograms(s, 0, parts), ServerPrograms(s, 1)
-    zero, weight = jnp.int32(0), jnp.float32(1)
-    segment = jax.eval_shape(programs.new_segment)
-    opt = jax.eval_shape(programs.new_optimizer, segment)
-    drawn = jax.eval_shape(programs.draw, rows, zero, zero)
-    up, _ = jax.eval_shape(programs.begin, segment, drawn, zero)
-    lifted = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), up)
-    body = jax.eval_shape(server.new_body)
-    body = jax.eval_shape(server.replicate, body) if server.copies else body
-    z, _ = jax.eval_shape(server.forward, body, lifted, jnp.ones(1), zero, zero, jnp.zeros(1, jnp.int32))
-    z = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
-    _, _, dz = jax.eval_shape(programs.head, segment, drawn, zero, z)
-    unsent = segment if s.config.wire.gradient_codec == "int8" else ()
-    contribution, _ = jax.eval_shape(programs.contribution, segment, unsent, weight)
-    upload = jax.eval_shape(programs.upload, segment, segment, weight)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), contribution)
-    mean = jax.eval_shape(server.gradient, one, jnp.ones(1)) if s.how.averages_gradients else ()
-    return Shapes(up, z, dz, segment, opt, contribution, upload, mean)
 
 
 class Engine:

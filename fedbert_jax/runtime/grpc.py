@@ -15,8 +15,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedbert_jax.errors import UserError
+from fedbert_jax.runtime.calls import METHODS, Abort
 from fedbert_jax.runtime.credentials import Credentials, Roster
-from fedbert_jax.runtime.service import METHODS, Abort, Gathering, Service
+from fedbert_jax.runtime.gathering import Gathering
+from fedbert_jax.runtime.service import Service
 
 NAME = "fedbert.Federation"
 CHUNK = 1 << 20

@@ -19,11 +19,11 @@ from fedbert_jax.data.masking import MaskSpec
 from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.federated.evaluation import EvalSet, masked, sums_of
 from fedbert_jax.federated.setting import Setting
-from fedbert_jax.runtime.engine import Shapes
 from fedbert_jax.runtime.frames import Tensors
 from fedbert_jax.runtime.parties import ClientPrograms
 from fedbert_jax.runtime.payloads import from_tensors, to_tensors
-from fedbert_jax.runtime.session import Id
+from fedbert_jax.runtime.shapes import Shapes
+from fedbert_jax.runtime.turns import Id
 
 
 class Wire(Protocol):
@@ -90,7 +90,7 @@ class Member:
       s: the setting.
       index: its place in the roster.
       rows: (round) -> what it trains on in that round, [K, B, ...].
-      shapes: what crosses (`engine.shapes_of`).
+      shapes: what crosses (`shapes.shapes_of`).
       parts: microbatches of a step.
       heldout: its held-out blocks, in batches; None if it has none.
       mask: the vocabulary's facts for masking, which evaluation needs.

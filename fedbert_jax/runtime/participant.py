@@ -10,17 +10,17 @@ from typing import Any, Protocol
 
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime import frames
+from fedbert_jax.runtime.calls import Abort, Hello
 from fedbert_jax.runtime.frames import Tensors
 from fedbert_jax.runtime.member import Ended, Held, Part
 from fedbert_jax.runtime.payloads import to_tensors
-from fedbert_jax.runtime.service import Abort, Hello
-from fedbert_jax.runtime.session import DONE, ROUND, Id
+from fedbert_jax.runtime.turns import DONE, ROUND, Id
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries to reach the server
 
 
 class Transport(Protocol):
-    """What brings a call to the server. It raises `service.Abort`; UNAVAILABLE is that it can't be reached."""
+    """What brings a call to the server. It raises `calls.Abort`; UNAVAILABLE is that it can't be reached."""
 
     def call(self, method: str, data: bytes, timeout: float) -> bytes:
         """Sends a frame and returns the answer's."""

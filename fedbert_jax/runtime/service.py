@@ -8,64 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from fedbert_jax.runtime import frames
+from fedbert_jax.runtime.calls import HEADER, METHODS, POLL, Abort, Hello
 from fedbert_jax.runtime.frames import FrameError, Schema, Tensors, TensorSpec
-from fedbert_jax.runtime.session import DONE, Barrier, Compute, Id, Refused, Reply, Session, Turn
-
-HEADER = 1 << 16  # bytes that the header of a message may have beside its tensors
-POLL = 0.05  # seconds between two looks at the clock
-
-
-class Abort(Exception):
-    """A call that is refused; transports turn it into their own kind of error."""
-
-    def __init__(self, code: str, text: str):
-        super().__init__(text)
-        self.code, self.text = code, text
-
-
-class Work(Protocol):
-    """The server's arithmetic, as the service needs it (`engine.Engine`)."""
-
-    def weights(self, members: Sequence[str], blocks: Mapping[str, int]) -> Sequence[float]:
-        """Returns the shares of the clients of a round, which they are told."""
-        ...
-
-    def begin(self, round: int, members: tuple[str, ...], blocks: Mapping[str, int]) -> None:
-        """Begins a round, anew or again."""
-        ...
-
-    def schema(self, barrier: Barrier) -> Schema:
-        """Returns what is expected of a message at a barrier."""
-        ...
-
-    def compute(self, what: Compute) -> tuple[Mapping[str, Tensors], Callable[[], None]]:
-        """Computes a barrier; returns answers, and what keeps the result."""
-        ...
-
-    def finish_round(self) -> None:
-        """Ends a round."""
-        ...
-
-    def segment(self) -> Tensors:
-        """Returns the client segment."""
-        ...
-
-    def transform(self, tensors: Tensors) -> Tensors:
-        """Runs the body for an evaluation."""
-        ...
-
-
-class Hello(NamedTuple):
-    """What a client says of itself when it joins; both sides must agree in all of it but its text."""
-
-    config: Mapping[str, Any]  # flat, the keys that both sides share
-    tokenizer: str  # a digest of its files
-    secret: str  # a digest of the clients' secret, which the server doesn't know
-    version: str
+from fedbert_jax.runtime.session import Session
+from fedbert_jax.runtime.turns import DONE, Barrier, Compute, Id, Refused, Reply, Turn
+from fedbert_jax.runtime.work import Work
 
 
 class Service:
@@ -370,66 +321,6 @@ class Service:
             self._changed.notify_all()
 
 
-class Gathering:
-    """The server before its clients are known: on the loopback, without a roster, whoever comes first takes part.
-
-    Args:
-      names: the clients, if they are known.
-      wanted: how many there will be.
-      quorum: ignored; a roster has to be whole, since a client's place in it decides its draws.
-    """
-
-    def __init__(self, names: tuple[str, ...], wanted: int, quorum: int | None = None):
-        self.wanted, self._names, self._come = wanted, names, set[str]()
-        self._changed = threading.Condition()
-        self._stop = False
-
-    @property
-    def waiting(self) -> tuple[str, ...]:
-        """Who has come."""
-        with self._changed:
-            return tuple(sorted(self._come))
-
-    def names(self) -> tuple[str, ...] | None:
-        """Returns the roster, once it is whole: in the order of names, as the simulation has natural clients."""
-        with self._changed:
-            if not self._names and len(self._come) >= self.wanted > 0:
-                self._names = tuple(sorted(self._come))
-                self._changed.notify_all()
-            return self._names or None
-
-    def limit(self, method: str) -> int:
-        """Returns how many bytes a call's frame may have."""
-        return HEADER
-
-    def call(self, method: str, client: str, data: bytes, alive: Callable[[], bool] = lambda: True) -> bytes:
-        """Answers `enrol` once the roster is whole; everything else is too early."""
-        if method == "status":
-            come = list(self.waiting)
-            return frames.encode({"state": "gathering", "here": come, "wanted": self.wanted, "roster": list(self._names)})
-        if method != "enrol":
-            raise Abort("UNAVAILABLE", "the server waits for its clients")
-        with self._changed:
-            if self._names and client not in self._names:
-                raise Abort("PERMISSION_DENIED", f"{client!r} is not in the roster")
-            if not self._names and client not in self._come and len(self._come) >= self.wanted:
-                raise Abort("PERMISSION_DENIED", f"{client!r} comes too late: {self.wanted} clients are there already")
-            self._come.add(client)
-            end = time.monotonic() + 20.0
-            while not self._names and alive() and not self._stop and time.monotonic() < end:
-                self._changed.wait(POLL)
-            if not self._names:
-                raise Abort("UNAVAILABLE", f"waiting for {self.wanted} clients; here: {', '.join(sorted(self._come))}")
-            return frames.encode({"roster": list(self._names)})
-
-    def stop(self) -> None:
-        """Ends every call that waits."""
-        with self._changed:
-            self._stop = True
-            self._changed.notify_all()
-
-
-METHODS = ("enrol", "status", "bye", "join", "bring", "turn", "segment", "message", "transform", "body", "leave")
 PHASES = ("forward", "backward", "contribute", "upload", "hand on", "scores")
 EVALUATION = lambda batch, length, masked, hidden: {  # noqa: E731
     "h": TensorSpec("float32", (batch, length, hidden)),

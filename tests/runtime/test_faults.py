@@ -22,10 +22,11 @@ import toy
 from toy import NAMES, ROUNDS, STEPS, Part
 
 from fedbert_jax.errors import UserError
+from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.runtime.frames import encode
 from fedbert_jax.runtime.grpc import Client, Server
-from fedbert_jax.runtime.service import Abort, Service
-from fedbert_jax.runtime.session import DONE
+from fedbert_jax.runtime.service import Service
+from fedbert_jax.runtime.turns import DONE
 
 
 class Local:

@@ -15,10 +15,10 @@ from tiny import tiny_config
 
 from fedbert_jax import provision
 from fedbert_jax.errors import UserError
+from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.runtime.credentials import load_credentials, load_roster, open_group_secret
 from fedbert_jax.runtime.frames import decode, encode
 from fedbert_jax.runtime.grpc import CHUNK, NAME, Client, Server
-from fedbert_jax.runtime.service import Abort
 
 CONFIG = tiny_config(federated=dict(rounds=2))
 LIMIT = 1 << 24

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedbert_jax.runtime.session import DONE, ENROLLING, ROUND, Barrier, Id, Refused, Reply, Rules, Session, Turn
+from fedbert_jax.runtime.session import Session
+from fedbert_jax.runtime.turns import DONE, ENROLLING, ROUND, Barrier, Id, Refused, Reply, Rules, Turn
 
 NAMES = ("adams", "jefferson", "washington")
 STEPS = 2

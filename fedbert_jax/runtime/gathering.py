@@ -1,0 +1,69 @@
+"""The server before its clients are known: whoever calls waits until the roster is whole."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from fedbert_jax.runtime import frames
+from fedbert_jax.runtime.calls import HEADER, POLL, Abort
+
+
+class Gathering:
+    """The server before its clients are known: on the loopback, without a roster, whoever comes first takes part.
+
+    Args:
+      names: the clients, if they are known.
+      wanted: how many there will be.
+      quorum: ignored; a roster has to be whole, since a client's place in it decides its draws.
+    """
+
+    def __init__(self, names: tuple[str, ...], wanted: int, quorum: int | None = None):
+        self.wanted, self._names, self._come = wanted, names, set[str]()
+        self._changed = threading.Condition()
+        self._stop = False
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Who has come."""
+        with self._changed:
+            return tuple(sorted(self._come))
+
+    def names(self) -> tuple[str, ...] | None:
+        """Returns the roster, once it is whole: in the order of names, as the simulation has natural clients."""
+        with self._changed:
+            if not self._names and len(self._come) >= self.wanted > 0:
+                self._names = tuple(sorted(self._come))
+                self._changed.notify_all()
+            return self._names or None
+
+    def limit(self, method: str) -> int:
+        """Returns how many bytes a call's frame may have."""
+        return HEADER
+
+    def call(self, method: str, client: str, data: bytes, alive: Callable[[], bool] = lambda: True) -> bytes:
+        """Answers `enrol` once the roster is whole; everything else is too early."""
+        if method == "status":
+            come = list(self.waiting)
+            return frames.encode({"state": "gathering", "here": come, "wanted": self.wanted, "roster": list(self._names)})
+        if method != "enrol":
+            raise Abort("UNAVAILABLE", "the server waits for its clients")
+        with self._changed:
+            if self._names and client not in self._names:
+                raise Abort("PERMISSION_DENIED", f"{client!r} is not in the roster")
+            if not self._names and client not in self._come and len(self._come) >= self.wanted:
+                raise Abort("PERMISSION_DENIED", f"{client!r} comes too late: {self.wanted} clients are there already")
+            self._come.add(client)
+            end = time.monotonic() + 20.0
+            while not self._names and alive() and not self._stop and time.monotonic() < end:
+                self._changed.wait(POLL)
+            if not self._names:
+                raise Abort("UNAVAILABLE", f"waiting for {self.wanted} clients; here: {', '.join(sorted(self._come))}")
+            return frames.encode({"roster": list(self._names)})
+
+    def stop(self) -> None:
+        """Ends every call that waits."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
