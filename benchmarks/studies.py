@@ -95,6 +95,7 @@ SCRATCH = FILMS | {
     "data.tokenizer": "train:8192",
     "federated.num_clients": 706,
     "federated.clients_per_round": 16,
+    "federated.batch_size": 4,
     "federated.rounds": 916,
     "federated.weighting": "uniform",
     "client_optimizer.warmup_steps": 500,
@@ -150,8 +151,8 @@ STUDIES = {
         "beside a random start.",
         arms={
             "centralized": Arm("configs/centralized.py"),
-            "gradients": Arm("configs/gradients.py"),
-            "parallel": Arm("configs/demo.py", {"client_optimizer.learning_rate": 6e-3}),
+            "gradients": Arm("configs/demo.py"),
+            "parallel": Arm("configs/parallel.py"),
             "sequential": Arm("configs/sequential.py"),
             "local": Arm("configs/local.py", ALONE),
         },
