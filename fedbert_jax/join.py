@@ -42,7 +42,7 @@ from fedbert_jax.runtime.payloads import from_tensors, schema_of
 from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.workdir import resume
 from fedbert_jax.workdir.checkpoint import Checkpoints
-from fedbert_jax.workdir.log import MetricsLog, truncate
+from fedbert_jax.workdir.log import Journal, MetricsLog, truncate
 from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
 
 
@@ -76,6 +76,7 @@ class Joining:
         self.workdir, self.console = workdir, console
         n = config.network
         self.name = n.name or workdir.root.resolve().name
+        self.journal: Journal | None = None  # until the server has said which run this is
         self.credentials = None
         if n.credentials:
             folder = Path(n.credentials)
@@ -115,7 +116,13 @@ class Joining:
                 line.ask("bye", {})
         finally:
             transport.close()
+            if self.journal is not None:
+                self.journal.close()
         return 0
+
+    def _note(self, event: str, round: int, **what: Any) -> None:
+        if self.journal is not None:
+            self.journal.note(event, round, **what)
 
     def _warn(self, text: str) -> None:
         self.console.print(f"warning: {shown(text)}", style="yellow")
@@ -132,6 +139,14 @@ class Joining:
                 if error.code == "UNAVAILABLE":
                     raise UserError(f"no server answers at {where} ({error.text}).") from error
                 raise UserError(f"the server at {where} refuses {self.name!r}: {error.text}.") from error
+        run = self.workdir.read_facts().setdefault("run", answer["run"])
+        if run != answer["run"]:
+            raise UserError(
+                f"the server at {where} runs another training ({shown(answer['run'])}) than that of workdir "
+                f"{self.workdir.root} ({shown(run)}); give another --workdir."
+            )
+        self.workdir.write_facts({"run": run})
+        self.journal = Journal(self.workdir.events, run=run, client=self.name)
         return tuple(answer["roster"])
 
     def _read(self, names: tuple[str, ...]) -> Dataset:
@@ -218,13 +233,16 @@ class Joining:
                 waits = f"waits for {', '.join(turn['missing'][:3]) or 'the others'}"
                 bar.update(task, phase=shown(waits))
                 if told[-1:] != [waits]:
+                    self._note("waits", turn["round"], missing=turn["missing"])
                     told.append(waits)
                     self.console.print(f"round {turn['round'] + 1} {shown(waits)}")
                 self.mark = time.perf_counter()
 
             def on_round(round: int, ended: Ended) -> None:
                 nonlocal log
-                if log is None:
+                if log is None or round < self.done:  # done again, since the server went back or began it again
+                    if log is not None:
+                        log.close()
                     truncate(self.workdir.metrics, round)
                     log = MetricsLog(self.workdir.metrics)
                 self._record(log, round, ended, participant)
@@ -241,6 +259,7 @@ class Joining:
 
     def _record(self, log: MetricsLog, round: int, ended: Ended, participant: Participant) -> None:
         now, self.done = time.perf_counter(), round + 1
+        self._note("round", round)
         line = participant.line
         record: dict[str, Any] = {
             "round": self.done,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.turns import Rules
 from fedbert_jax.workdir import resume
 from fedbert_jax.workdir.checkpoint import Checkpoints
-from fedbert_jax.workdir.log import MetricsLog, truncate
+from fedbert_jax.workdir.log import Journal, MetricsLog, read_metrics, truncate
 from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
 
 FAREWELL = 60.0  # seconds that the server stays for clients to fetch what is theirs
@@ -86,7 +87,9 @@ class Serving:
         """Gathers the clients, serves them, and ends."""
         n = self.given.network
         self.exporter = Exporter(n.metrics_port) if n.metrics_port else None
-        gathering = Gathering(self._names(), self.given.federated.num_clients or 0, n.quorum)
+        self.facts = {"run": secrets.token_hex(6)} | self.workdir.read_facts()
+        self.workdir.write_facts(self.facts)
+        gathering = Gathering(self._names(), self.given.federated.num_clients or 0, self.facts["run"])
         server = Server(gathering, n.host, n.port, self.credentials, self.roster_of)
         try:
             with Interrupts() as interrupts:
@@ -104,6 +107,7 @@ class Serving:
                 self.exporter.close()
         self.checkpoints.close()
         self.log.close()
+        self.journal.close()
         if interrupts.received and service.session.round < self.config.federated.rounds:
             done = service.session.round
             self.console.print(f"stopped after round {done}; the same command goes on from there")
@@ -122,7 +126,7 @@ class Serving:
                     f"config key network.credentials={self.given.network.credentials!r}: its roster has no client."
                 )
             return names
-        return tuple(self.workdir.read_facts().get("roster", ()))
+        return tuple(self.facts.get("roster", ()))
 
     def _gather(self, gathering: Gathering, interrupts: Interrupts) -> tuple[str, ...] | None:
         """Waits until the clients are known; None if a signal came first."""
@@ -173,7 +177,9 @@ class Serving:
         assert m.hidden_size is not None
         positions = self.mask.num_masked
         self.workdir.write_config(config)
-        self.workdir.write_facts({"roster": list(names)})
+        self.workdir.write_facts(self.facts | {"roster": list(names)})
+        self.journal = Journal(self.workdir.events, run=self.facts["run"])
+        self.journal.note("resumed" if done else "begun", done, roster=list(names))
         shapes = self.engine.shapes
         return Service(
             self.session,
@@ -186,6 +192,7 @@ class Serving:
             on_round=self._on_round,
             in_turn=self.engine.in_turn,
             body=self._body if n.release_body else None,
+            run=self.facts["run"],
         )
 
     def _restore(self) -> int:
@@ -203,6 +210,8 @@ class Serving:
             truncate(self.workdir.metrics, done)
         else:
             self.workdir.metrics.unlink(missing_ok=True)
+        records = read_metrics(self.workdir.metrics) if rounds else []
+        self.tokens = int(records[-1]["tokens"]) if records else 0  # of rounds that may have had other members
         self.log = MetricsLog(self.workdir.metrics)
         return done
 
@@ -252,11 +261,12 @@ class Serving:
             service.run(watch)
 
     def _news(self, session: Session) -> list[str]:
-        """Returns what has happened, as lines; the log has all of it."""
+        """Writes down what has happened, and returns what of it is told."""
         events, session.events = session.events, []
         lines = []
         for event in events:
-            client, round = shown(str(event.get("client", ""))), event.get("round", 0)
+            client, round = shown(str(event.get("client", ""))), event.get("round", session.round)
+            self.journal.note(round=round, **{key: value for key, value in event.items() if key != "round"})
             if event["event"] == "joined":
                 lines.append(f"{client} is there ({len(session.here())} of {len(session.roster)})")
             elif event["event"] == "left":
@@ -276,8 +286,9 @@ class Serving:
         numbers, done = service.metrics(), round + 1
         steps = f.steps_per_round(self.cohort)
         tokens = len(members) * f.local_steps * f.batch_size * self.config.data.seq_len
+        self.tokens += tokens
         record: dict[str, Any] = {"round": done, "step": done * steps, "members": list(members)} | numbers
-        record |= {"tokens": tokens * done, "seconds": now - self.mark, "tokens_per_second": tokens / (now - self.mark)}
+        record |= {"tokens": self.tokens, "seconds": now - self.mark, "tokens_per_second": tokens / (now - self.mark)}
         self.mark = now
         if service.scores:
             record |= self._scores(service.scores)

@@ -13,14 +13,16 @@ from fedbert_jax.runtime.calls import HEADER, POLL, Abort
 class Gathering:
     """The server before its clients are known: on the loopback, without a roster, whoever comes first takes part.
 
+    The roster has to be whole before anything is drawn, since a client's place in it decides its draws.
+
     Args:
       names: the clients, if they are known.
       wanted: how many there will be.
-      quorum: ignored; a roster has to be whole, since a client's place in it decides its draws.
+      run: the training's name, which clients are told.
     """
 
-    def __init__(self, names: tuple[str, ...], wanted: int, quorum: int | None = None):
-        self.wanted, self._names, self._come = wanted, names, set[str]()
+    def __init__(self, names: tuple[str, ...], wanted: int, run: str = ""):
+        self.run, self.wanted, self._names, self._come = run, wanted, names, set[str]()
         self._changed = threading.Condition()
         self._stop = False
 
@@ -60,7 +62,7 @@ class Gathering:
                 self._changed.wait(POLL)
             if not self._names:
                 raise Abort("UNAVAILABLE", f"waiting for {self.wanted} clients; here: {', '.join(sorted(self._come))}")
-            return frames.encode({"roster": list(self._names)})
+            return frames.encode({"roster": list(self._names), "run": self.run})
 
     def stop(self) -> None:
         """Ends every call that waits."""

@@ -33,6 +33,7 @@ class Service:
       on_round: called when a round is over, with its number and its members.
       in_turn: whether clients take turns, each beginning with what the one before it has handed on.
       body: (): what clients get when training is over; None: nothing.
+      run: the training's name, which clients are told.
       clock: seconds, from anywhere.
     """
 
@@ -48,12 +49,13 @@ class Service:
         on_round: Callable[[int, tuple[str, ...]], None] = lambda round, members: None,
         in_turn: bool = False,
         body: Callable[[], Tensors] | None = None,
+        run: str = "",
         clock: Callable[[], float] = time.monotonic,
     ):
         self.session, self.work, self.hello, self.clock = session, work, hello, clock
         self._transform, self._evaluates = transform, evaluates
         self._segment, self._take_segment, self._on_round = segment, on_segment, on_round
-        self._in_turn, self._body = in_turn, body
+        self._in_turn, self._body, self._run = in_turn, body, run
         self._changed = threading.Condition()
         self._secret = hello.secret
         self._epoch = -1  # that the work has begun
@@ -228,7 +230,7 @@ class Service:
         return frames.encode({})
 
     def _on_enrol(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
-        return frames.encode({"roster": list(self.session.roster)})
+        return frames.encode({"roster": list(self.session.roster), "run": self._run})
 
     def _on_status(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         with self._changed:

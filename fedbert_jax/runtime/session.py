@@ -267,7 +267,9 @@ class Session:
         self._note("again", round=self.round, why=why)
 
     def _drop(self, clients: Sequence[str], now: float, why: str) -> None:
-        """Goes on without clients: they come back with the next round."""
+        """Goes on without clients: they come back with the next round. A turn that breaks off has never been."""
+        alone = self._barriers[self.at].who if self.at < len(self._barriers) else ()
+        broken = [c for c in clients if alone == (c,) and self._touched(c)]
         self.members = tuple(c for c in self.members if c not in clients)
         for client in clients:
             self._inbox = {key: value for key, value in self._inbox.items() if key[0] != client}
@@ -278,6 +280,8 @@ class Session:
             self._busy = False
             self._inbox.clear()
             self._begin(now)
+        elif broken:
+            self._restart(now, f"the turn of {broken[0]} broke off")
         elif not self._busy:
             self._skip()
 

@@ -6,6 +6,7 @@ was never written.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -60,6 +61,26 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Journal:
+    """events.jsonl: what happened in a federation, and when, beside the numbers of metrics.jsonl; it is never cut short.
+
+    Args:
+      path: of the file.
+      always: fields of every line, such as the run's and the client's name.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], **always: Any) -> None:
+        self._log, self._always = MetricsLog(path), always
+
+    def note(self, event: str, round: int, **what: Any) -> None:
+        """Writes one line, with the time of day in UTC."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._log.append({"time": now, **self._always, "event": event, "round": round, **what})
+
+    def close(self) -> None:
+        self._log.close()
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

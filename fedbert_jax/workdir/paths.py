@@ -42,6 +42,11 @@ class Workdir:
         return self.root / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """What happened in a federation: one JSON object per event."""
+        return self.root / "events.jsonl"
+
+    @property
     def facts(self) -> Path:
         """Facts about the run that the report shows beside its metrics."""
         return self.root / "run.json"

@@ -54,10 +54,10 @@ def compute(session: Session, now: float = 0.0) -> list[str] | None:
 
 
 def barrier(session: Session, now: float = 0.0, leave_out: tuple[str, ...] = ()) -> None:
-    """Sends everybody's messages, and computes."""
+    """Sends the messages of all who are asked, and computes."""
     id = here(session)
-    for c in session.members:
-        if c not in leave_out:
+    for c in session._barriers[session.at].who:
+        if c in session.members and c not in leave_out:
             assert session.message(c, id, f"{c}'s", "digest", now) is None
     compute(session, now)
 
@@ -400,6 +400,36 @@ def test_in_turn_a_client_that_is_late_is_passed_over():
     assert barrier_of() == ("adams",)
     session.tick(12.0)
     assert barrier_of() == ("jefferson",) and session.members == ("jefferson", "washington")
+
+
+@pytest.mark.parametrize("why", ["late", "left"])
+def test_in_turn_a_turn_that_breaks_off_has_never_been(why):
+    # The steps of a turn have moved the body, while its segment is lost with its client: the round begins again without it.
+    session = enrolled(rounds=1, script=in_turn)
+    for _ in range(2 * STEPS + 1):  # all of adams's turn, and a step of jefferson's
+        barrier(session)
+    epoch = session.epoch
+    if why == "late":
+        session.tick(100.0)
+    else:
+        session.leave("jefferson", 0.0)
+    assert session.members == ("adams", "washington") and session.at == 0 and session.epoch == epoch + 1
+    assert {"event": "again", "round": 0, "why": "the turn of jefferson broke off"} in session.events
+    for _ in range(2 * 2 * STEPS):
+        barrier(session)
+    assert session.state == DONE
+
+
+def test_in_turn_who_leaves_after_its_turn_has_had_it():
+    session = enrolled(rounds=1, script=in_turn)
+    for _ in range(2 * STEPS + 1):
+        barrier(session)
+    at, epoch = session.at, session.epoch
+    session.leave("adams", 0.0)
+    assert (session.at, session.epoch, session.state) == (at, epoch, ROUND) and session.members == (
+        "jefferson",
+        "washington",
+    )
 
 
 def test_draining_ends_with_the_round():
