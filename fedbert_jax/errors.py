@@ -22,6 +22,12 @@ class DivergedError(UserError):
     exit_code = 3
 
 
+class StoppedError(UserError):
+    """A federation's server has stopped before the last round, or too few clients are left for another one."""
+
+    exit_code = 4
+
+
 class DiskError(UserError):
     """A file could not be written (or read) because of the disk; the text says which file, why, and what to do."""
 

@@ -26,7 +26,7 @@ from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
 from fedbert_jax.devices import platforms
 from fedbert_jax.devices.interrupts import Interrupts
 from fedbert_jax.devices.mesh import make_mesh
-from fedbert_jax.errors import UserError
+from fedbert_jax.errors import StoppedError, UserError
 from fedbert_jax.federated import optim
 from fedbert_jax.federated.evaluation import EvalSet, plan_evaluation
 from fedbert_jax.models import huggingface
@@ -104,6 +104,8 @@ class Joining:
         line = Line(transport, self.config.wire.microbatches, 1 << 31, n.patience, max(2 * n.deadline, 60.0), self._warn)
         try:
             with Interrupts() as interrupts, contextlib.closing(line):
+                if n.leave:
+                    return self._leave(line)
                 names = self._enrol(line)
                 dataset = self._read(names)
                 member = self._member(names, dataset)
@@ -112,12 +114,26 @@ class Joining:
                 if not over:
                     self.console.print(f"stopped after round {self.done}; the same command goes on from there")
                     return interrupts.exit_code
+                if participant.over_at < self.config.federated.rounds:
+                    raise StoppedError(
+                        f"the server has stopped after round {participant.over_at} of {self.config.federated.rounds}; "
+                        "the same command goes on when it is back."
+                    )
                 self._export(participant, line)
                 line.ask("bye", {})
         finally:
             transport.close()
             if self.journal is not None:
                 self.journal.close()
+        return 0
+
+    def _leave(self, line: Line) -> int:
+        """Leaves the federation for good."""
+        try:
+            line.ask("leave", {})
+        except Abort as error:
+            raise UserError(f"the server was not told that {self.name!r} leaves: {error.text}.") from error
+        self.console.print(f"{shown(self.name)} has left for good")
         return 0
 
     def _note(self, event: str, round: int, **what: Any) -> None:

@@ -24,7 +24,7 @@ from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
 from fedbert_jax.devices import platforms
 from fedbert_jax.devices.interrupts import Interrupts
 from fedbert_jax.devices.mesh import make_mesh
-from fedbert_jax.errors import UserError
+from fedbert_jax.errors import StoppedError, UserError
 from fedbert_jax.federated import optim
 from fedbert_jax.federated.evaluation import evaluation
 from fedbert_jax.models import huggingface
@@ -33,6 +33,7 @@ from fedbert_jax.runtime.credentials import load_credentials, load_roster
 from fedbert_jax.runtime.engine import Engine, ServerState
 from fedbert_jax.runtime.gathering import Gathering
 from fedbert_jax.runtime.grpc import Server
+from fedbert_jax.runtime.news import line_of
 from fedbert_jax.runtime.payloads import from_tensors, schema_of, to_tensors
 from fedbert_jax.runtime.prometheus import Exporter
 from fedbert_jax.runtime.service import EVALUATION, Service
@@ -44,6 +45,7 @@ from fedbert_jax.workdir.log import Journal, MetricsLog, read_metrics, truncate
 from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
 
 FAREWELL = 60.0  # seconds that the server stays for clients to fetch what is theirs
+LOOK = 2.0  # seconds between two looks at the roster
 
 
 def serve(config: Config, root: Path, console: Console | None = None) -> int:
@@ -97,7 +99,7 @@ class Serving:
                 names = self._gather(gathering, interrupts)
                 if names is None:
                     return interrupts.exit_code
-                service = self._prepare(names)
+                self.service = service = self._prepare(names)
                 server.use(service)
                 self._serve(service, interrupts)
                 service.farewell(FAREWELL if not interrupts.received else 5.0)
@@ -112,6 +114,13 @@ class Serving:
             done = service.session.round
             self.console.print(f"stopped after round {done}; the same command goes on from there")
             return interrupts.exit_code
+        if (rounds := self.config.federated.rounds) > self.done:
+            left = len(names) - len(service.session.gone())
+            needed = n.quorum or 1
+            raise StoppedError(
+                f"stopped after round {self.done} of {rounds}: {left} of {len(names)} clients are left, and "
+                f"network.quorum={needed}."
+            )
         self.console.print(f"checkpoints  {shown(self.workdir.checkpoints)}")
         return 0
 
@@ -164,12 +173,15 @@ class Serving:
             return [names[c] for c in chosen]
 
         n = config.network
-        rules = Rules(n.quorum or cohort, n.deadline, n.join_grace, config.wire.microbatches)
+        rules = Rules(n.quorum, n.deadline, n.join_grace, config.wire.microbatches)
         self.checkpoints = Checkpoints(self.workdir.checkpoints, config.checkpoint.keep)
-        done = self._restore()
+        self.done = done = self._restore()
         script = lambda members, round: self.engine.script(members, round, self._evaluates(round))  # noqa: E731
         # Time makes every start of the server another epoch, whatever became of the one before.
         self.session = Session(self.names, f.rounds, rules, cohort_of, script, epoch=int(time.time()), round=done)
+        for name in self.facts.get("left", ()):
+            self.session.leave(name, 0.0)
+        self.session.events.clear()
         if done >= f.rounds:
             self.session.drain()
         self.began = self.mark = time.perf_counter()
@@ -177,7 +189,8 @@ class Serving:
         assert m.hidden_size is not None
         positions = self.mask.num_masked
         self.workdir.write_config(config)
-        self.workdir.write_facts(self.facts | {"roster": list(names)})
+        self.facts |= {"roster": list(names)}
+        self.workdir.write_facts(self.facts)
         self.journal = Journal(self.workdir.events, run=self.facts["run"])
         self.journal.note("resumed" if done else "begun", done, roster=list(names))
         shapes = self.engine.shapes
@@ -234,7 +247,7 @@ class Serving:
         f = self.config.federated
         with progress.bar(self.console, "phase", "numbers") as bar:
             task = bar.add_task("rounds", total=f.rounds, completed=self.session.round, phase="", numbers="")
-            self._numbers = ""
+            self._numbers, self.look = "", 0.0
 
             def watch(session: Session) -> None:
                 for event in self._news(session):
@@ -242,6 +255,7 @@ class Serving:
                 if interrupts.received and not session.draining:
                     self.console.print("ends with the round under way")
                     service.drain()
+                self._revoke(service)
                 late = session.late()
                 waits = f"waits for {', '.join(late[:3])}" if late else session.state
                 if session.state == "enrolling" and session.missing():
@@ -259,51 +273,59 @@ class Serving:
                     )
 
             service.run(watch)
+        if self.done not in self.checkpoints.rounds() and self.done:
+            self._save()
+
+    def _revoke(self, service: Service) -> None:
+        """Takes those out who are in the roster no more; it is read again once in a while."""
+        if self.roster_of is not None and time.monotonic() > self.look:
+            self.look = time.monotonic() + LOOK
+            clients = self.roster_of().clients
+            for name in self.names:
+                if name not in clients and name not in service.session.gone():
+                    self.console.print(f"{shown(name)} is in the roster no more")
+                    service.remove(name)
 
     def _news(self, session: Session) -> list[str]:
         """Writes down what has happened, and returns what of it is told."""
         events, session.events = session.events, []
-        lines = []
         for event in events:
-            client, round = shown(str(event.get("client", ""))), event.get("round", session.round)
-            self.journal.note(round=round, **{key: value for key, value in event.items() if key != "round"})
-            if event["event"] == "joined":
-                lines.append(f"{client} is there ({len(session.here())} of {len(session.roster)})")
-            elif event["event"] == "left":
-                lines.append(f"{client} has left for good")
-            elif event["event"] == "dropped":
-                lines.append(f"round {round + 1} goes on without {client}: {event['why']}")
-            elif event["event"] == "again":
-                lines.append(f"round {round + 1} begins again: {shown(event['why'])}")
-            elif event["event"] == "waiting":
-                lines.append(f"waiting for {shown(', '.join(event['clients']))}, without whom there is no quorum")
-            elif event["event"] == "begins" and event["absent"]:
-                lines.append(f"round {round + 1} begins without {shown(', '.join(event['absent']))}")
-        return lines
+            self.journal.note(**({"round": session.round} | event))
+            if event["event"] == "left":
+                self.facts |= {"left": sorted(session.gone())}
+                self.workdir.write_facts(self.facts)
+        lines = (line_of(event, len(session.here()), len(session.roster)) for event in events)
+        return [line for line in lines if line]
 
     def _on_round(self, round: int, members: tuple[str, ...]) -> None:
-        f, now, service = self.config.federated, time.perf_counter(), self.engine
-        numbers, done = service.metrics(), round + 1
+        f, now, engine = self.config.federated, time.perf_counter(), self.engine
+        numbers, done = engine.metrics(), round + 1
         steps = f.steps_per_round(self.cohort)
         tokens = len(members) * f.local_steps * f.batch_size * self.config.data.seq_len
         self.tokens += tokens
         record: dict[str, Any] = {"round": done, "step": done * steps, "members": list(members)} | numbers
         record |= {"tokens": self.tokens, "seconds": now - self.mark, "tokens_per_second": tokens / (now - self.mark)}
         self.mark = now
-        if service.scores:
-            record |= self._scores(service.scores)
+        if engine.scores:
+            record |= self._scores(engine.scores)
         self.log.append(record)
         if self.exporter is not None:
             self.exporter.set(record | {"round_seconds": record["seconds"]})
-        self._numbers = f"loss {numbers['train_loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        speed, received = record["tokens_per_second"], self.service.received / 1e6
+        self._numbers = f"loss {numbers['train_loss']:.3f}  {speed:,.0f} tokens/s  received {received:,.0f} MB"
         if "eval_loss" in record:
             self.console.print(
                 f"round {done}  train loss {numbers['train_loss']:.3f}  held-out loss {record['eval_loss']:.3f}  accuracy "
                 f"{record['eval_accuracy']:.1%}  ({record['eval_clients_scored']} of {len(self.names)} clients)"
             )
+        self.done = done
         if done % self.config.checkpoint.every_rounds == 0 or done == f.rounds or self.session.draining:
-            assert service.state is not None
-            self.checkpoints.save(done, tuple(service.state), {"round": done, "config": resume.stamp(self.config)})
+            self._save()
+
+    def _save(self) -> None:
+        assert self.engine.state is not None
+        meta = {"round": self.done, "config": resume.stamp(self.config)}
+        self.checkpoints.save(self.done, tuple(self.engine.state), meta)
 
     def _scores(self, scores: dict[str, np.ndarray]) -> dict[str, Any]:
         """Returns an evaluation's fields: clients have sent their own sums."""

@@ -17,6 +17,7 @@ FREE = frozenset(
         "network.patience",
         "network.metrics_port",
         "network.release_body",
+        "network.leave",
         "export.license",
         "export.language",
         "export.datasets",

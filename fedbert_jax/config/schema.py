@@ -287,7 +287,7 @@ class NetworkConfig:
     port: int = 8476  # the server's; serve takes any that is free for 0
     name: str = ""  # join: the client's, as in the roster; "" is the workdir's name
     credentials: str = ""  # a folder of `python -m fedbert_jax.provision`; needed for any host but this machine
-    quorum: int | None = None  # clients without whom no round begins or goes on; None: all of the round's
+    quorum: int | None = None  # clients without whom no round begins or goes on; None: all of the round's who have not left
     deadline: float = (
         300.0  # seconds that a step waits for the last client of a round; then it goes on without, if a quorum is left
     )
@@ -295,6 +295,7 @@ class NetworkConfig:
     patience: float = 600.0  # join: seconds for which a server that can't be reached is called again
     metrics_port: int = 0  # serve: a port of this machine at which Prometheus finds the numbers; 0: none
     release_body: bool = True  # serve: whether clients get the body when training is over, and so a model of their own
+    leave: bool = False  # join: say that this client leaves for good, and end
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ class Participant:
         self.member, self.line, self.name, self.hello, self.blocks = member, line, name, hello, blocks
         self.held, self.wait, self._recall, self._fresh = held, wait, recall, fresh
         self.incarnation = uuid.uuid4().hex
+        self.over_at = 0  # the round after which the server ended
 
     def join(self) -> dict[str, Any]:
         """Says that it is there; brings the first segment, if the server has none.
@@ -171,6 +172,7 @@ class Participant:
             try:
                 turn, _ = self.line.ask("turn", {"incarnation": self.incarnation, "patience": self.wait})
                 if turn["state"] == DONE:
+                    self.over_at = turn["round"]
                     return True
                 if turn["state"] != ROUND:
                     on_wait(turn)

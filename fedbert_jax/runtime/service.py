@@ -224,10 +224,14 @@ class Service:
         return frames.encode({}, self._body())
 
     def _on_leave(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
+        self.remove(client)
+        return frames.encode({})
+
+    def remove(self, client: str) -> None:
+        """Goes on without a client whose place here is no more."""
         with self._changed:
             self.session.leave(client, self.clock())
             self._changed.notify_all()
-        return frames.encode({})
 
     def _on_enrol(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         return frames.encode({"roster": list(self.session.roster), "run": self._run})

@@ -92,7 +92,9 @@ class Session:
         return None
 
     def leave(self, client: str, now: float) -> None:
-        """A client leaves for good: no round waits for it any more."""
+        """A client leaves for good, or has no place here any more: no round waits for it from now on."""
+        if client in self._gone or client not in self.roster:
+            return
         self._gone.add(client)
         self._clients.pop(client, None)
         self._note("left", client=client)
@@ -151,7 +153,7 @@ class Session:
             late = self.late()
             if not late or now - self._since < self.rules.deadline:
                 return
-            if len(self.members) - len(late) < self.rules.quorum:
+            if len(self.members) - len(late) < self._needed(self.round):
                 # Fewer than the quorum would stay: those who are late are waited for, and the round is not spoiled.
                 self._since = now
                 self._note("waiting", clients=late)
@@ -237,19 +239,32 @@ class Session:
         """Begins the round if everybody drawn is there, or a quorum is and the others have had their grace."""
         if self.state != ENROLLING:
             return
-        if self.round >= self.rounds or self.draining:
+        # A round whose clients have left for good can never begin: the next one that can takes its place.
+        possible = (r for r in range(self.round, self.rounds) if len(self._left(r)) >= self._needed(r))
+        ahead = None if self.draining else next(possible, None)
+        if ahead is None:
             self.state = DONE
             return
+        while self.round < ahead:
+            self._note("skipped", round=self.round)
+            self.round += 1
         if self._since is None:
             self._since = now
         drawn = tuple(self.cohort_of(self.round))
         there = tuple(c for c in drawn if c in self._clients)
-        waits = any(c not in self._clients and c not in self._gone for c in drawn)
-        if len(there) < self.rules.quorum or (waits and now - self._since < self.rules.join_grace):
+        if len(there) < self._needed(self.round) or (self.missing() and now - self._since < self.rules.join_grace):
             return
         self.members, self.state = there, ROUND
         self._start(now)
         self._note("begins", round=self.round, members=there, absent=tuple(c for c in drawn if c not in there))
+
+    def _left(self, round: int) -> tuple[str, ...]:
+        """Returns who of a round's cohort has not left for good."""
+        return tuple(c for c in self.cohort_of(round) if c not in self._gone)
+
+    def _needed(self, round: int) -> int:
+        """Returns how many clients a round needs."""
+        return max(1, len(self._left(round)) if self.rules.quorum is None else self.rules.quorum)
 
     def _start(self, now: float) -> None:
         self.epoch += 1
@@ -275,7 +290,7 @@ class Session:
             self._inbox = {key: value for key, value in self._inbox.items() if key[0] != client}
             self._note("dropped", client=client, round=self.round, at=self.at, why=why)
         self._since = now
-        if len(self.members) < self.rules.quorum:
+        if len(self.members) < self._needed(self.round):
             self.state, self.epoch = ENROLLING, self.epoch + 1  # the round begins again when there are enough
             self._busy = False
             self._inbox.clear()

@@ -62,7 +62,7 @@ class Turn(NamedTuple):
 class Rules:
     """How long a federation waits, and for how many."""
 
-    quorum: int  # clients without whom a round neither begins nor goes on
+    quorum: int | None  # clients without whom a round neither begins nor goes on; None: all who are drawn and have not left
     deadline: float  # seconds that a barrier waits for the last client
     join_grace: float  # seconds that a round's beginning waits for clients who are not there; anew each round
     window: int = 1  # barriers that a client may be ahead: microbatches

@@ -385,13 +385,37 @@ def test_one_leaves_for_good():
     assert code(session.join("washington", "washington-2", 12, 0.0)) == "PERMISSION_DENIED"
 
 
-def test_leaving_below_the_quorum_ends_the_round_until_there_are_enough():
+def test_leaving_below_the_quorum_ends_training():
     session = enrolled(quorum=3)
     barrier(session)
     session.leave("adams", 0.0)
-    assert session.state == ENROLLING and session.round == 0
-    session.tick(100.0)
-    assert session.state == ENROLLING
+    assert session.state == DONE and session.round == 0
+
+
+def test_without_a_quorum_all_are_needed_who_have_not_left():
+    session = enrolled(quorum=None)
+    barrier(session)
+    session.tick(1000.0)
+    assert session.members == NAMES  # nobody is left out
+    session.leave("adams", 1000.0)
+    assert session.state == ROUND and session.members == NAMES[1:]
+    for _ in range(2 * STEPS):
+        barrier(session, 1000.0)
+    assert session.round == 1 and session.state == ROUND and session.members == NAMES[1:]
+    session.leave("jefferson", 1000.0)
+    session.leave("washington", 1000.0)
+    assert session.state == DONE
+
+
+def test_a_round_whose_cohort_has_left_is_skipped():
+    session = make(rounds=3, cohort_of=lambda round: NAMES[round : round + 1], quorum=None)
+    for name in (NAMES[0], NAMES[2]):
+        session.join(name, "1", 1, 0.0)
+    session.leave(NAMES[1], 0.0)
+    assert session.round == 0
+    for _ in range(2 * STEPS + 1):
+        barrier(session)
+    assert session.round == 2 and session.members == NAMES[2:]
 
 
 def test_in_turn_a_client_that_is_late_is_passed_over():
