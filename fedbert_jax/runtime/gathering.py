@@ -60,6 +60,8 @@ class Gathering:
             end = time.monotonic() + 20.0
             while not self._names and alive() and not self._stop and time.monotonic() < end:
                 self._changed.wait(POLL)
+            if not self._names and not alive():
+                self._come.discard(client)  # whoever was killed, or gave up, takes nobody's place
             if not self._names:
                 raise Abort("UNAVAILABLE", f"waiting for {self.wanted} clients; here: {', '.join(sorted(self._come))}")
             return frames.encode({"roster": list(self._names), "run": self.run})

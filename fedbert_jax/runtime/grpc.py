@@ -7,6 +7,7 @@ retries nothing: `participant.Line` asks again for what isn't answered, by id.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from fedbert_jax.config.network import CLIENT_NAME
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime.calls import METHODS, Abort
 from fedbert_jax.runtime.credentials import Credentials, Roster
@@ -135,7 +137,10 @@ class Server:
         """Returns who calls: by its certificate, or on the loopback as it says."""
         if self._roster is None:
             name = dict(context.invocation_metadata()).get("client", b"")
-            return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
+            name = name.decode("utf-8", "replace") if isinstance(name, bytes) else name
+            if not re.fullmatch(CLIENT_NAME, name):
+                raise Abort("INVALID_ARGUMENT", "a client's name has letters, digits, ., - and _")
+            return name
         pem = context.auth_context().get("x509_pem_cert")
         found = self._roster().client_of(pem[0]) if pem else None
         if found is None:
