@@ -224,7 +224,8 @@ class Serving:
         else:
             self.workdir.metrics.unlink(missing_ok=True)
         records = read_metrics(self.workdir.metrics) if rounds else []
-        self.tokens = int(records[-1]["tokens"]) if records else 0  # of rounds that may have had other members
+        # Of rounds that may have had other members, and of processes before this one.
+        self.before = {key: int(records[-1][key]) if records else 0 for key in ("tokens", "uplink_bytes", "downlink_bytes")}
         self.log = MetricsLog(self.workdir.metrics)
         return done
 
@@ -302,9 +303,17 @@ class Serving:
         numbers, done = engine.metrics(), round + 1
         steps = f.steps_per_round(self.cohort)
         tokens = len(members) * f.local_steps * f.batch_size * self.config.data.seq_len
-        self.tokens += tokens
+        self.before["tokens"] += tokens
         record: dict[str, Any] = {"round": done, "step": done * steps, "members": list(members)} | numbers
-        record |= {"tokens": self.tokens, "seconds": now - self.mark, "tokens_per_second": tokens / (now - self.mark)}
+        record |= {
+            "uplink_bytes": self.before["uplink_bytes"] + self.service.received,
+            "downlink_bytes": self.before["downlink_bytes"] + self.service.sent,
+        }
+        record |= {
+            "tokens": self.before["tokens"],
+            "seconds": now - self.mark,
+            "tokens_per_second": tokens / (now - self.mark),
+        }
         self.mark = now
         if engine.scores:
             record |= self._scores(engine.scores)
