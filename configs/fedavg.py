@@ -17,4 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.fill_mask = ()
     config.federated.strategy = "fedavg"
     config.federated.average = "parameters"
+    for optimizer in (config.client_optimizer, config.server_optimizer):
+        optimizer.learning_rate = 4e-3
     return config
