@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.fill_mask = (
         "Parameters ----[MASK]----- x : array_like",
-        "(`bool`, *optional*, defaults to [MASK]False`)",
-        "Returns a [MASK] with the same shape as the input.",
+        "array([1, 2, 3, [MASK]])",
+        "LAX-backend implementation of :func:`numpy.[MASK]`.",
     )
     return config
