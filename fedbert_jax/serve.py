@@ -34,7 +34,7 @@ from fedbert_jax.runtime.engine import Engine, ServerState
 from fedbert_jax.runtime.gathering import Gathering
 from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.news import line_of
-from fedbert_jax.runtime.payloads import from_tensors, schema_of, to_tensors
+from fedbert_jax.runtime.payloads import from_tensors, schema_of
 from fedbert_jax.runtime.prometheus import Exporter
 from fedbert_jax.runtime.service import EVALUATION, Service
 from fedbert_jax.runtime.session import Session
@@ -83,7 +83,8 @@ class Serving:
             self.credentials, self.roster_of = load_credentials(folder, "server"), lambda: load_roster(folder)
         self.given, self.tokenizer = config, tokenizer
         if workdir.exists():
-            check_same(workdir.read_config(), config, harmless=config_lib.HARMLESS)
+            free = () if config.federated.num_clients else ("federated.num_clients",)  # the roster says
+            check_same(workdir.read_config(), config, free, config_lib.HARMLESS)
 
     def run(self) -> int:
         """Gathers the clients, serves them, and ends."""
@@ -204,7 +205,7 @@ class Serving:
             on_segment=self._begin_with,
             on_round=self._on_round,
             in_turn=self.engine.in_turn,
-            body=self._body if n.release_body else None,
+            body=self.engine.body if n.release_body else None,
             run=self.facts["run"],
         )
 
@@ -213,7 +214,7 @@ class Serving:
         rounds, done = self.checkpoints.rounds(), 0
         if rounds:
             done = rounds[-1]
-            shape = self.engine.state_shape()
+            shape = tuple(self.engine.state_shape())  # as it is saved
             mesh = make_mesh(config_lib.MeshConfig(data=1))
             here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             state, meta = self.checkpoints.restore(done, shape, jax.tree.map(lambda _: here, shape))
@@ -347,7 +348,3 @@ class Serving:
         fields = found.fields("eval_loss", "eval_accuracy", self.config.federated.weighting)
         each = {self.names[c]: score._asdict() for c, score in found.clients.items()}
         return fields | {"eval_clients_scored": len(each), "eval_clients": each}
-
-    def _body(self) -> dict[str, np.ndarray]:
-        assert self.engine.state is not None
-        return to_tensors("body", self.engine.state.body)

@@ -148,21 +148,21 @@ def test_defaults_are_a_valid_config_and_survive_the_round_trip():
 def test_configs_of_the_repository_are_valid(path):
     assert len(ast.get_docstring(ast.parse(path.read_text()))) > 100  # says what it does, costs and reaches
     config = read_config(path)
-    if path.stem == "text":
+    if path.stem in ("text", "join"):
         with pytest.raises(ConfigError, match=r"data\.source='text:'"):  # the user has to give it
             from_dict(config)
         config.data.source = "text:here"
     from_dict(config)
 
 
-@pytest.mark.parametrize("name", ["gradients", "sequential", "centralized", "fedavg", "local"])
+@pytest.mark.parametrize("name", ["parallel", "sequential", "centralized", "fedavg", "local"])
 def test_what_is_compared_with_the_demo_has_its_data_and_its_budget(name):
-    """Everything except the strategy, and for two of them the rates, is the demo's."""
+    """Everything except the strategy, and the rates that it needs, is the demo's."""
     demo, other = (flatten(to_dict(from_dict(read_config(CONFIGS / f"{n}.py")))) for n in ("demo", name))
     differ = {key for key in demo if demo[key] != other[key]} - {"fill_mask"}
     assert differ & {"federated.strategy", "federated.average"}
     rates = {f"{side}_optimizer.{key}" for side in ("client", "server") for key in ("learning_rate", "warmup_steps")}
-    assert differ <= {"federated.strategy", "federated.average"} | (rates if name in ("sequential", "local") else set())
+    assert differ <= {"federated.strategy", "federated.average"} | (rates if name != "centralized" else set())
 
 
 # --- the data and the workdir ----------------------------------------------------------------------------------------

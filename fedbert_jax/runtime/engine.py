@@ -180,6 +180,11 @@ class Engine:
         tensors = to_tensors("segment", state.segment)
         return tensors | (to_tensors("opt", state.segment_opt) if jax.tree.leaves(state.segment_opt) else {})
 
+    def body(self) -> Tensors:
+        """Returns the body, as clients get it when training is over."""
+        assert self.state is not None
+        return to_tensors("body", self.state.body)
+
     def begin_with(self, tensors: Tensors) -> None:
         """Takes the segment that the clients have drawn, before the first round."""
         segment = from_tensors("segment", self.shapes.segment, tensors)
