@@ -46,8 +46,8 @@ class Recorded:
         return self.tokens[rows]
 
 load = dataset._load
-def recorded(config, directory):
-    data, tokenizer = load(config, directory)
+def recorded(config, directory, *more):
+    data, tokenizer = load(config, directory, *more)
     for name in ("train", "heldout"):
         blocks = getattr(data, name)
         object.__setattr__(blocks, "tokens", Recorded(blocks.tokens, name))
