@@ -1,8 +1,10 @@
 """Frames: the bytes that one message of a federation is, and what a receiver demands of them.
 
-A frame is a header and raw tensors: uint32 length of the header, the header (JSON: `meta` and a list of name, dtype,
-shape), then each tensor's bytes in C order, little-endian. Decoding makes views, copies nothing and executes nothing.
-Everything is checked against caps before memory is taken: a frame comes from another organisation.
+A frame is a header and raw tensors: uint32 CRC-32 of all that follows it, uint32 length of the header, the header (JSON:
+`meta` and a list of name, dtype, shape), then each tensor's bytes in C order, little-endian. Decoding makes views, copies
+nothing and executes nothing. Everything is checked against caps before memory is taken: a frame comes from another
+organisation. The checksum finds what was damaged on the way, which TCP's 16 bits let through now and then; against whoever
+would change bytes on purpose there is TLS.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +32,7 @@ DTYPES = {
         "uint32": np.uint32,
     }.items()
 }
+FIXED = struct.Struct("<II")  # checksum, length of the header
 MAX_HEADER = 1 << 20  # bytes
 MAX_TENSORS = 4096
 MAX_RANK = 6
@@ -39,6 +43,14 @@ Tensors = dict[str, np.ndarray]
 
 class FrameError(ValueError):
     """Bytes that are no frame, or a frame that is not the one expected; the message says why."""
+
+    code = "INVALID_ARGUMENT"  # gRPC's
+
+
+class DamagedError(FrameError):
+    """A frame that isn't as it was sent: asked for again, it may come whole."""
+
+    code = "DATA_LOSS"
 
 
 class TensorSpec(NamedTuple):
@@ -68,7 +80,11 @@ def encode(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = N
         raise FrameError(f"a header of {len(head):,} bytes; accepted: at most {MAX_HEADER:,}")
     # `ravel` rather than `ascontiguousarray`, which would make a scalar one-dimensional.
     parts = [x.ravel(order="C").view(np.uint8).data for x in arrays.values()]
-    return b"".join([struct.pack("<I", len(head)), head, *parts])
+    start = struct.pack("<I", len(head)) + head
+    checksum = zlib.crc32(start)
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join([struct.pack("<I", checksum), start, *parts])
 
 
 def decode(data: bytes | memoryview, limit: int) -> tuple[dict[str, Any], Tensors]:
@@ -79,17 +95,20 @@ def decode(data: bytes | memoryview, limit: int) -> tuple[dict[str, Any], Tensor
       limit: bytes that it may have.
 
     Raises:
-      FrameError: if it is none.
+      FrameError: if it is none; `DamagedError` if it was one when it was sent.
     """
     if len(data) > limit:
         raise FrameError(f"{len(data):,} bytes; accepted: at most {limit:,}")
-    if len(data) < 4:
-        raise FrameError("no header")
-    (size,) = struct.unpack_from("<I", data)
-    if size > MAX_HEADER or 4 + size > len(data):
+    if len(data) < FIXED.size:
+        raise DamagedError("it has no header")
+    checksum, size = FIXED.unpack_from(data)
+    if zlib.crc32(memoryview(data)[4:]) != checksum:
+        raise DamagedError("its checksum differs: bytes were changed or lost on the way")
+    at = FIXED.size + size  # where the tensors begin
+    if size > MAX_HEADER or at > len(data):
         raise FrameError("the header's length is wrong")
     try:
-        head = json.loads(bytes(data[4 : 4 + size]))
+        head = json.loads(bytes(data[FIXED.size : at]))
         meta, described = head["meta"], head["tensors"]
         if not isinstance(meta, dict) or not isinstance(described, list) or len(described) > MAX_TENSORS:
             raise ValueError("meta is an object and tensors a list")
@@ -100,9 +119,9 @@ def decode(data: bytes | memoryview, limit: int) -> tuple[dict[str, Any], Tensor
     if len(set(names)) != len(names):
         raise FrameError("two tensors have one name")
     sizes = [DTYPES[spec.dtype].itemsize * _count(spec.shape) for _, spec in specs]
-    if 4 + size + sum(sizes) != len(data):
-        raise FrameError(f"{len(data) - 4 - size:,} bytes of tensors, where the header says {sum(sizes):,}")
-    tensors, at = {}, 4 + size
+    if at + sum(sizes) != len(data):
+        raise FrameError(f"{len(data) - at:,} bytes of tensors, where the header says {sum(sizes):,}")
+    tensors = {}
     for (name, spec), bytes_ in zip(specs, sizes, strict=True):
         array = np.frombuffer(data, DTYPES[spec.dtype], _count(spec.shape), at).reshape(spec.shape)
         array.flags.writeable = False

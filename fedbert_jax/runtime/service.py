@@ -80,7 +80,7 @@ class Service:
         try:
             meta, tensors = frames.decode(data, self.limit(method))
         except FrameError as error:
-            raise Abort("INVALID_ARGUMENT", f"{method}: {error}") from None
+            raise Abort(error.code, f"{method}: {error}") from None
         with self._changed:
             self.received += len(data)
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from fedbert_jax.runtime.frames import DTYPES, FrameError, TensorSpec, check, decode, digest, encode, size_of
+from fedbert_jax.runtime.frames import DTYPES, DamagedError, FrameError, TensorSpec, check, decode, digest, encode, size_of
 
 LIMIT = 1 << 16
 
@@ -29,14 +30,19 @@ def test_what_goes_in_comes_out(dtype, shape):
 def test_a_frame_is_a_header_and_raw_bytes():
     """As the module's docstring lays it out, by hand."""
     head = json.dumps({"meta": {"a": 1}, "tensors": [["x", "uint16", [2]]]}, separators=(",", ":")).encode()
-    frame = struct.pack("<I", len(head)) + head + b"\x01\x00\x02\x01"
+    rest = struct.pack("<I", len(head)) + head + b"\x01\x00\x02\x01"
+    frame = struct.pack("<I", zlib.crc32(rest)) + rest
     assert encode({"a": 1}, {"x": np.array([1, 258], np.uint16)}) == frame
     assert decode(frame, LIMIT)[1]["x"].tolist() == [1, 258]
 
 
+def summed(rest: bytes) -> bytes:
+    return struct.pack("<I", zlib.crc32(rest)) + rest
+
+
 def frame(header: object, body: bytes = b"") -> bytes:
     head = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<I", len(head)) + head + body
+    return summed(struct.pack("<I", len(head)) + head + body)
 
 
 GOOD = {"meta": {}, "tensors": [["x", "float32", [2]]]}
@@ -46,8 +52,9 @@ GOOD = {"meta": {}, "tensors": [["x", "float32", [2]]]}
     "data, words",
     [
         (b"", "no header"),
-        (b"\xff\xff\xff\xff", "length is wrong"),
-        (struct.pack("<I", 50) + b"{}", "length is wrong"),
+        (b"\xff\xff\xff\xff", "no header"),
+        (summed(b"\xff\xff\xff\xff"), "length is wrong"),
+        (summed(struct.pack("<I", 50) + b"{}"), "length is wrong"),
         (frame(b"\x80\x04\x95"), "not one"),  # a pickle
         (frame(b"[" * 60_000), "not one"),
         (frame([]), "not one"),
@@ -77,6 +84,16 @@ def test_every_truncation_of_a_frame_is_refused():
     for end in range(len(whole)):
         with pytest.raises(FrameError):
             decode(whole[:end], LIMIT)
+
+
+def test_every_flipped_bit_of_a_frame_is_noticed():
+    """Wherever it is: in a tensor, it would else be trained on, and in the header it could make another message of it."""
+    whole = encode({"id": [7, 1, 0]}, {"x": np.arange(5, dtype=np.float32)})
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamagedError, match="checksum differs"):
+            decode(bytes(damaged), LIMIT)
 
 
 def test_what_may_not_cross_is_not_sent():

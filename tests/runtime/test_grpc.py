@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from federation import HELLO, NAMES, Federation
+from provisioned import provisioned
 from tiny import tiny_config
 
 from fedbert_jax import provision
@@ -35,17 +36,7 @@ def local() -> Federation:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of credentials: the authority's `ca`, `server` and every client's."""
-    root = tmp_path_factory.mktemp("credentials")
-    provision.main(["init", str(root / "ca")])
-    for name in ("server", *NAMES, "hamilton"):
-        role = "server" if name == "server" else "client"
-        provision.main(["request", name, "--role", role, "--into", str(root / name)])
-        if name != "hamilton":
-            provision.main(["approve", str(root / "ca"), str(root / name / f"{name}.csr")])
-    for name in ("server", *NAMES):  # what is sent to each, as the authority has it in the end
-        for file in (root / "ca" / "issued" / name).iterdir():
-            (root / name / file.name).write_bytes(file.read_bytes())
-    return root
+    return provisioned(tmp_path_factory.mktemp("credentials"), NAMES)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -199,4 +190,4 @@ def test_a_frame_that_is_too_long_is_cut_off_while_it_comes(guarded, folders):
     for data in (b"", b"\x80\x04.", encode({}) + b"x"):
         with pytest.raises(Abort) as refused:
             call(adams, "join", data)
-        assert refused.value.code == "INVALID_ARGUMENT"
+        assert refused.value.code == "DATA_LOSS"
