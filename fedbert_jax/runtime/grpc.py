@@ -26,6 +26,7 @@ NAME = "fedbert.Federation"
 CHUNK = 1 << 20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ACCEPTED = {code.name: code for code in grpc.StatusCode}
+REFUSED = "fedbert-refused"  # the key in the trailing metadata that tells a service's refusals from gRPC's own errors
 OPTIONS = [
     ("grpc.max_receive_message_length", 2 * CHUNK),
     ("grpc.max_send_message_length", 2 * CHUNK),
@@ -35,6 +36,8 @@ OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+# Without it, a server takes the pings of a client that waits for others for an attack, and cuts it off after two minutes.
+SERVER_OPTIONS = [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 100)]
 CLIENT_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
@@ -63,6 +66,20 @@ def joined(chunks: Iterable[bytes], limit: int) -> bytes:
             raise Abort("RESOURCE_EXHAUSTED", f"more than the {limit:,} bytes that this message may have")
         parts.append(chunk)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _abort(error: Any) -> Abort:
+    """Returns what a call ended with: the service's refusal as it is, and what gRPC says of a broken link as UNAVAILABLE.
+
+    A link that breaks in the midst of a call is UNAVAILABLE, CANCELLED, INTERNAL or UNKNOWN to gRPC, by where it breaks.
+    """
+    code, text = error.code().name, error.details() or "no reason given"
+    text = text.splitlines()[0][:500]
+    if any(key == REFUSED for key, _ in error.trailing_metadata() or ()) or code in ("DEADLINE_EXCEEDED", "UNIMPLEMENTED"):
+        return Abort(code, text)
+    if text.startswith("Exception "):  # in a handler: it is no link that has to mend
+        return Abort("INTERNAL", text)
+    return Abort("UNAVAILABLE", text)
 
 
 class Server:
@@ -95,7 +112,7 @@ class Server:
         self.service, self._roster = service, roster
         threads = 64
         self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="fedbert-grpc")
-        self._server = grpc.server(self._pool, options=[*OPTIONS, ("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=threads)
+        self._server = grpc.server(self._pool, options=[*OPTIONS, *SERVER_OPTIONS], maximum_concurrent_rpcs=threads)
         handlers = {m: grpc.stream_stream_rpc_method_handler(self._handler(m)) for m in METHODS}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
         self.health = health.HealthServicer()
@@ -128,6 +145,7 @@ class Server:
                 data = joined(chunks, self.service.limit(method))
                 answer = self.service.call(method, client, data, context.is_active)
             except Abort as error:
+                context.set_trailing_metadata(((REFUSED, "1"),))
                 context.abort(ACCEPTED.get(error.code, grpc.StatusCode.UNKNOWN), error.text)
             yield from chunks_of(answer)
 
@@ -191,8 +209,7 @@ class Client:
         try:
             return joined(call, self._limit)
         except grpc.RpcError as error:
-            details = error.details() or ""  # type: ignore[attr-defined]
-            raise Abort(error.code().name, details.splitlines()[0][:500] if details else "no reason given") from None  # type: ignore[attr-defined]
+            raise _abort(error) from None
         finally:
             with contextlib.suppress(Exception):
                 call.cancel()

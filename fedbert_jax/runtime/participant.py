@@ -11,12 +11,15 @@ from typing import Any, Protocol
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.calls import Abort, Hello
-from fedbert_jax.runtime.frames import Tensors
+from fedbert_jax.runtime.frames import FrameError, Tensors
 from fedbert_jax.runtime.member import Ended, Held, Part
 from fedbert_jax.runtime.payloads import to_tensors
 from fedbert_jax.runtime.turns import DONE, ROUND, Id
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries to reach the server
+PROBE = 10.0  # seconds that a server which is there needs at most to say so
+# What may go well another time: the server isn't there, doesn't answer, or a frame was damaged on its way to either side.
+PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS")
 
 
 class Transport(Protocol):
@@ -62,24 +65,47 @@ class Line:
         Raises:
           Abort: with what the server refuses, or UNAVAILABLE after `patience` seconds.
         """
-        data, began, pause = frames.encode(meta, tensors), self._clock(), FIRST_PAUSE
-        told = False
+        data, pause = frames.encode(meta, tensors), FIRST_PAUSE
+        since: float | None = None  # when the server was first not reached
         while True:
             try:
                 answer = self._transport.call(method, data, self._timeout)
+                found = self._decoded(method, answer)
             except Abort as error:
-                if error.code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or self._clock() - began > self._patience:
+                if error.code not in PASSING:
                     raise
-                if not told:
-                    self._say(f"the server can't be reached ({error.text}); trying for {self._patience:.0f} s")
-                    told = True
+                if error.code == "DEADLINE_EXCEEDED" and self._answers():
+                    since = self._reached(since)  # it waits for others, which may take any time
+                    continue
+                if since is None:
+                    since = self._clock()
+                    self._say(f"no answer from the server ({error.text}); trying again for at most {self._patience:.0f} s")
+                elif self._clock() - since > self._patience:
+                    raise
                 self._sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
-            if told:
-                self._say("the server is there again")
+            self._reached(since)
             self.sent, self.received = self.sent + len(data), self.received + len(answer)
+            return found
+
+    def _reached(self, since: float | None) -> None:
+        if since is not None:
+            self._say("the server answers again")
+
+    def _answers(self) -> bool:
+        """Whether the server is there, although it has no answer yet."""
+        try:
+            self._transport.call("status", frames.encode({}), min(self._timeout, PROBE))
+        except Abort:
+            return False
+        return True
+
+    def _decoded(self, method: str, answer: bytes) -> tuple[dict[str, Any], Tensors]:
+        try:
             return frames.decode(answer, self._limit)
+        except FrameError as error:
+            raise Abort(error.code, f"the answer to {method}: {error}") from None
 
     def post(self, id: Id, tensors: Tensors) -> Future[Tensors]:
         """Sends a message of a round."""
