@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedbert_jax.errors import UserError
-from fedbert_jax.runtime.calls import Hello
+from fedbert_jax.runtime.calls import Abort, Hello
 from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
 from fedbert_jax.runtime.member import Ended, Held
 from fedbert_jax.runtime.participant import Line, Participant
@@ -141,6 +141,26 @@ class Part:
         after = ask("upload", STEPS, np.broadcast_to(segment, (4, SIZE)).copy())
         self.trouble("done", id.round, STEPS)
         return Ended(Held(after, (), (), id.round + 1), 0.0, None)
+
+
+class Local:
+    """A transport that is a function call, in which things go wrong when they are told to."""
+
+    def __init__(self, service: Service, name: str):
+        self.service, self.name = service, name
+        self.lose_answers_of: set[str] = set()  # methods whose next answer gets lost
+
+    def call(self, method: str, data: bytes, timeout: float) -> bytes:
+        answer = self.service.call(method, self.name, data)
+        if method in self.lose_answers_of:
+            self.lose_answers_of.discard(method)
+            raise Abort("UNAVAILABLE", "the answer got lost")
+        return answer
+
+
+def same(a: Work, b: Work) -> bool:
+    """Whether two servers ended with the same bits."""
+    return a.round == b.round and np.array_equal(a.body, b.body) and np.array_equal(a.client, b.client)
 
 
 def make(checkpoint: Path | None = None, rounds: int = ROUNDS, **rules: Any) -> tuple[Service, Work]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy
-from toy import NAMES, ROUNDS, STEPS, Part
+from toy import NAMES, ROUNDS, STEPS, Local, Part, same
 
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime.calls import Abort
@@ -27,21 +27,6 @@ from fedbert_jax.runtime.frames import encode
 from fedbert_jax.runtime.grpc import Client, Server
 from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.turns import DONE
-
-
-class Local:
-    """A transport that is a function call, in which things go wrong when they are told to."""
-
-    def __init__(self, service: Service, name: str):
-        self.service, self.name = service, name
-        self.lose_answers_of: set[str] = set()  # methods whose next answer gets lost
-
-    def call(self, method: str, data: bytes, timeout: float) -> bytes:
-        answer = self.service.call(method, self.name, data)
-        if method in self.lose_answers_of:
-            self.lose_answers_of.discard(method)
-            raise Abort("UNAVAILABLE", "the answer got lost")
-        return answer
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +55,6 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Any]:
     yield call
     for thing in closing:
         thing.close() if isinstance(thing, Client) else thing.stop(0)
-
-
-def same(a: toy.Work, b: toy.Work) -> bool:
-    return a.round == b.round and np.array_equal(a.body, b.body) and np.array_equal(a.client, b.client)
 
 
 def test_it_is_the_same_over_either_transport(connect, quiet):
