@@ -55,6 +55,8 @@ class Service:
         self.session, self.work, self.hello, self.clock = session, work, hello, clock
         self._transform, self._evaluates = transform, evaluates
         self._segment, self._take_segment, self._on_round = segment, on_segment, on_round
+        # It stays when there is a segment: another client may be on its way with one, or the same one for the second time.
+        self._largest_segment = 4 * HEADER + (frames.size_of(segment) if segment else 0)
         self._in_turn, self._body, self._run = in_turn, body, run
         self._changed = threading.Condition()
         self._secret = hello.secret
@@ -99,7 +101,7 @@ class Service:
         if method == "transform":
             return HEADER + frames.size_of(self._transform)
         if method == "bring":
-            return HEADER * 4 + (frames.size_of(self._segment) if self._segment else 0)
+            return self._largest_segment
         return HEADER
 
     def _knows(self, barrier: Barrier) -> bool:

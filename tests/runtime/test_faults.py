@@ -23,7 +23,7 @@ from toy import NAMES, ROUNDS, STEPS, Local, Part, same
 
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime.calls import Abort
-from fedbert_jax.runtime.frames import encode
+from fedbert_jax.runtime.frames import TensorSpec, decode, encode
 from fedbert_jax.runtime.grpc import Client, Server
 from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.turns import DONE
@@ -137,6 +137,22 @@ def test_of_two_processes_of_one_name_the_later_one_stays(quiet):
     thread.join(20)
     assert others == dict.fromkeys(NAMES[1:]) and same(work, quiet)
     assert "another process has joined as 'adams' since" in ends["earlier"]
+
+
+def test_the_first_segment_may_be_brought_twice(connect):
+    """Two clients are asked for it at the same time, or the answer to one of them gets lost; the first one's stays."""
+    large = {"x": TensorSpec("float32", (1 << 17,))}
+    made, work = toy.make()
+    brought: list[Any] = []
+    service = Service(made.session, work, made.hello, toy.X, segment=large, on_segment=brought.append)
+    transports = connect(service)
+    for name in NAMES:
+        meta = toy.HELLO._asdict() | {"incarnation": name, "blocks": 7}
+        answer, _ = decode(transports[name].call("join", encode(meta), 5), 1 << 16)
+        assert answer["bring"]
+    for n, name in enumerate(NAMES):
+        transports[name].call("bring", encode({}, {"x": np.full(1 << 17, n, np.float32)}), 5)
+    assert len(brought) == 1 and not brought[0]["x"].any()
 
 
 # --- stragglers, quorum, leaving -------------------------------------------------------------------------------------
