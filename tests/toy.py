@@ -1,13 +1,14 @@
 """A federation with arithmetic in place of a model: the real session, service, frames and transports, in milliseconds.
 
-As a program it is one party in a process of its own, to be killed: `toy.py server PORT CHECKPOINT`, `toy.py client PORT
-NAME`.
+As a program it is one party in a process of its own, to be killed or stopped: `toy.py server PORT CHECKPOINT [JSON]`,
+`toy.py client PORT NAME [JSON]`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -201,29 +202,45 @@ def run(
     return ends
 
 
+QUICK = {f"grpc.{key}": 1000 for key in ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms")}
+
+
+def notice_soon(options: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """gRPC's options, by which a connection that is dead is noticed in two seconds, and not in fifty."""
+    assert QUICK.keys() <= dict(options).keys()
+    return list((dict(options) | QUICK).items())
+
+
 def main() -> None:
-    from fedbert_jax.runtime.grpc import Client, Server
+    from fedbert_jax.runtime import grpc as transport
 
     kind, port, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    spot = tuple(sys.argv[4].split(":")) if len(sys.argv) > 4 else ()  # where this process stops for good: phase:round:step
+    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    spot, quick, rules = given.get("spot"), given.get("quick"), given.get("rules", {})  # where this process stops
+    if quick:
+        transport.OPTIONS = notice_soon(transport.OPTIONS)
 
     def stop_here(phase: str, round: int, step: int) -> None:
-        if spot == (phase, str(round), str(step)):
-            print(f"AT {phase} {round} {step}", flush=True)
-            time.sleep(3600)  # to be killed here
+        if spot == [phase, round, step]:
+            if given.get("goes_on"):
+                os.kill(os.getpid(), signal.SIGSTOP)  # it is there and does nothing, until somebody sends SIGCONT
+            else:
+                print(f"AT {phase} {round} {step}", flush=True)
+                time.sleep(3600)  # to be killed here
 
     if kind == "server":
-        service, work = make(Path(what))
+        service, work = make(Path(what), **rules)
         work.pause = stop_here
-        server = Server(service, "127.0.0.1", port)
+        server = transport.Server(service, "127.0.0.1", port)
         print("UP", server.port, flush=True)
         service.run()
-        service.farewell(5.0)
+        service.farewell(60.0)
         server.stop()
-        print("END", json.dumps([work.body.tolist(), work.client.tolist()]), flush=True)
+        print("END", json.dumps([work.body.tolist(), work.client.tolist(), work.history]), flush=True)
     else:
-        client = Client("127.0.0.1", port, what, None, 1 << 20)
+        client = transport.Client("127.0.0.1", port, what, None, 1 << 20)
         one = participant(what, client, Part(what, stop_here), patience=60.0)
+        one.line._say = lambda text: print(text, flush=True)
         one.run()
         one.line.ask("bye", {})
         print("END", flush=True)

@@ -357,15 +357,15 @@ class Processes:
     def __init__(self, folder: Path):
         self.folder, self.port, self.running = folder, 0, {}
 
-    def start(self, kind: str, what: str, *spot: str) -> subprocess.Popen[str]:
-        command = [sys.executable, toy.__file__, kind, str(self.port), what, *spot]
+    def start(self, kind: str, what: str, **given: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, toy.__file__, kind, str(self.port), what, json.dumps(given)]
         here = os.environ | {"PYTHONPATH": str(Path(toy.__file__).parents[1])}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here)
         self.running[what] = process
         return process
 
-    def server(self, *spot: str) -> subprocess.Popen[str]:
-        process = self.start("server", str(self.folder / "c.json"), *spot)
+    def server(self, **given: Any) -> subprocess.Popen[str]:
+        process = self.start("server", str(self.folder / "c.json"), **given)
         word, port = self.line(process).split()
         assert word == "UP"
         self.port = int(port)
@@ -388,48 +388,92 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     made.end()
 
 
-def ended(processes: Processes, server: subprocess.Popen[str], quiet: toy.Work) -> bool:
+def result(processes: Processes, server: subprocess.Popen[str]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """What a server ends with: body, segment, history."""
     word, _, text = processes.line(server).partition(" ")
     assert word == "END", (word, text)
-    return json.loads(text) == [quiet.body.tolist(), quiet.client.tolist()]
+    body, client, history = json.loads(text)
+    return np.float32(body), np.float32(client), [(phase, step, tuple(who)) for phase, step, who in history]
+
+
+def ended(processes: Processes, server: subprocess.Popen[str], quiet: toy.Work) -> bool:
+    body, client, _ = result(processes, server)
+    return np.array_equal(body, quiet.body) and np.array_equal(client, quiet.client)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spot", ["forward:1:1", "backward:1:1", "upload:1:4"])
+@pytest.mark.parametrize("spot", [("forward", 1, 1), ("backward", 1, 1), ("upload", 1, 4)])
 def test_kill_9_of_a_client(processes, quiet, spot):
     """Before it sends the message: the others wait, it comes back, and all ends as if nothing had been."""
     server = processes.server()
-    victim = processes.start("client", "adams", spot)
+    victim = processes.start("client", "adams", spot=spot)
     for name in NAMES[1:]:
         processes.start("client", name)
     assert processes.line(victim).startswith("AT")
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    kill(victim)
     processes.start("client", "adams")
     assert ended(processes, server, quiet)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spot", ["backward:1:1", "upload:1:4", "checkpoint:1:0"])
+@pytest.mark.parametrize("spot", [("backward", 1, 1), ("upload", 1, 4), ("checkpoint", 1, 0)])
 def test_kill_9_of_the_server(processes, quiet, spot):
     """In a step, in averaging, and while it writes its checkpoint: the next one goes on with the round."""
-    server = processes.server(spot)
+    server = processes.server(spot=spot)
     for name in NAMES:
         processes.start("client", name)
     assert processes.line(server).startswith("AT")
-    server.send_signal(signal.SIGKILL)
-    server.wait()
+    kill(server)
     assert ended(processes, processes.server(), quiet)
 
 
+# --- half-open connections: a process that is there and does nothing -------------------------------------------------
+
+
+def await_stop(process: subprocess.Popen[str]) -> None:
+    """Returns once a process has stopped itself."""
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
 @pytest.mark.slow
-def test_a_client_that_was_stopped_for_a_while_goes_on(processes, quiet):
-    """A half-open connection: nobody hears of it, and it isn't there."""
-    server = processes.server()
-    victim = processes.start("client", "adams", "forward:9:9")
-    for name in NAMES[1:]:
-        processes.start("client", name)
-    victim.send_signal(signal.SIGSTOP)
-    time.sleep(0.5)
-    victim.send_signal(signal.SIGCONT)
-    assert ended(processes, server, quiet)
+@pytest.mark.parametrize("who", ["a client", "the server"])
+def test_a_process_that_was_stopped_for_a_while_goes_on(processes, quiet, who):
+    """Longer than it takes the others to notice that the connection is dead: they connect anew, and nothing is lost."""
+    spot: dict[str, Any] = dict(spot=("backward", 1, 1), goes_on=True)
+    server = processes.server(quick=True, **(spot if who == "the server" else {}))
+    clients = {
+        c: processes.start("client", c, quick=True, **(spot if (who, c) == ("a client", "adams") else {})) for c in NAMES
+    }
+    stopped = server if who == "the server" else clients["adams"]
+    await_stop(stopped)
+    if who == "the server":
+        assert processes.line(clients["adams"]).startswith("no answer from the server (")
+    else:
+        time.sleep(3.0)
+    stopped.send_signal(signal.SIGCONT)
+    body, client, history = result(processes, server)
+    assert np.array_equal(body, quiet.body) and np.array_equal(client, quiet.client) and history == quiet.history
+
+
+@pytest.mark.slow
+def test_the_others_go_on_without_a_client_that_was_stopped(processes):
+    """With a quorum of two: it ends as a federation of that membership, and the third one gets the result when it wakes."""
+    server = processes.server(rules=dict(quorum=2, deadline=2.0))
+    stopped = processes.start("client", "adams", spot=("backward", 1, 1), goes_on=True)
+    others = [processes.start("client", name) for name in NAMES[1:]]
+    await_stop(stopped)
+    assert [processes.line(other) for other in others] == ["END\n", "END\n"]
+    stopped.send_signal(signal.SIGCONT)
+    body, client, history = result(processes, server)
+    assert [processes.line(stopped), stopped.wait(20)] == ["END\n", 0]
+    there = {(n // (2 * STEPS + 1), phase, step): who for n, (phase, step, who) in enumerate(history)}
+    assert len(there) == ROUNDS * (2 * STEPS + 1) and there[1, "backward", 1] == there[2, "upload", STEPS] == NAMES[1:]
+    wanted = reckoned(lambda round, phase, step: there[round, phase, step])
+    np.testing.assert_allclose(body, wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(client, wanted[1], rtol=1e-5)

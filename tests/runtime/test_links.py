@@ -5,6 +5,9 @@ A proxy (tests/proxy.py) stands between one client and the server; arithmetic st
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from toy import NAMES, ROUNDS, STEPS, Part
 
 from fedbert_jax.runtime import grpc as transport
 from fedbert_jax.runtime.credentials import load_credentials, load_roster
+from fedbert_jax.runtime.frames import TensorSpec
 from fedbert_jax.runtime.grpc import Client, Server
 
 FRAME = 4 * 4 * toy.SIZE  # bytes of a message's tensor
@@ -139,11 +143,7 @@ def test_a_slow_link_is_waited_for(link, quiet):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is dead is noticed in two seconds, not in fifty."""
-    times = {"keepalive_time_ms": 1000, "keepalive_timeout_ms": 1000, "http2.ping_timeout_ms": 1000}
-    changed = {f"grpc.{key}": value for key, value in times.items()}
-    assert changed.keys() <= dict(transport.OPTIONS).keys()
-    monkeypatch.setattr(transport, "OPTIONS", list((dict(transport.OPTIONS) | changed).items()))
+    monkeypatch.setattr(transport, "OPTIONS", toy.notice_soon(transport.OPTIONS))
 
 
 @pytest.mark.slow
@@ -185,3 +185,64 @@ def test_a_wait_of_many_pings_is_no_reason_to_cut_a_client_off(link, quick):
         toy.participant(name, linked.clients[name]).join()
     answer, _ = one.line.ask("turn", {"incarnation": one.incarnation, "patience": 7.0})
     assert answer["state"] == "enrolling" and answer["missing"] == ["washington"] and said == []
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def left() -> tuple[list[str], int]:
+    """This process's threads and sockets."""
+    gc.collect()
+    sockets = 0
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own is closed by now
+            sockets += os.readlink(f"/proc/self/fd/{number}").startswith("socket:")
+    return sorted(thread.name for thread in threading.enumerate()), sockets
+
+
+def test_no_thread_and_no_port_is_left(quiet, folders):
+    def once(port: int) -> int:
+        service, work = toy.make()
+        own = lambda name: load_credentials(folders / name, name)  # noqa: E731
+        server = Server(service, "127.0.0.1", port, own("server"), lambda: load_roster(folders / "server"))
+        clients = {name: Client("127.0.0.1", server.port, name, own(name), 1 << 20) for name in NAMES}
+        assert toy.run(service, clients) == dict.fromkeys(NAMES) and toy.same(work, quiet)
+        for client in clients.values():
+            client.close()
+        server.stop()
+        return server.port
+
+    port = once(0)  # after which gRPC has whatever it keeps for good
+    before = left()
+    for _ in range(3):
+        assert once(port) == port  # which was let go of
+    until = time.monotonic() + 20
+    while left() != before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert left() == before
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_two_hundred_rounds(monkeypatch):
+    """Over gRPC, with messages of 128 KiB: in a hundred rounds, 236 MB cross."""
+    monkeypatch.setattr(toy, "STEPS", 1)
+    monkeypatch.setattr(toy, "SIZE", 8192)
+    monkeypatch.setattr(toy, "X", {"x": TensorSpec("float32", (4, toy.SIZE))})
+    service, work = toy.make(rounds=200)
+    server = Server(service, "127.0.0.1", 0)
+    clients = {name: Client("127.0.0.1", server.port, name, None, 1 << 20) for name in NAMES}
+    resident, finish = list[int](), work.finish_round
+
+    def finish_round() -> None:
+        finish()
+        work.history.clear()
+        service.session.events.clear()
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    work.finish_round = finish_round  # type: ignore[method-assign]
+    assert toy.run(service, clients) == dict.fromkeys(NAMES) and len(resident) == 200
+    for client in clients.values():
+        client.close()
+    server.stop(0)
+    crossed = (service.received + service.sent) / 2
+    assert crossed > 200e6 and max(resident[150:]) - max(resident[50:100]) < 0.1 * crossed, resident
