@@ -144,4 +144,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module="orbax")
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # works without the cache
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would log every connection that is lost
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -33,7 +33,7 @@ from fedbert_jax.models import huggingface
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.agreement import hello_of
 from fedbert_jax.runtime.calls import Abort
-from fedbert_jax.runtime.credentials import load_credentials, load_roster, open_group_secret
+from fedbert_jax.runtime.credentials import CLIENT, load_credentials, load_roster, open_group_secret
 from fedbert_jax.runtime.dispatch import Compiling
 from fedbert_jax.runtime.grpc import Client
 from fedbert_jax.runtime.member import Ended, Held, Member
@@ -80,7 +80,7 @@ class Joining:
         self.credentials = None
         if n.credentials:
             folder = Path(n.credentials)
-            self.credentials = load_credentials(folder, self.name)
+            self.credentials = load_credentials(folder, self.name, CLIENT)
             if self.name not in load_roster(folder).clients:
                 raise UserError(f"config key network.name={self.name!r}: the roster in {folder} has no client of that name.")
             if config.privacy.client_seed is None:

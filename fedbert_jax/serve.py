@@ -29,7 +29,7 @@ from fedbert_jax.federated import optim
 from fedbert_jax.federated.evaluation import evaluation
 from fedbert_jax.models import huggingface
 from fedbert_jax.runtime.agreement import hello_of
-from fedbert_jax.runtime.credentials import load_credentials, load_roster
+from fedbert_jax.runtime.credentials import SERVER, load_credentials, load_roster
 from fedbert_jax.runtime.engine import Engine, ServerState
 from fedbert_jax.runtime.gathering import Gathering
 from fedbert_jax.runtime.grpc import Server
@@ -80,7 +80,7 @@ class Serving:
         self.credentials, self.roster_of = None, None
         if config.network.credentials:
             folder = Path(config.network.credentials)
-            self.credentials, self.roster_of = load_credentials(folder, "server"), lambda: load_roster(folder)
+            self.credentials, self.roster_of = load_credentials(folder, "server", SERVER), lambda: load_roster(folder)
         self.given, self.tokenizer = config, tokenizer
         if workdir.exists():
             free = () if config.federated.num_clients else ("federated.num_clients",)  # the roster says

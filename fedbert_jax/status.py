@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from fedbert_jax.runtime import frames
     from fedbert_jax.runtime.calls import Abort
-    from fedbert_jax.runtime.credentials import load_credentials
+    from fedbert_jax.runtime.credentials import CLIENT, load_credentials
     from fedbert_jax.runtime.grpc import Client
 
-    credentials = load_credentials(args.credentials, args.name) if args.credentials else None
+    credentials = load_credentials(args.credentials, args.name, CLIENT) if args.credentials else None
     client = Client(host.strip("[]"), int(port), args.name, credentials, 1 << 20)
     try:
         found, _ = frames.decode(client.call("status", frames.encode({}), timeout=5.0), 1 << 20)

@@ -6,6 +6,7 @@ client `group.key`, the clients' secret, sealed for its key. `python -m fedbert_
 
 from __future__ import annotations
 
+import datetime
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +64,81 @@ def fingerprint(certificate: bytes) -> str:
     return x509.load_pem_x509_certificate(certificate).fingerprint(hashes.SHA256()).hex()
 
 
-def load_credentials(folder: Path, name: str) -> Credentials:
-    """Reads a party's credentials.
+def load_credentials(folder: Path, name: str, role: str | None = None) -> Credentials:
+    """Reads a party's credentials, and checks what the other side would refuse in fewer words.
+
+    Args:
+      folder: what `python -m fedbert_jax.provision` has made.
+      name: the party's.
+      role: what its certificate has to be for.
 
     Raises:
-      UserError: if a file is missing, or can't be read.
+      UserError: if a file is missing or can't be read, the certificate is not good now, or they don't belong together.
     """
     try:
-        return Credentials(*((folder / file).read_bytes() for file in ("ca.crt", f"{name}.crt", f"{name}.key")))
+        found = Credentials(*((folder / file).read_bytes() for file in ("ca.crt", f"{name}.crt", f"{name}.key")))
     except OSError as error:
         raise UserError(
             f"config key network.credentials={str(folder)!r}: {error.filename} can't be read ({error.strerror}); accepted: "
             f"a folder of `python -m fedbert_jax.provision` with ca.crt, {name}.crt and {name}.key."
         ) from error
+    if why := _wrong_with(found, name, role, datetime.datetime.now(datetime.UTC)):
+        raise UserError(f"config key network.credentials={str(folder)!r}: {why}.")
+    return found
+
+
+def _wrong_with(found: Credentials, name: str, role: str | None, now: datetime.datetime) -> str:
+    """Says what of a party's credentials is wrong; "" if nothing is."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import serialization
+
+    file = f"{name}.crt"
+    try:
+        authority, own = (x509.load_pem_x509_certificate(pem) for pem in (found.authority, found.certificate))
+        key = serialization.load_pem_private_key(found.key, None)
+    except (ValueError, TypeError):
+        return f"ca.crt, {file} or {name}.key is damaged"
+    try:
+        own.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return f"{file} is not signed by ca.crt, so one of them is another federation's"
+    if key.public_key() != own.public_key():
+        return f"{name}.key is not the key of {file}"
+    named = [a.value for a in own.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
+    if named != [name]:
+        return f"{file} is the certificate of {', '.join(map(repr, named)) or 'nobody'}"
+    if role is not None and role not in roles_of(own):
+        return f"{file} is not the certificate of a {role}: that is decided by `provision request --role`"
+    for one, what in ((authority, "ca.crt"), (own, file)):
+        if one.not_valid_after_utc <= now:
+            return (
+                f"{what} has expired ({one.not_valid_after_utc:%Y-%m-%d %H:%M} UTC): ask who runs the federation for another"
+            )
+        if one.not_valid_before_utc > now:
+            begins = f"{one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
+            return f"{what} is good from {begins} on, and this machine's clock says {now:%Y-%m-%d %H:%M}"
+    return ""
+
+
+def roles_of(certificate: Any) -> tuple[str, ...]:
+    """Returns the roles that a certificate (of `cryptography`) is for."""
+    from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return ()
+    meant = {CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH, SERVER: ExtendedKeyUsageOID.SERVER_AUTH}
+    return tuple(role for role, oid in meant.items() if oid in usage)
+
+
+def expiry(certificate: bytes) -> datetime.datetime:
+    """Returns when a certificate (PEM) ends."""
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
 
 
 def open_group_secret(folder: Path, name: str) -> int:

@@ -7,6 +7,7 @@ retries nothing: `participant.Line` asks again for what isn't answered, by id.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -18,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedbert_jax.config.network import CLIENT_NAME
 from fedbert_jax.errors import UserError
 from fedbert_jax.runtime.calls import METHODS, Abort
-from fedbert_jax.runtime.credentials import Credentials, Roster
+from fedbert_jax.runtime.credentials import Credentials, Roster, expiry
 from fedbert_jax.runtime.gathering import Gathering
 from fedbert_jax.runtime.service import Service
 
@@ -27,6 +28,13 @@ CHUNK = 1 << 20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ACCEPTED = {code.name: code for code in grpc.StatusCode}
 REFUSED = "fedbert-refused"  # the key in the trailing metadata that tells a service's refusals from gRPC's own errors
+# What gRPC says where a client refuses the server's certificate. The other way round, a connection is closed without a word.
+REFUSALS = {
+    "certificate has expired": "the server's certificate has expired",
+    "unsupported certificate purpose": "what answers there has no certificate of a server",
+    "Hostname Verification Check failed": "what answers there has no certificate of a server",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not of the federation of ca.crt",
+}
 OPTIONS = [
     ("grpc.max_receive_message_length", 2 * CHUNK),
     ("grpc.max_send_message_length", 2 * CHUNK),
@@ -77,6 +85,10 @@ def _abort(error: Any) -> Abort:
     text = text.splitlines()[0][:500]
     if any(key == REFUSED for key, _ in error.trailing_metadata() or ()) or code in ("DEADLINE_EXCEEDED", "UNIMPLEMENTED"):
         return Abort(code, text)
+    if refused := next((why for words, why in REFUSALS.items() if words in text), ""):
+        return Abort("UNAUTHENTICATED", refused)
+    if text.startswith("failed to connect") and text.endswith("Socket closed"):
+        text = "the server closes every connection: it may be stopping, or not accept this certificate"
     if text.startswith("Exception "):  # in a handler: it is no link that has to mend
         return Abort("INTERNAL", text)
     return Abort("UNAVAILABLE", text)
@@ -91,6 +103,7 @@ class Server:
       port: 0 takes any that is free.
       credentials: the server's.
       roster: (): who may call, by certificate; asked at every call, so that a revoked certificate ends at once.
+      now: the time, by which certificates end.
 
     Raises:
       UserError: if the address can't be had, or others than this machine could reach it in clear.
@@ -103,13 +116,14 @@ class Server:
         port: int,
         credentials: Credentials | None = None,
         roster: Callable[[], Roster] | None = None,
+        now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ):
         if credentials is None and host not in LOOPBACK:
             raise UserError(
                 f"config key network.host={host!r}: accepted without network.credentials: 127.0.0.1. What crosses would be "
                 "in clear; see `python -m fedbert_jax.provision`."
             )
-        self.service, self._roster = service, roster
+        self.service, self._roster, self._now = service, roster, now
         threads = 64
         self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="fedbert-grpc")
         self._server = grpc.server(self._pool, options=[*OPTIONS, *SERVER_OPTIONS], maximum_concurrent_rpcs=threads)
@@ -160,9 +174,15 @@ class Server:
                 raise Abort("INVALID_ARGUMENT", "a client's name has letters, digits, ., - and _")
             return name
         pem = context.auth_context().get("x509_pem_cert")
-        found = self._roster().client_of(pem[0]) if pem else None
+        try:
+            found = self._roster().client_of(pem[0]) if pem else None
+        except UserError as error:  # the roster and its signature are two files, which somebody may be replacing
+            raise Abort("UNAVAILABLE", f"the roster can't be read at the moment: {error}") from None
         if found is None:
             raise Abort("PERMISSION_DENIED", "this certificate is not that of a client in the roster")
+        # TLS looks at the date when a connection begins, and a connection may last for weeks.
+        if (ended := expiry(pem[0])) <= self._now():
+            raise Abort("PERMISSION_DENIED", f"the certificate of {found!r} has expired ({ended:%Y-%m-%d %H:%M} UTC)")
         return found
 
     def stop(self, grace: float = 1.0) -> None:

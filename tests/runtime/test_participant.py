@@ -1,4 +1,4 @@
-"""A client's line: what isn't answered is asked for again, for as long as the server may be away, and no sentence too many."""
+"""A client's line: what isn't answered is asked for again for as long as the server may be away, and little is said."""
 
 from __future__ import annotations
 
