@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from fedbert_jax.runtime.member import Ended, Held, Member
 from fedbert_jax.runtime.participant import Line, Participant
 from fedbert_jax.runtime.payloads import from_tensors, schema_of
 from fedbert_jax.runtime.shapes import shapes_of
+from fedbert_jax.runtime.waiting import Waiting, Watch
 from fedbert_jax.workdir import resume
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import Journal, MetricsLog, truncate
@@ -102,16 +104,20 @@ class Joining:
         """Joins, trains and exports."""
         n = self.config.network
         transport = Client(n.host, n.port, self.name, self.credentials, 1 << 31)
-        line = Line(transport, self.config.wire.microbatches, 1 << 31, n.patience, max(2 * n.deadline, 60.0), self._warn)
+        interrupts, parts, timeout = Interrupts(), self.config.wire.microbatches, max(2 * n.deadline, 60.0)
+        stop = lambda: interrupts.received is not None  # noqa: E731
+        line = Line(transport, parts, 1 << 31, n.patience, timeout, self._warn, stop=stop)
         try:
-            with Interrupts() as interrupts, contextlib.closing(line):
+            with interrupts, contextlib.closing(line):
                 if n.leave:
                     return self._leave(line)
-                names = self._enrol(line)
+                names = self._enrol(line, stop)
+                if not names:
+                    return interrupts.exit_code
                 dataset = self._read(names)
                 member = self._member(names, dataset)
                 participant = self._participant(member, line, dataset)
-                over = self._train(participant, interrupts)
+                over = self._train(participant, stop)
                 if not over:
                     self.console.print(f"stopped after round {self.done}; the same command goes on from there")
                     return interrupts.exit_code
@@ -146,13 +152,20 @@ class Joining:
 
     # --- before the first round ---
 
-    def _enrol(self, line: Line) -> tuple[str, ...]:
-        """Asks for the roster; waits for a server that isn't there yet, and for the other clients."""
+    def _enrol(self, line: Line, stop: Callable[[], bool]) -> tuple[str, ...]:
+        """Asks for the roster; waits for a server that isn't there yet, and for the other clients; () if a signal came."""
         where = f"{self.config.network.host}:{self.config.network.port}"
-        with progress.waiting(self.console, f"waiting for the server at {where}"):
+        waiting = Waiting(lambda text: self.console.print(shown(text)), lambda text: None)
+        with progress.waiting(self.console, f"waiting for the server at {where}, and for all clients"):
             try:
-                answer, _ = line.ask("enrol", {})
+                while not (answer := line.ask("enrol", {})[0])["roster"]:
+                    here, more = answer["here"], answer["wanted"] - len(answer["here"])
+                    waiting.waits(f"training with {', '.join(here)}", [f"{more} more client{'s' * (more != 1)}"], None)
+                    if stop():
+                        return ()
             except Abort as error:
+                if stop():
+                    return ()
                 if error.code == "UNAVAILABLE":
                     raise UserError(f"no server answers at {where} ({error.text}).") from error
                 raise UserError(f"the server at {where} refuses {self.name!r}: {error.text}.") from error
@@ -238,21 +251,17 @@ class Joining:
 
     # --- the rounds ---
 
-    def _train(self, participant: Participant, interrupts: Interrupts) -> bool:
+    def _train(self, participant: Participant, stop: Callable[[], bool]) -> bool:
         """Takes part; returns whether training is over."""
         f, log = self.config.federated, None
         self.done, self.mark = 0, time.perf_counter()
         with progress.bar(self.console, "phase", "numbers") as bar:
             task = bar.add_task("rounds", total=f.rounds, phase="joins", numbers="")
-            told: list[str] = []
+            waiting = Waiting(lambda text: self.console.print(shown(text)), lambda text: bar.update(task, phase=shown(text)))
 
             def on_wait(turn: dict[str, Any]) -> None:
-                waits = f"waits for {', '.join(turn['missing'][:3]) or 'the others'}"
-                bar.update(task, phase=shown(waits))
-                if told[-1:] != [waits]:
+                if waiting.waits(f"round {turn['round'] + 1}", turn["missing"], turn["within"]):
                     self._note("waits", turn["round"], missing=turn["missing"])
-                    told.append(waits)
-                    self.console.print(f"round {turn['round'] + 1} {shown(waits)}")
                 self.mark = time.perf_counter()
 
             def on_round(round: int, ended: Ended) -> None:
@@ -263,11 +272,12 @@ class Joining:
                     truncate(self.workdir.metrics, round)
                     log = MetricsLog(self.workdir.metrics)
                 self._record(log, round, ended, participant)
-                told.clear()
+                waiting.over()
                 bar.update(task, completed=round + 1, phase="trains", numbers=f"loss {ended.loss:.3f}")
 
             try:
-                return participant.run(on_round, on_wait, lambda: interrupts.received is not None)
+                with Watch(participant.line, self.name, waiting):
+                    return participant.run(on_round, on_wait, stop)
             finally:
                 if log is not None:
                     log.close()

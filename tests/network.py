@@ -1,4 +1,4 @@
-"""A federation of real processes, as small as it gets: a server and clients, each `python -m fedbert_jax.main` in its workdir."""
+"""A federation of real processes, as small as it gets: a server and clients, each `python -m fedbert_jax.main`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from corpus import environment, write_corpus
 from processes import FLAGS, free_port
 

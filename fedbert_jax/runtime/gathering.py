@@ -9,6 +9,8 @@ from collections.abc import Callable
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.calls import HEADER, POLL, Abort
 
+TELL = 5.0  # seconds after which a client that waits is told for whom
+
 
 class Gathering:
     """The server before its clients are known: on the loopback, without a roster, whoever comes first takes part.
@@ -45,7 +47,7 @@ class Gathering:
         return HEADER
 
     def call(self, method: str, client: str, data: bytes, alive: Callable[[], bool] = lambda: True) -> bytes:
-        """Answers `enrol` once the roster is whole; everything else is too early."""
+        """Answers `enrol` with the roster once it is whole, or with who is there so far; everything else is too early."""
         if method == "status":
             come = list(self.waiting)
             return frames.encode({"state": "gathering", "here": come, "wanted": self.wanted, "roster": list(self._names)})
@@ -57,13 +59,15 @@ class Gathering:
             if not self._names and client not in self._come and len(self._come) >= self.wanted:
                 raise Abort("PERMISSION_DENIED", f"{client!r} comes too late: {self.wanted} clients are there already")
             self._come.add(client)
-            end = time.monotonic() + 20.0
+            end = time.monotonic() + TELL
             while not self._names and alive() and not self._stop and time.monotonic() < end:
                 self._changed.wait(POLL)
             if not self._names and not alive():
                 self._come.discard(client)  # whoever was killed, or gave up, takes nobody's place
+            if self._stop and not self._names:
+                raise Abort("UNAVAILABLE", "the server is stopping")
             if not self._names:
-                raise Abort("UNAVAILABLE", f"waiting for {self.wanted} clients; here: {', '.join(sorted(self._come))}")
+                return frames.encode({"roster": [], "run": self.run, "here": sorted(self._come), "wanted": self.wanted})
             return frames.encode({"roster": list(self._names), "run": self.run})
 
     def stop(self) -> None:

@@ -40,6 +40,7 @@ class Line:
       patience: seconds for which an unreachable server is called again.
       timeout: seconds that one call may take.
       say: called with a sentence when the server can't be reached, and when it can again.
+      stop: whether to give up calling a server that can't be reached.
     """
 
     def __init__(
@@ -52,35 +53,38 @@ class Line:
         say: Callable[[str], None] = lambda text: None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        stop: Callable[[], bool] = lambda: False,
     ):
+        self.stop = stop
         self._transport, self._limit, self._patience, self._timeout = transport, limit, patience, timeout
         self._say, self._sleep, self._clock = say, sleep, clock
         self._pool = ThreadPoolExecutor(parts, thread_name_prefix="fedbert-line") if parts > 1 else None
         self.id = Id(0, 0, 0)  # of the evaluation under way
         self.sent = self.received = 0  # bytes of frames
+        self._asking: float | None = None  # since when an answer has been waited for
 
     def ask(self, method: str, meta: dict[str, Any], tensors: Tensors | None = None) -> tuple[dict[str, Any], Tensors]:
         """Calls the server, again and again while it can't be reached.
 
         Raises:
-          Abort: with what the server refuses, or UNAVAILABLE after `patience` seconds.
+          Abort: with what the server refuses, or UNAVAILABLE after `patience` seconds or where `stop` says so.
         """
         data, pause = frames.encode(meta, tensors), FIRST_PAUSE
         since: float | None = None  # when the server was first not reached
         while True:
             try:
-                answer = self._transport.call(method, data, self._timeout)
+                answer = self._call(method, data)
                 found = self._decoded(method, answer)
             except Abort as error:
                 if error.code not in PASSING:
                     raise
-                if error.code == "DEADLINE_EXCEEDED" and self._answers():
+                if error.code == "DEADLINE_EXCEEDED" and self.status() is not None:
                     since = self._reached(since)  # it waits for others, which may take any time
                     continue
                 if since is None:
                     since = self._clock()
                     self._say(f"no answer from the server ({error.text}); trying again for at most {self._patience:.0f} s")
-                elif self._clock() - since > self._patience:
+                elif self._clock() - since > self._patience or self.stop():
                     raise
                 self._sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -93,13 +97,26 @@ class Line:
         if since is not None:
             self._say("the server answers again")
 
-    def _answers(self) -> bool:
-        """Whether the server is there, although it has no answer yet."""
+    def status(self) -> dict[str, Any] | None:
+        """Returns where the federation stands, if the server says so at once."""
         try:
-            self._transport.call("status", frames.encode({}), min(self._timeout, PROBE))
+            return self._decoded("status", self._transport.call("status", frames.encode({}), min(self._timeout, PROBE)))[0]
         except Abort:
-            return False
-        return True
+            return None
+
+    def asked_for(self) -> float | None:
+        """Returns for how many seconds the answer to a message has been waited for; None if none is."""
+        since = self._asking
+        return None if since is None else self._clock() - since
+
+    def _call(self, method: str, data: bytes) -> bytes:
+        if method != "message":
+            return self._transport.call(method, data, self._timeout)
+        self._asking = self._clock()
+        try:
+            return self._transport.call(method, data, self._timeout)
+        finally:
+            self._asking = None
 
     def _decoded(self, method: str, answer: bytes) -> tuple[dict[str, Any], Tensors]:
         try:
@@ -162,6 +179,7 @@ class Participant:
 
         Raises:
           UserError: if the server refuses it.
+          Abort: if it can't be reached, and the line's `stop` says so.
         """
         meta = self.hello._asdict() | {"incarnation": self.incarnation, "blocks": self.blocks}
         try:
@@ -169,6 +187,8 @@ class Participant:
             if answer["bring"]:
                 self.line.ask("bring", {}, to_tensors("segment", self._first().segment))
         except Abort as error:
+            if error.code in PASSING and self.line.stop():
+                raise
             raise UserError(f"the server refuses {self.name!r}: {error.text}.") from error
         return answer
 
@@ -193,9 +213,12 @@ class Participant:
         Returns:
           Whether training is over; False if `stop` said so.
         """
-        self.join()
+        joined = False
         while not stop():
             try:
+                if not joined:
+                    self.join()
+                    joined = True
                 turn, _ = self.line.ask("turn", {"incarnation": self.incarnation, "patience": self.wait})
                 if turn["state"] == DONE:
                     self.over_at = turn["round"]
@@ -205,8 +228,10 @@ class Participant:
                     continue
                 ended = self._round(turn)
             except Abort as error:
+                if stop():
+                    break
                 if error.code == "FAILED_PRECONDITION":  # a server that came back knows of nobody
-                    self.join()
+                    joined = False
                 elif error.code != "ABORTED":
                     raise UserError(f"the server ends {self.name!r}'s part: {error.text}.") from error
                 continue

@@ -254,6 +254,7 @@ class Service:
             "members": list(s.members) if s.state == "round" else [],
             "late": list(s.late()),
             "missing": list(s.missing()) if s.state == "enrolling" else [],
+            "within": s.within(self.clock()),
             "received_bytes": self.received,
             "sent_bytes": self.sent,
         }

@@ -113,7 +113,7 @@ class Session:
             return Turn(DONE, self.epoch, self.round)
         if self.state == ROUND and client in self.members and not self._touched(client):
             return Turn(ROUND, self.epoch, self.round, self.members)
-        return Turn(ENROLLING, self.epoch, self.round, missing=self.missing())
+        return Turn(ENROLLING, self.epoch, self.round, missing=self.missing(), within=self.within(now))
 
     def message(self, client: str, id: Id, payload: Any, digest: str, now: float) -> Refused | None:
         """A client sends a message. Its answer is in `poll`, once all others have sent theirs."""
@@ -224,6 +224,16 @@ class Session:
             return ()
         waited = self._barriers[self.at].who
         return tuple(c for c in waited if c in self.members and (c, self.at) not in self._inbox)
+
+    def within(self, now: float) -> float | None:
+        """Returns in how many seconds it goes on without those who are missing or late; None: it doesn't."""
+        begins = self.state == ENROLLING
+        if self._since is None or self.state == DONE:
+            return None
+        stay = len(self.cohort_of(self.round)) - len(self.missing()) if begins else len(self.members) - len(self.late())
+        if stay < self._needed(self.round):
+            return None
+        return max(0.0, self._since + (self.rules.join_grace if begins else self.rules.deadline) - now)
 
     def blocks(self) -> dict[str, int]:
         """Returns how much text each client has declared."""

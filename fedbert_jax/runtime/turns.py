@@ -56,6 +56,7 @@ class Turn(NamedTuple):
     round: int = 0
     members: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    within: float | None = None  # seconds after which the round begins without those; None: it doesn't
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_a_round_begins_when_all_are_there_and_goes_on_when_all_have_sent():
     for name in NAMES[:2]:
         session.join(name, "1", 10, now=0.0)
         assert session.state == ENROLLING
-    assert session.next_turn("adams", "1", now=0.0) == Turn(ENROLLING, 0, 0, missing=("washington",))
+    assert session.next_turn("adams", "1", now=0.0) == Turn(ENROLLING, 0, 0, missing=("washington",), within=5.0)
     session.join("washington", "1", 10, now=1.0)
     assert session.state == ROUND and session.next_turn("adams", "1", 1.0) == Turn(ROUND, 1, 0, NAMES)
     id = here(session)
@@ -454,6 +454,31 @@ def test_in_turn_who_leaves_after_its_turn_has_had_it():
         "jefferson",
         "washington",
     )
+
+
+def test_how_long_it_waits_at_most_is_known_where_a_quorum_is_left():
+    session = make()
+    assert session.within(0.0) is None  # nobody is there, so nothing begins
+    session.join("adams", "1", 10, 0.0)
+    assert session.within(1.0) is None
+    session.join("jefferson", "1", 10, 2.0)
+    assert session.within(2.0) == 3.0 and session.within(4.0) == 1.0 and session.within(9.0) == 0.0
+    session.tick(5.0)
+    assert session.state == ROUND and session.members == NAMES[:2] and session.within(6.0) is None  # all are late
+    session.message("adams", here(session), "x", "d", 6.0)
+    assert session.late() == ("jefferson",) and session.within(6.0) is None  # without it, one would be left
+    session = enrolled()
+    session.message("adams", here(session), "x", "d", 3.0)
+    session.message("jefferson", here(session), "x", "d", 3.0)
+    assert session.late() == ("washington",) and session.within(4.0) == 8.0
+    session.drain()
+    while session.state == ROUND:
+        barrier(session) if session.at else barrier(session, leave_out=NAMES[:2])
+    assert session.state == DONE and session.within(4.0) is None
+    nobody = make(quorum=None)
+    for name in NAMES[:2]:
+        nobody.join(name, "1", 10, 0.0)
+    assert nobody.within(1.0) is None
 
 
 def test_draining_ends_with_the_round():
