@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for what in ("members", "late", "missing"):
         if found.get(what):
             console.print(f"{what}: {shown(', '.join(found[what]))}")
+    if found.get("within") is not None and (found.get("late") or found.get("missing")):
+        console.print(f"it goes on without them in {found['within']:.0f} s")
     return 0
 
 
