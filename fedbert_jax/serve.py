@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -159,7 +160,8 @@ class Serving:
             config, federated=dataclasses.replace(config.federated, num_clients=clients)
         )
         config_lib.validate(config)
-        self.names, f = tuple(names), config.federated
+        self.names = self.clients = tuple(names)
+        f = config.federated
         self.mask = experiment.mask_spec(config, self.tokenizer)
         cohort = min(f.clients_per_round or clients, clients)
         setting = experiment.party_setting(config, self.mask, clients, cohort)
@@ -282,9 +284,10 @@ class Serving:
         """Takes those out who are in the roster no more; it is read again once in a while."""
         if self.roster_of is not None and time.monotonic() > self.look:
             self.look = time.monotonic() + LOOK
-            clients = self.roster_of().clients
+            with contextlib.suppress(UserError):  # somebody is replacing it and its signature, which are two files
+                self.clients = self.roster_of().clients
             for name in self.names:
-                if name not in clients and name not in service.session.gone():
+                if name not in self.clients and name not in service.session.gone():
                     self.console.print(f"{shown(name)} is in the roster no more")
                     service.remove(name)
 

@@ -232,6 +232,10 @@ class Participant:
                     break
                 if error.code == "FAILED_PRECONDITION":  # a server that came back knows of nobody
                     joined = False
+                elif error.code in PASSING:
+                    raise UserError(
+                        f"the server can't be reached any more ({error.text}); the same command goes on when it is back."
+                    ) from error
                 elif error.code != "ABORTED":
                     raise UserError(f"the server ends {self.name!r}'s part: {error.text}.") from error
                 continue
