@@ -91,7 +91,7 @@ class Joining:
         self.tokenizer = load_tokenizer(config.data.tokenizer or str(huggingface.local(config.model.init_from)))
         self.config = experiment.resolve(config, vocab_size(self.tokenizer))
         if workdir.exists():
-            # How many clients there are the server says; the workdir's config has that number already.
+            # The server says how many clients there are.
             check_same(workdir.read_config(), self._shown(self.config), ("federated.num_clients",), config_lib.HARMLESS)
 
     def _shown(self, config: Config) -> Config:

@@ -84,7 +84,8 @@ class Serving:
             self.credentials, self.roster_of = load_credentials(folder, "server", SERVER), lambda: load_roster(folder)
         self.given, self.tokenizer = config, tokenizer
         if workdir.exists():
-            free = () if config.federated.num_clients else ("federated.num_clients",)  # the roster says
+            # With credentials, the roster says how many clients there are.
+            free = ("federated.num_clients",) if self.credentials else ()
             check_same(workdir.read_config(), config, free, config_lib.HARMLESS)
 
     def run(self) -> int:
@@ -216,7 +217,7 @@ class Serving:
         rounds, done = self.checkpoints.rounds(), 0
         if rounds:
             done = rounds[-1]
-            shape = tuple(self.engine.state_shape())  # as it is saved
+            shape = tuple(self.engine.state_shape())  # as it was saved: orbax tells a tuple with names from one without
             mesh = make_mesh(config_lib.MeshConfig(data=1))
             here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             state, meta = self.checkpoints.restore(done, shape, jax.tree.map(lambda _: here, shape))

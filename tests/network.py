@@ -48,11 +48,15 @@ class Party:
         """What it has printed so far, in all its lives."""
         return self.log.read_text()
 
-    def wait(self, timeout: float = 240) -> int:
+    def last(self) -> str:
+        """The last line that it has printed."""
+        return self.said().splitlines()[-1]
+
+    def wait(self, timeout: float = 900) -> int:
         """Waits for its end; returns its exit code."""
         return self.process.wait(timeout)
 
-    def until(self, words: str, times: int = 1, timeout: float = 240) -> None:
+    def until(self, words: str, times: int = 1, timeout: float = 900) -> None:
         """Waits until it has said something, so many times."""
         end = time.monotonic() + timeout
         while self.said().count(words) < times:
