@@ -33,6 +33,10 @@ class Wire(Protocol):
         """Sends a message; the future has its answer."""
         ...
 
+    def segment(self, id: Id) -> Tensors:
+        """Asks for the segment as it is at a barrier: what a round begins with, or what the turns before have made of it."""
+        ...
+
     def transform(self, tensors: Tensors) -> Tensors:
         """Asks for the body's output, for evaluation."""
         ...
@@ -210,8 +214,11 @@ class Member:
             segment, own = after.segment, after.opt
         sums = None
         if evaluates:
-            sums = self.score(segment, wire)
-            wire.post(id._replace(at=self.scores_at(members)), {"sums": sums}).result()
+            last = id._replace(at=self.scores_at(members))
+            # Where clients take turns, others may have trained the segment further; the server answers when all have.
+            ended = self.received(wire.segment(last), held, id.round + 1).segment if in_turn else segment
+            sums = self.score(ended, wire)
+            wire.post(last, {"sums": sums}).result()
         return Ended(Held(segment, own, unsent, id.round + 1), float(np.mean(losses)), sums)
 
     def score(self, segment: Any, wire: Wire) -> np.ndarray:

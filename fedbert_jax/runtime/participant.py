@@ -132,6 +132,10 @@ class Line:
         future.set_result(self.ask("message", {"id": list(id)}, tensors)[1])
         return future
 
+    def segment(self, id: Id) -> Tensors:
+        """Asks for the segment as it is at a barrier."""
+        return self.ask("segment", {"id": list(id)})[1]
+
     def transform(self, tensors: Tensors) -> Tensors:
         """Asks for the body's output."""
         return self.ask("transform", {"id": list(self.id)}, tensors)[1]
@@ -248,7 +252,7 @@ class Participant:
         held = self.held
         if held is None or held.round != id.round or self.member.in_turn:
             at = self.member.first_message(members, self.name)
-            _, tensors = self.line.ask("segment", {"id": list(id._replace(at=at))})
+            tensors = self.line.segment(id._replace(at=at))
             if held is None or held.round != id.round:
                 held = self._recall(id.round) or held
             held = self.member.received(tensors, held, id.round)

@@ -37,7 +37,7 @@ CASES = [
 
 @pytest.mark.parametrize("federated, others, parts", CASES)
 def test_a_federation_equals_the_simulation(federated, others, parts):
-    federation = Federation(tiny_config(federated=dict(rounds=2) | federated, **others), parts=parts)
+    federation = Federation(tiny_config(federated=dict(rounds=2) | federated, **others), parts=parts, evaluates=not others)
     clients = federation.run()
     state, metrics = simulated(federation)
     work = federation.engine.state
@@ -52,3 +52,8 @@ def test_a_federation_equals_the_simulation(federated, others, parts):
             assert_trees_close(jax.device_get(held.segment), jax.device_get(state.model.client), **loose)
     losses = [numbers["train_loss"] for _, numbers in federation.rounds]
     np.testing.assert_allclose(losses, [float(m.loss) for m in metrics], rtol=1e-3 if "wire" in others else 1e-5)
+    if not others:
+        sums = federation.rounds[-1][1]["scores"]
+        scored = federation.simulation.evaluate(state).clients
+        for n, name in enumerate(NAMES):
+            np.testing.assert_allclose(sums[name][:2] / sums[name][2], scored[n], rtol=1e-5, err_msg=name)
