@@ -60,6 +60,7 @@ class Session:
     _barriers: tuple[Barrier, ...] = field(default=(), init=False)
     _inbox: dict[tuple[str, int], Any] = field(default_factory=dict, init=False)  # payloads that wait, by (client, barrier)
     _mail: dict[tuple[str, Id], tuple[str, Any]] = field(default_factory=dict, init=False)  # digest; Reply, or None
+    _begun: set[str] = field(default_factory=set, init=False)  # who has sent anything in this epoch
     _busy: bool = field(default=False, init=False)
     _since: float | None = field(default=None, init=False)  # when the barrier, or the enrolment, began
 
@@ -127,6 +128,7 @@ class Session:
         if refused := self._misplaced(client, id):
             return refused
         self._mail[client, id] = (digest, None)
+        self._begun.add(client)
         self._inbox[client, id.at] = payload
         return None
 
@@ -279,6 +281,7 @@ class Session:
     def _start(self, now: float) -> None:
         self.epoch += 1
         self.at, self._busy, self._since = 0, False, now
+        self._begun.clear()
         self._barriers = tuple(self.script(self.members, self.round))
         self._inbox.clear()
         # Of the round before, the last answers are kept: one of them may have been lost.
@@ -327,7 +330,7 @@ class Session:
 
     def _touched(self, client: str) -> bool:
         """Whether a client has sent anything in this epoch: then it is in the midst of its round."""
-        return any(c == client and id.epoch == self.epoch for c, id in self._mail)
+        return client in self._begun
 
     def _forget(self) -> None:
         """Keeps the answers that may still be asked for: those of the last barriers that a client can have waited at."""

@@ -418,6 +418,21 @@ def test_a_round_whose_cohort_has_left_is_skipped():
     assert session.round == 2 and session.members == NAMES[2:]
 
 
+def test_in_turn_who_has_had_its_turn_waits_for_the_next_round():
+    """Its messages are forgotten by then, but not that it has sent them: told to begin, it would begin, and be refused."""
+    session = enrolled(script=in_turn, window=1)
+    for _ in range(2 * STEPS):
+        assert session._barriers[session.at].who == ("adams",)
+        barrier(session)
+    barrier(session)
+    barrier(session)
+    assert not any(c == "adams" for c, _ in session._mail)
+    turn = session.next_turn("adams", "adams-1", 0.0)
+    assert isinstance(turn, Turn) and turn.state == ENROLLING and turn.round == 0
+    turn = session.next_turn("washington", "washington-1", 0.0)
+    assert isinstance(turn, Turn) and turn.state == ROUND
+
+
 def test_in_turn_a_client_that_is_late_is_passed_over():
     session = enrolled(rounds=1, script=in_turn)
     barrier_of = lambda: session._barriers[session.at].who  # noqa: E731
