@@ -324,7 +324,8 @@ class Joining:
         """Writes the model, if the server gives the body away."""
         held = participant.held
         try:
-            if held is None:  # it came when all was over
+            # It came when all was over, or was left out of the last round, or others had their turns after its own.
+            if held is None or held.round < self.config.federated.rounds or participant.member.in_turn:
                 _, tensors = line.ask("segment", {"id": [0, 0, 0]})
                 held = participant.member.received(tensors, None, self.config.federated.rounds)
             _, tensors = line.ask("body", {})
