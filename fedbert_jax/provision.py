@@ -2,7 +2,8 @@
 
   init FOLDER                   whoever runs the federation: an authority, a signed roster, the clients' secret
   request NAME --into FOLDER    each organisation: a key that never leaves it, and a request for a certificate
-  approve FOLDER REQUEST        whoever runs it: compares the fingerprint by telephone, and makes the certificate
+  approve FOLDER REQUEST        whoever runs it: compares the fingerprint by telephone, and makes the certificate; given
+                                again, renews it
   revoke FOLDER NAME            whoever runs it: takes a party out of the roster
 
 What `approve` makes for a party, in FOLDER/issued/NAME, goes beside that party's key. Whoever runs the authority knows
@@ -124,8 +125,13 @@ def _approve(args: argparse.Namespace) -> None:
     name, role = str(names[0]), str(roles[0])
     _check_name(name)
     roster, extra = load_roster(args.folder), _extra(args.folder)
-    if any(e.name == name for e in roster.entries) or name in extra["revoked"]:
-        raise UserError(f"{name!r} is, or was, in the roster of {args.folder}; accepted: another name.")
+    known = next((e for e in roster.entries if e.name == name), None)
+    renews = known is not None and known.role == role and _key_of(args.folder / "issued" / name / f"{name}.crt") == public
+    if name in extra["revoked"] or (known is not None and not renews):
+        raise UserError(
+            f"{name!r} is, or was, in the roster of {args.folder}; accepted: another name, or the request with which it "
+            "came there, which renews its certificate."
+        )
     server = role == SERVER
     usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
     known_as = Credentials.SERVER if server else f"{name.lower().replace('_', '-')}.client.fedbert"
@@ -136,17 +142,19 @@ def _approve(args: argparse.Namespace) -> None:
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(known_as)]), critical=False)
         .sign(authority, hashes.SHA256())
     )
-    index = None if server else extra["next"]
+    index = known.index if known is not None else None if server else extra["next"]
     entry = Entry(name, role, index, fingerprint(_pem(certificate)))
-    extra["next"] += not server
-    _write_roster(args.folder, Roster((*roster.entries, entry)), extra)
+    extra["next"] += not server and known is None
+    others = tuple(e for e in roster.entries if e.name != name)
+    _write_roster(args.folder, Roster((*others, entry)), extra)
     out = args.folder / "issued" / name
     out.mkdir(parents=True, exist_ok=True)
     _write(out / f"{name}.crt", _pem(certificate))
     if not server:
         _write(out / "group.sealed", seal((args.folder / "group.secret").read_bytes(), public))
     _publish(args.folder)
-    print(f"approved     {name} as {role}{'' if server else f' {index}'}; fingerprint {_key_print(public)}")
+    done = "renewed " if renews else "approved"
+    print(f"{done}     {name} as {role}{'' if server else f' {index}'}; fingerprint {_key_print(public)}")
     print(f"send         {shown(out)}: its files go beside {name}.key; all others need the new roster.json and roster.sig")
 
 
@@ -198,6 +206,16 @@ def _publish(folder: Path) -> None:
     for place in (folder / "issued").iterdir():
         for file in ("ca.crt", "roster.json", "roster.sig"):
             shutil.copyfile(folder / file, place / file)
+
+
+def _key_of(path: Path) -> Any:
+    """Returns the public key in a certificate; None if there is none."""
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).public_key()
+    except (OSError, ValueError):
+        return None
 
 
 def _authority(folder: Path) -> tuple[Any, Any]:

@@ -113,7 +113,7 @@ def _wrong_with(found: Credentials, name: str, role: str | None, now: datetime.d
     for one, what in ((authority, "ca.crt"), (own, file)):
         if one.not_valid_after_utc <= now:
             return (
-                f"{what} has expired ({one.not_valid_after_utc:%Y-%m-%d %H:%M} UTC): ask who runs the federation for another"
+                f"{what} has expired ({one.not_valid_after_utc:%Y-%m-%d %H:%M} UTC): ask who runs the federation to renew it"
             )
         if one.not_valid_before_utc > now:
             begins = f"{one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"

@@ -20,7 +20,7 @@ import pytest
 import toy
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from provisioned import provisioned, request
+from provisioned import provisioned, request, send
 from proxy import DOWN, Proxy
 from toy import NAMES, ROUNDS, Part
 
@@ -340,7 +340,10 @@ def test_credentials_that_the_other_side_would_refuse_are_refused_at_home(folder
     read = lambda name, file: (folders / name / file).read_bytes()  # noqa: E731
     assert load_credentials(folder(), "adams", CLIENT) == load_credentials(folders / "adams", "adams")
     for files, words in (
-        (dict(adams_crt=dated(folders, "adams", -2 * DAY, -DAY)), r"adams\.crt has expired \(20.* UTC\): ask who"),
+        (
+            dict(adams_crt=dated(folders, "adams", -2 * DAY, -DAY)),
+            r"adams\.crt has expired \(20.* UTC\): ask who runs .* to renew it",
+        ),
         (dict(adams_crt=dated(folders, "adams", DAY, 2 * DAY)), r"adams\.crt is good from .* on, and this machine's clock"),
         (dict(adams_key=read("jefferson", "jefferson.key")), r"adams\.key is not the key of adams\.crt"),
         (dict(ca_crt=(others / "ca" / "ca.crt").read_bytes()), r"adams\.crt is not signed by ca\.crt"),
@@ -381,6 +384,27 @@ def test_a_roster_that_somebody_changed_is_refused(folders, tmp_path):
     (tmp_path / "roster.json").write_text(text.replace("jefferson", "jeffersen"))
     with pytest.raises(UserError, match=r"not signed by ca\.crt"):
         load_roster(tmp_path)
+
+
+def test_a_certificate_is_renewed_for_its_own_key_alone(tmp_path):
+    """The party keeps its key and its place; the certificate before it is out."""
+    folders = provisioned(tmp_path, NAMES)
+    before, roster = (folders / "adams" / "adams.crt").read_bytes(), load_roster(folders / "ca")
+    provision.main(["approve", str(folders / "ca"), str(folders / "adams" / "adams.csr"), "--days", "9"])
+    send(folders, "adams")
+    credentials, renewed = load_credentials(folders / "adams", "adams", CLIENT), load_roster(folders / "ca")
+    assert credentials.certificate != before and renewed.clients == roster.clients == NAMES
+    assert renewed.client_of(credentials.certificate) == "adams" and renewed.client_of(before) is None
+    assert open_group_secret(folders / "adams", "adams") == open_group_secret(folders / "jefferson", "jefferson")
+    request(folders / "thief", "adams")  # somebody else's, of that name
+    for name, role in (("adams", "client"), ("server", "server")):
+        if name == "server":
+            request(folders / "thief", name, role)
+        with pytest.raises(UserError, match=f"'{name}' is, or was, in the roster of .*; accepted: another name, or the req"):
+            provision.main(["approve", str(folders / "ca"), str(folders / "thief" / name / f"{name}.csr")])
+    provision.main(["revoke", str(folders / "ca"), "adams"])
+    with pytest.raises(UserError, match="'adams' is, or was, in the roster"):
+        provision.main(["approve", str(folders / "ca"), str(folders / "adams" / "adams.csr")])
 
 
 def test_a_revoked_client_is_not_in_the_next_roster(others):

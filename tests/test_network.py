@@ -1,0 +1,124 @@
+"""A federation of real processes: whoever is killed, stopped or out of room and started again, it ends with the same model.
+
+The parties are `python -m fedbert_jax.main` with a model of one small layer (tests/network.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from network import NORTH, SOUTH, Network
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The model of a federation in which nothing went wrong."""
+    network = Network(tmp_path_factory.mktemp("undisturbed"))
+    try:
+        parties = [network.start("serve", "server"), network.start("join", NORTH), network.start("join", SOUTH)]
+        assert [party.wait() for party in parties] == [0, 0, 0], [party.said() for party in parties]
+        assert network.model(NORTH) == network.model(SOUTH)
+        return network.model(NORTH)
+    finally:
+        network.end()
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    made = Network(tmp_path)
+    yield made
+    made.end()
+
+
+def events(network: Network) -> list[tuple[str, int]]:
+    """What the server's journal says: events and rounds."""
+    lines = (network.place("server") / "events.jsonl").read_text().splitlines()
+    return [(e["event"], e["round"]) for e in map(json.loads, lines)]
+
+
+def test_kill_9_of_a_client_between_forward_and_backward_and_in_its_upload(network, model):
+    server = network.start("serve", "server")
+    south = network.start("join", SOUTH)
+    for place in ("between:1", "upload:2"):
+        north = network.start("join", NORTH, falls=place)
+        assert north.wait() == -signal.SIGKILL, north.said()
+    north = network.start("join", NORTH)
+    assert [server.wait(), north.wait(), south.wait()] == [0, 0, 0], (server.said(), north.said(), south.said())
+    assert network.model(NORTH) == network.model(SOUTH) == model
+    said = north.said()
+    assert said.count("falls ") == 2 and "falls between Forward and Backward, round 1, message 3" in said
+    sent, whole = map(int, re.findall(r"falls in Upload, round 2, with (\d+) of (\d+) bytes sent", said)[0])
+    assert 0 < sent < whole
+    assert f"round 2 begins again: {NORTH} came back" in server.said()
+    assert f"round 3 begins again: {NORTH} came back" in server.said()
+    assert events(network).count(("again", 1)) == events(network).count(("again", 2)) == 1
+
+
+def test_kill_9_of_the_server_in_a_step_and_in_a_checkpoint_write(network, model):
+    """The clients call until it is there again; it goes on after the newest checkpoint that is whole."""
+    often = {"checkpoint__every_rounds": 1}
+    north, south = network.start("join", NORTH), network.start("join", SOUTH)
+    for place in ("step:2", "save:3"):
+        server = network.start("serve", "server", falls=place, **often)
+        assert server.wait() == -signal.SIGKILL, server.said()
+    server = network.start("serve", "server", **often)
+    assert [server.wait(), north.wait(), south.wait()] == [0, 0, 0], (server.said(), north.said(), south.said())
+    assert network.model(NORTH) == network.model(SOUTH) == model
+    said = server.said()
+    assert "falls in a step, round 2, step 1" in said and "falls in a checkpoint write: ['3.orbax-checkpoint-tmp" in said
+    # The save of round 2 is under way in the background when the server falls for the first time, or it is whole.
+    first, second = re.findall(r"resuming after round (\d) of 4", said)
+    assert first in "12" and second == "2"
+    assert "no answer from the server (" in north.said() and "the server answers again" in north.said()
+    again = [2, 3] if first == "2" else [1, 2, 3]
+    assert [r for e, r in events(network) if e == "round"] == [0, 1, *again[:-1], 2, 3]
+
+
+def test_full_disks_a_signal_to_either_side_and_a_damaged_checkpoint(network, model):
+    """Each is a sentence, and nobody's work is lost."""
+    often = {"checkpoint__every_rounds": 1}
+    full = "a file would be larger than is allowed there; raise the limit (ulimit -f) and give the same command again."
+    north, south = network.start("join", NORTH), network.start("join", SOUTH)
+
+    server = network.start("serve", "server", falls="full:1", **often)
+    assert server.wait() == 2
+    assert server.last() == f"error: {network.place('server')}/checkpoints/1 can't be written: {full}"
+
+    server = network.start("serve", "server", falls="term:2", **often)
+    assert [server.wait(), north.wait(), south.wait()] == [128 + signal.SIGTERM, 4, 4]
+    assert server.said().endswith(
+        "ends with the round under way\nstopped after round 3; the same command goes on from there\n"
+    )
+    stopped = "error: the server has stopped after round 3 of 4; the same command goes on when it is back."
+    assert north.last() == south.last() == stopped
+
+    newest = network.place("server") / "checkpoints" / "3"
+    largest = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    largest.write_bytes(damaged)
+    server = network.start("serve", "server", **often)
+    north = network.start("join", NORTH, falls="term_client:2")
+    south = network.start("join", SOUTH, falls="full_export")
+    assert server.wait() == 2
+    assert server.last().startswith(f"error: checkpoint {newest} is damaged")
+    assert server.last().endswith("; delete that directory to go on from round 2.")
+    shutil.rmtree(newest)
+
+    server = network.start("serve", "server", **often)
+    assert north.wait() == 128 + signal.SIGTERM
+    assert north.last() == "stopped after round 3; the same command goes on from there"
+    north = network.start("join", NORTH)
+    assert south.wait() == 2 and south.last() == f"error: {network.place(SOUTH)}/hf can't be written: {full}"
+    south = network.start("join", SOUTH)
+    assert [server.wait(), north.wait(), south.wait()] == [0, 0, 0], (server.said(), north.said(), south.said())
+    assert network.model(NORTH) == network.model(SOUTH) == model
+    assert "Traceback" not in server.said() + north.said() + south.said()
