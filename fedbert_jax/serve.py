@@ -278,6 +278,8 @@ class Serving:
                     )
 
             service.run(watch)
+        for event in self._news(self.session):  # of the last round
+            self.console.print(event)
         if self.done not in self.checkpoints.rounds() and self.done:
             self._save()
 

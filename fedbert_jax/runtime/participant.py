@@ -77,6 +77,7 @@ class Line:
                 found = self._decoded(method, answer)
             except Abort as error:
                 if error.code not in PASSING:
+                    self._reached(since)
                     raise
                 if error.code == "DEADLINE_EXCEEDED" and self.status() is not None:
                     since = self._reached(since)  # it waits for others, which may take any time

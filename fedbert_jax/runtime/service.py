@@ -164,6 +164,8 @@ class Service:
                 if turn.state != "enrolling" or self.clock() >= end or not alive() or self._stop:
                     break
                 self._changed.wait(POLL)
+            if turn.state == DONE and turn.round < self.session.rounds:
+                self._dismissed.add(client)  # it comes back when the server does, and has nothing to fetch
             shares = self.work.weights(turn.members, self.session.blocks()) if turn.members else ()
             share = dict(zip(turn.members, map(float, shares), strict=True))
             evaluates = turn.state == "round" and self._evaluates(turn.round)

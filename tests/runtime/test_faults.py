@@ -264,6 +264,9 @@ def test_draining_ends_with_the_round_and_the_next_server_goes_on(connect, quiet
 
     ends = toy.run(service, connect(service), {"adams": Part("adams", trouble)})
     assert ends == dict.fromkeys(NAMES) and work.round == 2 and service.session.state == DONE
+    began = time.monotonic()
+    service.farewell(60.0)  # all have heard that it stops, and nobody has anything to fetch
+    assert time.monotonic() - began < 30
     service, work = toy.make(tmp_path / "c.json")
     toy.run(service, connect(service))
     assert same(work, quiet) and len(work.history) == 2 * STEPS + 1

@@ -85,6 +85,13 @@ def test_a_refusal_is_not_tried_again(code):
     assert said == [] and transport.calls == ["turn"]
 
 
+def test_a_refusal_of_a_server_that_came_back_is_an_answer_too():
+    said: list[str] = []
+    with pytest.raises(Abort, match="as ABORTED says"):
+        Clocked((0, "UNAVAILABLE"), (0, "ABORTED")).line(said).ask("message", {})
+    assert said[1:] == ["the server answers again"]
+
+
 def test_an_answer_that_was_damaged_is_asked_for_again_and_one_that_is_none_is_an_error():
     damaged = bytearray(encode({"n": 2}))
     damaged[-1] ^= 1
