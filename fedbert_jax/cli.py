@@ -124,7 +124,10 @@ def _close_stdout() -> None:
 
 
 def _tell_no_more() -> None:
-    """Silences what fails while the process ends, such as the reads of a damaged checkpoint's other arrays."""
+    """Silences what fails while the process ends, such as a checkpoint's other arrays where one can't be read or written."""
+    import warnings
+
+    warnings.simplefilter("ignore")  # of coroutines that nobody awaits any more
     sys.excepthook = lambda *_: None
     sys.unraisablehook = lambda _: None
     logging.disable()
