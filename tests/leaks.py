@@ -9,10 +9,10 @@ import numpy as np
 TYPES = tuple(np.dtype(f"{order}{kind}") for kind in ("u1", "u2", "i4", "i8") for order in "<>")
 
 
-def windows(rows: np.ndarray, length: int) -> np.ndarray:
-    """Returns all runs of `length` consecutive numbers in rows [..., N], each once."""
+def windows(rows: np.ndarray, length: int, stride: int = 1) -> np.ndarray:
+    """Returns all runs of `length` consecutive numbers in rows [..., N], each once; or every `stride`-th of them."""
     rows = np.asarray(rows).reshape(-1, np.shape(rows)[-1])
-    runs = np.lib.stride_tricks.sliding_window_view(rows, length, axis=1).reshape(-1, length)
+    runs = np.lib.stride_tricks.sliding_window_view(rows, length, axis=1)[:, ::stride].reshape(-1, length)
     return np.unique(runs, axis=0)
 
 

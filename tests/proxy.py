@@ -22,11 +22,13 @@ class Proxy:
       port: where it listens.
       passed: bytes, by direction.
       met: what went wrong so far, in order: a test's proof that it did.
+      kept: all bytes that passed, if they are to be kept.
     """
 
-    def __init__(self, target: int):
+    def __init__(self, target: int, keep: bool = False):
         self.target, self.port = target, 0
         self.passed, self.met = {UP: 0, DOWN: 0}, list[str]()
+        self.kept = bytearray() if keep else None
         self.latency = 0.0  # seconds for which every piece is held back, in either direction
         self._hole = False
         self._tricks: dict[str, Callable[[bytes], tuple[bytes, str]]] = {}  # by direction: bytes -> what is passed, and then
@@ -173,6 +175,8 @@ class Proxy:
                         self.met.append(then)
                 writer.write(data)
                 self.passed[direction] += len(data)
+                if self.kept is not None:
+                    self.kept += data
                 await writer.drain()
                 if then in ("reset", "end"):
                     for one in (writer, other):

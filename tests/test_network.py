@@ -12,24 +12,48 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from leaks import runs_in, text_in, windows
 from network import NORTH, SOUTH, Network
+from proxy import Proxy
+
+from fedbert_jax.data.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 PARTIES = (("serve", "server"), ("join", NORTH), ("join", SOUTH))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The model of a federation in which nothing went wrong."""
-    network = Network(tmp_path_factory.mktemp("undisturbed"))
-    try:
-        parties = [network.start(task, name) for task, name in PARTIES]
-        assert [party.wait() for party in parties] == [0, 0, 0], [party.said() for party in parties]
+class Undisturbed:
+    """A federation in which nothing went wrong, and all bytes that its clients and its server have sent one another."""
+
+    def __init__(self, folder: Path):
+        network = Network(folder)
+        try:
+            with Proxy(network.port, keep=True) as proxy:
+                here = {"network__port": proxy.port}
+                parties = [network.start(task, name, **(here if task == "join" else {})) for task, name in PARTIES]
+                assert [party.wait() for party in parties] == [0, 0, 0], [party.said() for party in parties]
+                assert proxy.kept is not None
+                self.bytes = bytes(proxy.kept)
+        finally:
+            network.end()
         assert network.model(NORTH) == network.model(SOUTH)
-        return network.model(NORTH)
-    finally:
-        network.end()
+        self.model = network.model(NORTH)
+        self.text = [path.read_text() for path in sorted(folder.glob("text/*/all.txt"))]
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        self.ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.text]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def model(undisturbed: Undisturbed) -> bytes:
+    """The model of that federation."""
+    return undisturbed.model
 
 
 @pytest.fixture
@@ -37,6 +61,18 @@ def network(tmp_path: Path) -> Iterator[Network]:
     made = Network(tmp_path)
     yield made
     made.end()
+
+
+def test_what_crosses_holds_no_text_and_no_run_of_its_token_ids(undisturbed):
+    """Of the real command, in clear, as somebody on the line would read it: names, headers, and all that gRPC adds."""
+    for word in (b"/fedbert.Federation/message", b"up/h", b"dz", b"segment/embeddings/word/embedding", b"sums"):
+        assert word in undisturbed.bytes  # it is the whole of it, with nothing compressed
+    assert len(undisturbed.bytes) > 200_000 and sum(map(len, undisturbed.ids)) > 2000
+    for text, ids in zip(undisturbed.text, undisturbed.ids, strict=True):
+        runs = windows(np.array([ids]), 8, stride=8)  # a block of 16 has one of them, wherever it begins
+        assert text_in([undisturbed.bytes], [text]) == [] and runs_in([undisturbed.bytes], runs) == []
+        assert text_in([undisturbed.bytes + text[100:130].encode()], [text]) != []
+        assert runs_in([undisturbed.bytes + runs[5].astype("<u2").tobytes()], runs) != []
 
 
 def events(network: Network) -> list[tuple[str, int]]:
