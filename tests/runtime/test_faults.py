@@ -312,6 +312,9 @@ def test_a_client_that_sends_nonsense_is_refused_and_changes_nothing(connect, qu
         (dict(secret="other"), r"privacy\.client_seed differs"),
         (dict(blocks=0), "declares 0 blocks"),
         (dict(blocks="many"), "declares 'many' blocks"),
+        (dict(blocks=-1), "declares -1 blocks"),
+        (dict(blocks=2**40), "declares 1099511627776 blocks"),  # its weight would leave the others nothing
+        (dict(blocks=1.5), r"declares 1\.5 blocks"),
     ],
 )
 def test_who_does_not_agree_is_refused_when_it_joins(connect, change, words):
@@ -324,6 +327,54 @@ def test_who_does_not_agree_is_refused_when_it_joins(connect, change, words):
     with pytest.raises(UserError, match=words):
         one.join()
     assert service.session.here() == ("jefferson",)
+
+
+def test_ids_out_of_order_are_refused_and_an_id_is_answered_once(connect, quiet):
+    """Early, late, of another epoch or round, twice with other content: none of it changes what is trained."""
+    service, work = toy.make()
+    transports, seen, others = connect(service), dict[str, Any](), set[str]()
+
+    class Odd(Part):
+        def run_round(self, held, id, members, me, weight, evaluates, wire):
+            def send(n: float, **change: int) -> Any:
+                """Returns the code of a refusal, or the answer."""
+                x = np.full((4, toy.SIZE), n, np.float32)
+                try:
+                    found = transports[me].call("message", encode({"id": list(id._replace(**change))}, {"x": x}), 20)
+                    return decode(found, 1 << 20)[1]["x"]
+                except Abort as error:
+                    return error.code
+
+            if id.round == 1 and not seen:
+                seen.update(future=send(1, at=1), far=send(1, at=99), negative=send(1, at=-1))
+                seen.update(old=send(1, epoch=id.epoch - 1), new=send(1, epoch=id.epoch + 1), past=send(1, round=0))
+                ended = super().run_round(held, id, members, me, weight, evaluates, wire)
+                seen.update(last=send(1, at=2 * STEPS), first=send(1, at=0))
+                return ended
+            return super().run_round(held, id, members, me, weight, evaluates, wire)
+
+    class Twice(Part):
+        """Sends each message a second time, and then with another number in it."""
+
+        def run_round(self, held, id, members, me, weight, evaluates, wire):
+            class Both:
+                def post(self, id, tensors):
+                    first = wire.post(id, tensors).result()
+                    again = wire.post(id, tensors)
+                    np.testing.assert_array_equal(first["x"], again.result()["x"])
+                    with pytest.raises(Abort) as refused:
+                        wire.post(id, {"x": tensors["x"] + 1})
+                    others.add(refused.value.code)
+                    return again
+
+            return super().run_round(held, id, members, me, weight, evaluates, Both())
+
+    ends = toy.run(service, transports, {"adams": Odd("adams"), "jefferson": Twice("jefferson")})
+    assert ends == dict.fromkeys(NAMES) and same(work, quiet) and work.history == quiet.history
+    assert "ALREADY_EXISTS" in others and others <= {"ALREADY_EXISTS", "ABORTED"}
+    assert {seen[key] for key in ("future", "far", "negative")} == {"FAILED_PRECONDITION"}
+    assert {seen[key] for key in ("old", "new", "past")} == {"ABORTED"}
+    assert seen["last"] in ("ALREADY_EXISTS", "ABORTED") and seen["first"] in ("ABORTED", "FAILED_PRECONDITION")
 
 
 def test_a_stranger_and_an_unknown_call_are_refused(connect):

@@ -15,6 +15,7 @@ from provisioned import provisioned
 from tiny import tiny_config
 
 from fedbert_jax.errors import UserError
+from fedbert_jax.runtime import participant
 from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.runtime.credentials import load_credentials, load_roster
 from fedbert_jax.runtime.frames import encode
@@ -65,6 +66,36 @@ def test_with_certificates_it_ends_with_the_same_bits(local, folders):
     clients = lambda name: Client("127.0.0.1", server.port, "", load_credentials(folders / name, name), LIMIT)  # noqa: E731
     trained(federation, server, clients)
     assert same(federation.engine.state, local.engine.state)
+
+
+class Forgetful:
+    """A transport that loses every third answer, after the server has given it."""
+
+    def __init__(self, client: Client):
+        self.client, self.calls, self.lost = client, 0, 0
+
+    def call(self, method: str, data: bytes, timeout: float) -> bytes:
+        answer = self.client.call(method, data, timeout)
+        self.calls += 1
+        if self.calls % 3 == 0:
+            self.lost += 1
+            raise Abort("UNAVAILABLE", "the answer got lost")
+        return answer
+
+
+def test_with_lost_answers_it_ends_with_the_same_bits(local, monkeypatch):
+    """Every update of the real model happens once, however often it is asked for."""
+    monkeypatch.setattr(participant, "FIRST_PAUSE", 0.01)
+    federation = Federation(CONFIG)
+    server, forgetful = Server(federation.service, "127.0.0.1", 0), list[Forgetful]()
+
+    def transport(name: str) -> Forgetful:
+        forgetful.append(Forgetful(Client("127.0.0.1", server.port, name, None, LIMIT)))
+        return forgetful[-1]
+
+    trained(federation, server, transport)
+    assert all(one.lost >= 5 for one in forgetful)
+    assert same(federation.engine.state, local.engine.state) and federation.rounds == local.rounds
 
 
 # --- addresses and sizes ---------------------------------------------------------------------------------------------
