@@ -84,6 +84,7 @@ def events(network: Network) -> list[tuple[str, int]]:
 def test_kill_9_of_a_client_between_forward_and_backward_and_in_its_upload(network, model):
     server = network.start("serve", "server")
     south = network.start("join", SOUTH)
+    south.until(f"training with {SOUTH} waits for 1 more client; it doesn't go on without")
     for place in ("between:1", "upload:2"):
         north = network.start("join", NORTH, falls=place)
         assert north.wait() == -signal.SIGKILL, north.said()

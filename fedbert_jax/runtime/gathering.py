@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.calls import HEADER, POLL, Abort
 
-TELL = 5.0  # seconds after which a client that waits is told for whom
+TELL = 2.0  # seconds after which a client that waits is told for whom
 
 
 class Gathering:

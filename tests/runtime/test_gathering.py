@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from fedbert_jax.runtime import frames
+from fedbert_jax.runtime import gathering as module
 from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.runtime.gathering import Gathering
 
@@ -43,6 +44,17 @@ def test_the_roster_is_whole_when_enough_have_come_in_the_order_of_their_names()
     assert enrol(gathering, "south") == {"roster": ["north", "south"], "run": "r1"}
     with pytest.raises(Abort, match="'west' is not in the roster"):
         enrol(gathering, "west")
+
+
+def test_who_waits_is_told_for_how_many_and_who_is_there(monkeypatch):
+    monkeypatch.setattr(module, "TELL", 0.0)
+    gathering = Gathering((), 3, run="r1")
+    assert enrol(gathering, "south") == {"roster": [], "run": "r1", "here": ["south"], "wanted": 3}
+    assert enrol(gathering, "north") == {"roster": [], "run": "r1", "here": ["north", "south"], "wanted": 3}
+    gathering.stop()
+    with pytest.raises(Abort, match="is stopping") as refused:
+        enrol(gathering, "north")
+    assert refused.value.code == "UNAVAILABLE"
 
 
 def test_who_has_gone_again_takes_nobodys_place():
