@@ -80,7 +80,8 @@ class Line:
                     self._reached(since)
                     raise
                 if error.code == "DEADLINE_EXCEEDED" and self.status() is not None:
-                    since = self._reached(since)  # it waits for others, which may take any time
+                    self._reached(since)
+                    since = None  # it waits for others, which may take any time
                     continue
                 if since is None:
                     since = self._clock()
