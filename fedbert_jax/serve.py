@@ -207,6 +207,7 @@ class Serving:
             segment=None if self.engine.state is not None else schema_of("segment", shapes.segment),
             on_segment=self._begin_with,
             on_round=self._on_round,
+            on_end=self._on_end,
             in_turn=self.engine.in_turn,
             body=self.engine.body if n.release_body else None,
             run=self.facts["run"],
@@ -280,8 +281,6 @@ class Serving:
             service.run(watch)
         for event in self._news(self.session):  # of the last round
             self.console.print(event)
-        if self.done not in self.checkpoints.rounds() and self.done:
-            self._save()
 
     def _revoke(self, service: Service) -> None:
         """Takes those out who are in the roster no more; it is read again once in a while."""
@@ -337,6 +336,13 @@ class Serving:
         self.done = done
         if done % self.config.checkpoint.every_rounds == 0 or done == f.rounds or self.session.draining:
             self._save()
+
+    def _on_end(self) -> None:
+        """Waits until the last round is saved: a client that has got its model doesn't come back to train it again."""
+        self.checkpoints.wait()
+        if self.done not in self.checkpoints.rounds() and self.done:
+            self._save()
+            self.checkpoints.wait()
 
     def _save(self) -> None:
         assert self.engine.state is not None

@@ -31,6 +31,7 @@ class Service:
       segment: what is expected of the segment that the first client brings; None if the server has one.
       on_segment: takes it.
       on_round: called when a round is over, with its number and its members.
+      on_end: called when training is over, before any client is told: what they then leave behind has to be safe.
       in_turn: whether clients take turns, each beginning with what the one before it has handed on.
       body: (): what clients get when training is over; None: nothing.
       run: the training's name, which clients are told.
@@ -47,6 +48,7 @@ class Service:
         segment: Schema | None = None,
         on_segment: Callable[[Tensors], None] = lambda tensors: None,
         on_round: Callable[[int, tuple[str, ...]], None] = lambda round, members: None,
+        on_end: Callable[[], None] = lambda: None,
         in_turn: bool = False,
         body: Callable[[], Tensors] | None = None,
         run: str = "",
@@ -54,14 +56,14 @@ class Service:
     ):
         self.session, self.work, self.hello, self.clock = session, work, hello, clock
         self._transform, self._evaluates = transform, evaluates
-        self._segment, self._take_segment, self._on_round = segment, on_segment, on_round
+        self._segment, self._take_segment, self._on_round, self._on_end = segment, on_segment, on_round, on_end
         # It stays when there is a segment: another client may be on its way with one, or the same one for the second time.
         self._largest_segment = 4 * HEADER + (frames.size_of(segment) if segment else 0)
         self._in_turn, self._body, self._run = in_turn, body, run
         self._changed = threading.Condition()
         self._secret = hello.secret
         self._epoch = -1  # that the work has begun
-        self._stop = False
+        self._stop = self._over = False
         self._dismissed: set[str] = set()
         self.received = self.sent = 0  # bytes of frames
         self.failure: BaseException | None = None
@@ -161,6 +163,8 @@ class Service:
                     raise Abort(*turn)
                 if self._segment is not None and turn.state != DONE:
                     turn = Turn("enrolling", missing=("the first segment",))
+                if turn.state == DONE and not self._over:
+                    turn = Turn("enrolling", turn.epoch, turn.round, missing=("the server's last checkpoint",))
                 if turn.state != "enrolling" or self.clock() >= end or not alive() or self._stop:
                     break
                 self._changed.wait(POLL)
@@ -290,7 +294,7 @@ class Service:
             with self._changed:
                 self.session.tick(self.clock())
                 if self.session.state == DONE:
-                    return
+                    break
                 begins = self.session.state == "round" and self._epoch != self.session.epoch and self._segment is None
                 epoch, round, members = self.session.epoch, self.session.round, self.session.members
                 blocks = self.session.blocks()
@@ -305,6 +309,11 @@ class Service:
                     self._changed.notify_all()
             elif what is not None:
                 self._do(what)
+        if not self._stop:
+            self._on_end()
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
 
     def _do(self, what: Compute) -> None:
         answers, keep = self.work.compute(what)
