@@ -43,7 +43,13 @@ class Gathering:
             return self._names or None
 
     def limit(self, method: str) -> int:
-        """Returns how many bytes a call's frame may have."""
+        """Returns how many bytes a call's frame may have.
+
+        Raises:
+          Abort: for a call that is too early, whatever its size: a client of before the server's restart may be in a round.
+        """
+        if method not in ("enrol", "status"):
+            raise Abort("UNAVAILABLE", "the server waits for its clients")
         return HEADER
 
     def call(self, method: str, client: str, data: bytes, alive: Callable[[], bool] = lambda: True) -> bytes:
@@ -51,8 +57,7 @@ class Gathering:
         if method == "status":
             come = list(self.waiting)
             return frames.encode({"state": "gathering", "here": come, "wanted": self.wanted, "roster": list(self._names)})
-        if method != "enrol":
-            raise Abort("UNAVAILABLE", "the server waits for its clients")
+        self.limit(method)
         with self._changed:
             if self._names and client not in self._names:
                 raise Abort("PERMISSION_DENIED", f"{client!r} is not in the roster")

@@ -18,7 +18,8 @@ from fedbert_jax.errors import UserError
 from fedbert_jax.runtime import participant
 from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.runtime.credentials import load_credentials, load_roster
-from fedbert_jax.runtime.frames import encode
+from fedbert_jax.runtime.frames import decode, encode
+from fedbert_jax.runtime.gathering import Gathering
 from fedbert_jax.runtime.grpc import CHUNK, Client, Server
 
 CONFIG = tiny_config(federated=dict(rounds=2))
@@ -143,5 +144,21 @@ def test_a_fault_of_the_servers_own_is_not_taken_for_a_broken_link(monkeypatch):
     with pytest.raises(Abort, match="division by zero") as refused:
         client.call("turn", encode({}), 5)
     assert refused.value.code == "INTERNAL"
+    client.close()
+    server.stop(0)
+
+
+def test_to_a_server_that_has_just_come_back_everything_but_enrolling_is_too_early_and_nothing_too_large():
+    """A client of before is in the midst of a round: what it sends is tried again, until the round begins again."""
+    server = Server(Gathering(NAMES, 3, "run"), "127.0.0.1", 0)
+    client = Client("127.0.0.1", server.port, "adams", None, LIMIT)
+    for method, data in (("message", bytes(3 * CHUNK)), ("bring", bytes(3 * CHUNK)), ("turn", encode({}))):
+        with pytest.raises(Abort, match="waits for its clients") as refused:
+            client.call(method, data, timeout=5)
+        assert refused.value.code == "UNAVAILABLE"
+    assert decode(client.call("enrol", encode({}), timeout=5), LIMIT)[0] == {"roster": list(NAMES), "run": "run"}
+    with pytest.raises(Abort, match="more than the") as refused:
+        client.call("enrol", bytes(3 * CHUNK), timeout=5)
+    assert refused.value.code == "RESOURCE_EXHAUSTED"
     client.close()
     server.stop(0)
