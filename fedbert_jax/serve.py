@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import secrets
 import time
@@ -113,16 +112,14 @@ class Serving:
         self.checkpoints.close()
         self.log.close()
         self.journal.close()
-        if interrupts.received and service.session.round < self.config.federated.rounds:
-            done = service.session.round
-            self.console.print(f"stopped after round {done}; the same command goes on from there")
-            return interrupts.exit_code
         if (rounds := self.config.federated.rounds) > self.done:
+            if interrupts.received:
+                self.console.print(f"stopped after round {self.done}; the same command goes on from there")
+                return interrupts.exit_code
             left = len(names) - len(service.session.gone())
-            needed = n.quorum or 1
             raise StoppedError(
                 f"stopped after round {self.done} of {rounds}: {left} of {len(names)} clients are left, and "
-                f"network.quorum={needed}."
+                f"network.quorum={n.quorum or 1}."
             )
         self.console.print(f"checkpoints  {shown(self.workdir.checkpoints)}")
         return 0
@@ -161,11 +158,10 @@ class Serving:
             config, federated=dataclasses.replace(config.federated, num_clients=clients)
         )
         config_lib.validate(config)
-        self.names = self.clients = tuple(names)
-        f = config.federated
-        self.mask = experiment.mask_spec(config, self.tokenizer)
+        self.names, f = tuple(names), config.federated
+        mask = experiment.mask_spec(config, self.tokenizer)
         cohort = min(f.clients_per_round or clients, clients)
-        setting = experiment.party_setting(config, self.mask, clients, cohort)
+        setting = experiment.party_setting(config, mask, clients, cohort)
         rows = jax.ShapeDtypeStruct((f.batch_size, config.data.seq_len), np.uint16)
         self.engine = Engine(setting, names, rows, config.wire.microbatches)
         self.cohort, seeds = cohort, seeds_of(config)
@@ -188,23 +184,21 @@ class Serving:
         self.session.events.clear()
         if done >= f.rounds:
             self.session.drain()
-        self.began = self.mark = time.perf_counter()
+        self.mark = time.perf_counter()
         e, m = config.eval, config.model
         assert m.hidden_size is not None
-        positions = self.mask.num_masked
         self.workdir.write_config(config)
         self.facts |= {"roster": list(names)}
         self.workdir.write_facts(self.facts)
         self.journal = Journal(self.workdir.events, run=self.facts["run"])
         self.journal.note("resumed" if done else "begun", done, roster=list(names))
-        shapes = self.engine.shapes
         return Service(
             self.session,
             self.engine,
             hello_of(config, self.tokenizer, None),
-            EVALUATION(min(e.batch_size, e.max_blocks), config.data.seq_len, positions, m.hidden_size),
+            EVALUATION(min(e.batch_size, e.max_blocks), config.data.seq_len, mask.num_masked, m.hidden_size),
             self._evaluates,
-            segment=None if self.engine.state is not None else schema_of("segment", shapes.segment),
+            segment=None if self.engine.state is not None else schema_of("segment", self.engine.shapes.segment),
             on_segment=self._begin_with,
             on_round=self._on_round,
             on_end=self._on_end,
@@ -268,15 +262,8 @@ class Serving:
                     waits = f"waits for {', '.join(session.missing()[:3])}"
                 bar.update(task, completed=session.round, phase=shown(waits), numbers=self._numbers)
                 if self.exporter is not None:
-                    self.exporter.set(
-                        {
-                            "round": session.round,
-                            "clients_here": len(session.here()),
-                            "clients_late": len(late),
-                            "received_bytes": service.received,
-                            "sent_bytes": service.sent,
-                        }
-                    )
+                    here = {"clients_here": len(session.here()), "clients_late": len(late), "round": session.round}
+                    self.exporter.set(here | {"received_bytes": service.received, "sent_bytes": service.sent})
 
             service.run(watch)
         for event in self._news(self.session):  # of the last round
@@ -286,10 +273,12 @@ class Serving:
         """Takes those out who are in the roster no more; it is read again once in a while."""
         if self.roster_of is not None and time.monotonic() > self.look:
             self.look = time.monotonic() + LOOK
-            with contextlib.suppress(UserError):  # somebody is replacing it and its signature, which are two files
-                self.clients = self.roster_of().clients
+            try:
+                clients = self.roster_of().clients
+            except UserError:  # somebody is replacing it and its signature, which are two files
+                return
             for name in self.names:
-                if name not in self.clients and name not in service.session.gone():
+                if name not in clients and name not in service.session.gone():
                     self.console.print(f"{shown(name)} is in the roster no more")
                     service.remove(name)
 
@@ -314,8 +303,6 @@ class Serving:
         record |= {
             "uplink_bytes": self.before["uplink_bytes"] + self.service.received,
             "downlink_bytes": self.before["downlink_bytes"] + self.service.sent,
-        }
-        record |= {
             "tokens": self.before["tokens"],
             "seconds": now - self.mark,
             "tokens_per_second": tokens / (now - self.mark),
