@@ -107,8 +107,12 @@ ALONE = {
     "federated.clients_per_round": 64,
     "federated.rounds": 229,
     "eval.every_rounds": 25,
+    "client_optimizer.warmup_steps": 125,  # the same share of the steps as elsewhere
+    "server_optimizer.warmup_steps": 125,
     "data.tokenizer": "{baseline}/data/tokenizer",  # one trained on 64 films' text would have other words
 }
+
+TURNS = {f"{side}_optimizer.warmup_steps": 8000 for side in ("client", "server")}  # sixteen times the steps, each smaller
 
 STUDIES = {
     "strategies": Study(
@@ -153,7 +157,7 @@ STUDIES = {
             "centralized": Arm("configs/centralized.py"),
             "gradients": Arm("configs/demo.py"),
             "parallel": Arm("configs/parallel.py"),
-            "sequential": Arm("configs/sequential.py"),
+            "sequential": Arm("configs/sequential.py", TURNS),
             "local": Arm("configs/local.py", ALONE),
         },
         baseline="centralized",
