@@ -123,7 +123,7 @@ class Engine:
         self._kept: list[Any] = []
         self._grads: Any = None
         self._losses: dict[str, list[float]] = {c: [] for c in members}
-        self._norms: list[float] = []
+        self._norms: list[jax.Array] = []  # read at the round's end: whoever waits for an update answers nobody
         self._client_norms: dict[str, list[float]] = {c: [] for c in members}
         self.scores: dict[str, np.ndarray] = {}
 
@@ -160,7 +160,7 @@ class Engine:
         return {
             "train_loss": mean(self._losses),
             "grad_norm_client": mean(self._client_norms),
-            "grad_norm_server": float(np.mean(self._norms)) if self._norms else 0.0,
+            "grad_norm_server": float(np.mean([np.mean(norm) for norm in self._norms])) if self._norms else 0.0,
         }
 
     def transform(self, tensors: Tensors) -> Tensors:
@@ -238,7 +238,7 @@ class Engine:
                     self._losses[c].append(float(m["loss"]))
             if last:
                 self.work = self.work._replace(body=body, body_opt=opt)
-                self._norms.append(float(jnp.mean(norm)))
+                self._norms.append(norm)
 
         return replies, keep
 
