@@ -6,6 +6,7 @@ thread, outside the lock, so that a call is heard while the server computes.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -98,13 +99,18 @@ class Service:
     def limit(self, method: str) -> int:
         """Returns how many bytes a call's frame may have."""
         if method == "message":
-            barriers = [Barrier(phase, 0, ()) for phase in PHASES]
-            return HEADER + max(frames.size_of(self.work.schema(b)) for b in barriers if self._knows(b))
+            return HEADER + self._largest
         if method == "transform":
             return HEADER + frames.size_of(self._transform)
         if method == "bring":
             return self._largest_segment
         return HEADER
+
+    @functools.cached_property
+    def _largest(self) -> int:
+        """Bytes of the tensors of a round's largest message. Every call asks, so this is worked out once."""
+        barriers = [Barrier(phase, 0, ()) for phase in PHASES]
+        return max(frames.size_of(self.work.schema(b)) for b in barriers if self._knows(b))
 
     def _knows(self, barrier: Barrier) -> bool:
         try:
