@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
@@ -206,6 +208,7 @@ class Client:
     def __init__(self, host: str, port: int, name: str, credentials: Credentials | None, limit: int):
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._limit, self._metadata = limit, (("client", name),) if credentials is None else ()
+        self._leaving, self._left = deque[object](), threading.Condition()
         options = [*OPTIONS, *CLIENT_OPTIONS]
         if credentials is None:
             if host not in LOOPBACK:
@@ -225,7 +228,10 @@ class Client:
         Raises:
           Abort: with gRPC's code and the server's sentence.
         """
-        call = self._calls[method](chunks_of(data), timeout=timeout, metadata=self._metadata)
+        turn = object()
+        with self._left:
+            self._leaving.append(turn)
+        call = self._calls[method](self._in_turn(turn, data), timeout=timeout, metadata=self._metadata)
         try:
             return joined(call, self._limit)
         except grpc.RpcError as error:
@@ -233,6 +239,24 @@ class Client:
         finally:
             with contextlib.suppress(Exception):
                 call.cancel()
+            self._leave(turn)
+
+    def _in_turn(self, turn: object, data: bytes) -> Iterator[bytes]:
+        """Cuts a frame into chunks, the first one when the frames before it have left.
+
+        HTTP/2 would let them share the line, and all parts of a batch would arrive when the last one does.
+        """
+        with self._left:
+            self._left.wait_for(lambda: turn not in self._leaving or self._leaving[0] is turn)
+        yield from chunks_of(data)
+        self._leave(turn)
+
+    def _leave(self, turn: object) -> None:
+        """Notes that a frame has left, or that its call is over."""
+        with self._left:
+            if turn in self._leaving:
+                self._leaving.remove(turn)
+                self._left.notify_all()
 
     def close(self) -> None:
         """Closes the connection."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import jax
 import numpy as np
@@ -118,6 +120,91 @@ def test_a_port_in_use_is_said_in_a_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"network\.port={port}: another program"):
             Server(toy.make()[0], "127.0.0.1", port)
+
+
+class Unread:
+    """A service that reads no frame of `message`, until it may."""
+
+    def __init__(self) -> None:
+        self.asked, self.may = threading.Semaphore(0), threading.Event()
+
+    def limit(self, method: str) -> int:
+        if method == "message":
+            self.asked.release()
+            self.may.wait(60)
+        return LIMIT
+
+    def call(self, method: str, client: str, data: bytes, alive: Any) -> bytes:
+        return str(len(data)).encode()
+
+    def stop(self) -> None:
+        self.may.set()
+
+
+def test_frames_leave_one_after_another_in_the_order_of_their_calls():
+    """Two calls at once: gRPC may take the chunks of the second one first, and gets none before the first one has left."""
+    client, given = Client("127.0.0.1", 1, "adams", None, LIMIT), {}
+    begun, order = threading.Event(), []
+
+    def take(chunks: Any, timeout: float, metadata: Any) -> Any:
+        given[timeout] = chunks
+        begun.set()
+        over[timeout].wait(20)
+        answer = MagicMock()
+        answer.__iter__.return_value = iter([b""])
+        return answer
+
+    over = {1.0: threading.Event(), 2.0: threading.Event()}
+    client._calls = dict.fromkeys(client._calls, take)
+    calls = []
+    for n in (1.0, 2.0):
+        calls.append(threading.Thread(target=client.call, args=("message", bytes(int(n) * 2 * CHUNK), n)))
+        calls[-1].start()
+        assert begun.wait(20)
+        begun.clear()
+
+    def second() -> None:
+        order.extend(("second", len(chunk)) for chunk in given[2.0])
+        begun.set()
+
+    taking = threading.Thread(target=second)
+    taking.start()
+    assert not begun.wait(0.2)
+    order.append(("first", len(next(given[1.0]))))
+    assert not begun.wait(0.2)
+    order.extend(("first", len(chunk)) for chunk in given[1.0])
+    assert begun.wait(20)
+    assert order == [("first", CHUNK)] * 2 + [("second", CHUNK)] * 4
+    for one in over.values():
+        one.set()
+    for thread in (*calls, taking):
+        thread.join(20)
+    assert not client._leaving
+    client.close()
+
+
+def test_a_frame_that_gets_stuck_holds_up_nobody_for_longer_than_its_call():
+    service = Unread()
+    server = Server(service, "127.0.0.1", 0)
+    client = Client("127.0.0.1", server.port, "adams", None, LIMIT)
+    codes = []
+
+    def send(timeout: float) -> None:
+        with pytest.raises(Abort) as refused:
+            client.call("message", bytes(8 * CHUNK), timeout)
+        codes.append(refused.value.code)
+
+    stuck = threading.Thread(target=send, args=(2.0,))  # in the midst of its frame
+    stuck.start()
+    assert service.asked.acquire(timeout=20)
+    waits = threading.Thread(target=send, args=(0.5,))  # for the other one, and gives up before it
+    waits.start()
+    waits.join(20)
+    stuck.join(20)
+    assert codes == ["DEADLINE_EXCEEDED"] * 2
+    assert client.call("status", bytes(3 * CHUNK), 20) == str(3 * CHUNK).encode()
+    client.close()
+    server.stop(0)
 
 
 def test_a_frame_that_is_too_long_is_cut_off_while_it_comes():
