@@ -7,6 +7,7 @@ client `group.key`, the clients' secret, sealed for its key. `python -m fedbert_
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,26 +207,39 @@ def load_roster(folder: Path) -> Roster:
     Raises:
       UserError: if it is missing, damaged, or signed by somebody else.
     """
+    where = f"config key network.credentials={str(folder)!r}: roster.json"
+    try:
+        files = [(folder / name).read_bytes() for name in ("roster.json", "roster.sig", "ca.crt")]
+    except OSError as error:
+        raise UserError(f"{where} can't be checked: {error.filename} can't be read ({error.strerror}).") from error
+    try:
+        return _signed(*files)
+    except ValueError as error:
+        raise UserError(f"{where} {error}.") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _signed(text: bytes, signature: bytes, authority: bytes) -> Roster:
+    """Returns the roster that an authority (PEM) has signed. A server asks at every call, and the bytes seldom change.
+
+    Raises:
+      ValueError: if it is none; the message goes on after the file's name.
+    """
     from cryptography import x509
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    where = f"config key network.credentials={str(folder)!r}: roster.json"
     try:
-        text, signature = (folder / "roster.json").read_bytes(), (folder / "roster.sig").read_bytes()
-        authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()).public_key()
-    except OSError as error:
-        raise UserError(f"{where} can't be checked: {error.filename} can't be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{where} can't be checked: ca.crt is no certificate.") from error
+        key = x509.load_pem_x509_certificate(authority).public_key()
+    except ValueError:
+        raise ValueError("can't be checked: ca.crt is no certificate") from None
     try:
-        assert isinstance(authority, ec.EllipticCurvePublicKey)
-        authority.verify(signature, text, ec.ECDSA(hashes.SHA256()))
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        key.verify(signature, text, ec.ECDSA(hashes.SHA256()))
         found: Any = json.loads(text)
-        entries = tuple(Entry(e["name"], e["role"], e["index"], e["fingerprint"]) for e in found["parties"])
+        return Roster(tuple(Entry(e["name"], e["role"], e["index"], e["fingerprint"]) for e in found["parties"]))
     except (InvalidSignature, AssertionError):
-        raise UserError(f"{where} is not signed by ca.crt: ask who runs the federation for the newest one.") from None
+        raise ValueError("is not signed by ca.crt: ask who runs the federation for the newest one") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where} is damaged.") from None
-    return Roster(entries)
+        raise ValueError("is damaged") from None

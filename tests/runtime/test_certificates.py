@@ -384,6 +384,14 @@ def test_a_roster_that_somebody_changed_is_refused(folders, tmp_path):
     (tmp_path / "roster.json").write_text(text.replace("jefferson", "jeffersen"))
     with pytest.raises(UserError, match=r"not signed by ca\.crt"):
         load_roster(tmp_path)
+    (tmp_path / "roster.json").write_text(text)
+    assert load_roster(tmp_path).clients == NAMES
+    (tmp_path / "roster.sig").write_bytes(bytes(70))  # what was signed once is asked for again whenever a byte differs
+    with pytest.raises(UserError, match=r"not signed by ca\.crt"):
+        load_roster(tmp_path)
+    (tmp_path / "ca.crt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"ca\.crt is no certificate"):
+        load_roster(tmp_path)
 
 
 def test_a_certificate_is_renewed_for_its_own_key_alone(tmp_path):
