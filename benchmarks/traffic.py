@@ -31,6 +31,7 @@ WAYS = {  # what is averaged -> settings
     "gradients, bfloat16": {"federated.average": "gradients", "wire.gradient_codec": "bfloat16"},
     "gradients, int8 up": {"federated.average": "gradients", "wire.gradient_codec": "int8"},
 }
+CODECS = ("float32", "bfloat16", "int8")
 STEP = ("activations", "positions", "lengths", "hidden_states", "head_gradient", "input_gradient")
 
 
@@ -53,6 +54,16 @@ def bytes_of(preset: str, vocabulary: int, rows: int, tokens: int, settings: dic
     return each(STEP), each(sizes.keys() - set(STEP))
 
 
+def kilobytes_a_token(name: str, codec: str, downlink: str) -> float:
+    """Returns what a step's four messages take for each token of a model's batch, both ways."""
+    preset, vocabulary, rows, tokens = MODELS[name]
+    return (
+        1e3
+        * bytes_of(preset, vocabulary, rows, tokens, {"wire.codec": codec, "wire.downlink": downlink})[0]
+        / (rows * tokens)
+    )
+
+
 def main() -> None:
     print("Megabytes a step and client, both ways.\n")
     print("| | " + " | ".join(MODELS) + " |\n| --- |" + " ---: |" * len(MODELS))
@@ -61,6 +72,12 @@ def main() -> None:
     for way, settings in WAYS.items():
         cells = [bytes_of(*model, settings)[1] for model in MODELS.values()]
         print(f"| averaging {way} | " + " | ".join(f"{n:.2f}" for n in cells) + " |")
+    print("\nKilobytes a token, both ways, of the step's four messages.\n")
+    print("| wire.codec, wire.downlink | " + " | ".join(MODELS) + " |\n| --- |" + " ---: |" * len(MODELS))
+    for codec in CODECS:
+        for downlink in ("all", "masked"):
+            cells = [kilobytes_a_token(name, codec, downlink) for name in MODELS]
+            print(f"| {codec}, {downlink} | " + " | ".join(f"{n:.3f}" for n in cells) + " |")
 
 
 if __name__ == "__main__":

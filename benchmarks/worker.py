@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +23,51 @@ from benchmarks.sizes import Size
 
 
 class Worker:
-    """The parent's end of a child that holds one side."""
+    """The parent's end of a child that holds one side.
 
-    def __init__(self, name: str, size: Size):
-        self._spec = {"name": name, "size": vars(size)}
+    Args:
+      spec: the first object that the child reads; its `name` is for messages.
+      module: what the child runs.
+    """
+
+    def __init__(self, spec: dict[str, Any], module: str = "benchmarks.worker"):
+        self._spec, self._module = spec, module
         self._child: subprocess.Popen[str] | None = None
 
     def start(self) -> dict[str, Any]:
         """Starts the child and waits until its side is built; returns the side's facts."""
+        self.launch()
+        return self.answer()
+
+    def launch(self) -> None:
+        """Starts the child; its side's facts are read by `answer`."""
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
+            [sys.executable, "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
         )
-        return self.call(self._spec)
+        self.ask(self._spec)
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
         """Sends the child a request and returns its reply; raises RuntimeError with its message if it fails."""
-        assert self._child is not None and self._child.stdin is not None and self._child.stdout is not None
-        name = self._spec["name"]
-        try:
+        self.ask(request)
+        return self.answer()
+
+    def ask(self, request: dict[str, Any]) -> None:
+        """Sends the child a request; what it replies is read by `answer`."""
+        assert self._child is not None and self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `answer` will say so
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()
-            line = self._child.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def answer(self) -> dict[str, Any]:
+        """Reads the child's reply; raises RuntimeError with its message if it fails."""
+        assert self._child is not None and self._child.stdout is not None
+        line = self._child.stdout.readline()
         if not line:
-            raise RuntimeError(f"{name}: its process ended with status {self._child.wait()}.")
+            raise RuntimeError(f"{self._spec['name']}: its process ended with status {self._child.wait()}.")
         reply = json.loads(line)
         if "error" in reply:
             raise RuntimeError(reply["error"])
@@ -59,6 +76,11 @@ class Worker:
     @property
     def running(self) -> bool:
         return self._child is not None
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
 
     def stop(self) -> None:
         """Ends the child, which frees all it holds."""
@@ -73,7 +95,7 @@ class Worker:
 
 def remote_side(name: str, size: Size) -> Side:
     """Makes a side that lives in a child; when it rests, the child ends, and the next one starts from new weights."""
-    worker = Worker(name, size)
+    worker = Worker({"name": name, "size": vars(size)})
 
     def built() -> dict[str, Any]:
         try:
@@ -145,7 +167,8 @@ def peak_bytes(family: str, before: int) -> int | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
-def main() -> None:
+def replying() -> Callable[[dict[str, Any]], None]:
+    """Returns what sends a reply to the parent; standard output is standard error from now on."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that what libraries print is not taken for a reply
 
@@ -153,6 +176,11 @@ def main() -> None:
         replies.write(json.dumps(value) + "\n")
         replies.flush()
 
+    return reply
+
+
+def main() -> None:
+    reply = replying()
     spec = json.loads(sys.stdin.readline())
     size = Size(**spec["size"])
     try:

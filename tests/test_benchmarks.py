@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,7 +22,24 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import clients, finetune, flops, jax_sides, measure, pairs, sides, sizes, study, tables, watch
+from benchmarks import (
+    clients,
+    federation,
+    finetune,
+    flops,
+    jax_sides,
+    link,
+    measure,
+    network,
+    pairs,
+    parties,
+    sides,
+    sizes,
+    study,
+    tables,
+    traffic,
+    watch,
+)
 from benchmarks.suites import SUITES
 from fedbert_jax.data.masking import mask_blocks
 from fedbert_jax.federated.joined import joined_loss
@@ -409,6 +429,117 @@ def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
     row = json.loads(json.dumps(pairs.compare(finetune.ROWS[0], sides["jax"], sides["torch"], 32, samples=2)))
     assert len(row["values"]) == 2 and row["target"] == 1.0
     assert sides["jax"].losses[:3] == pytest.approx(sides["torch"].losses[:3], abs=0.03)
+
+
+# --- a federation over a network --------------------------------------------------------------------------------------
+
+
+def test_a_step_takes_at_best_what_its_dependences_leave():
+    client = dict(draw=1.0, begin=2.0, head=3.0, finish=4.0, step=5.0)
+    server = dict(forward=10.0, backward=20.0, step=6.0)
+    # One after the other; the server's update is hidden behind the way back and the client's next step.
+    undivided = network.pipeline(1, client, server, (7.0, 1.0), (2.0, 8.0), delay=3.0)
+    assert undivided == 1 + 2 + (7 + 3) + 10 + (2 + 3) + 3 + (1 + 3) + 20 + (8 + 3) + 4 + 5
+    # Unless it takes longer than these: then the next step's hidden states wait for it.
+    slow = network.pipeline(1, client, server | {"step": 100.0}, (7.0, 1.0), (2.0, 8.0), delay=3.0)
+    assert slow == 10 + (2 + 3) + 3 + (1 + 3) + 20 + 100
+    # Halves: one is computed while the other crosses, so that half of what crosses is hidden, each way.
+    nothing, server = dict.fromkeys(client, 0.0), dict(forward=8.0, backward=8.0, step=0.0)
+    assert network.pipeline(1, nothing, server, (8.0, 0.0), (0.0, 8.0)) == 8 + 8 + 8 + 8
+    assert network.pipeline(2, nothing, server, (4.0, 0.0), (0.0, 4.0)) == 4 + 8 + 8 + 4
+
+
+def test_a_step_is_measured_against_the_larger_of_its_ingredients():
+    way = federation.Way(speed=link.Speed(100.0, 0.5))
+    phases = dict(
+        client=dict(draw=1.0, begin=0.0, head=2.0, finish=0.0, step=1.0), server=dict(forward=2.0, backward=4.0, step=0.0)
+    )
+    one = federation.Sample(12.0, transfer=3.0, still=5.0, **phases)
+    assert (one.compute, one.ratio, one.overhead) == (10.0, 1.2, 2.0)
+    other = dataclasses.replace(one, transfer=20.0)
+    assert other.ratio == 0.6
+    frames = {"up": [500, 0], "down": [0, 500]}
+    assert network.best(way, one, frames) == 10 + 3  # the delay is in the transfer
+    found = json.loads(json.dumps(network.summary(way, [one, other, one], frames)))
+    assert (
+        found["ratio"] == 1.2 and found["target"] == 1.25 and found["best_ratio"] == 1.3 and network.verdict(found) == "met"
+    )
+    missed = network.summary(way, [dataclasses.replace(one, step=14.0)], frames)
+    assert network.verdict(missed) == "missed by 0.15, at best missed"
+    missed = network.summary(way, [dataclasses.replace(one, step=14.0, transfer=2.0)], frames)
+    assert network.verdict(missed) == "missed by 0.15"
+    assert network.summary(dataclasses.replace(way, parts=2), [one], frames)["target"] == 1.15
+    assert "| 1.20 |" in network.table([found]) and "100 Mbit/s, 0.5 ms, float32, 1 microbatch" in network.table([found])
+
+
+def test_a_line_has_its_rate_however_late_it_is_woken():
+    pace, kilobyte = link.Pace(8.0), 1000  # which takes a millisecond
+    assert pace.leaves(kilobyte, 10.0, waited=True) == pytest.approx(10.0 - link.SLACK + 0.001)
+    assert pace.leaves(kilobyte, 10.0, waited=False) == pytest.approx(10.0 - link.SLACK + 0.002)
+    assert pace.leaves(kilobyte, 10.5, waited=False) == pytest.approx(10.0 - link.SLACK + 0.003)
+    assert pace.leaves(kilobyte, 10.5, waited=True) == pytest.approx(10.5 - link.SLACK + 0.001)
+    assert link.Pace(None).leaves(kilobyte, 3.0, waited=False) == 3.0
+
+
+def test_a_line_counts_every_byte_and_holds_them_up():
+    speed = link.Speed(megabits=80.0, delay=20.0)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        line = link.Link(listening.getsockname()[1], speed)
+        with socket.create_connection(("127.0.0.1", line.port), 20) as client:
+            server, _ = listening.accept()
+            sent, start = np.random.default_rng(0).bytes(200_000), time.perf_counter()
+            client.sendall(sent)
+            with server, server.makefile("rb") as file:
+                got = file.read(len(sent))
+                seconds = time.perf_counter() - start
+                server.sendall(got[:1000])
+                assert client.makefile("rb").read(1000) == sent[:1000]
+        assert got == sent and (line.up, line.down) == (200_000, 1000)
+        assert seconds > 0.020 + 0.020 - link.SLACK  # on the way, and at 10 MB/s
+        line.close()
+
+
+def test_what_crosses_for_a_token_of_bert_base():
+    size, masked, scale = 768, 20, 4  # bytes of a row in int8, rows that come back of 128, a row's scale
+    by_hand = 2 * (size + scale) + masked * (2 * (size + scale) + 2) / 128
+    assert 1e3 * traffic.kilobytes_a_token("base, 8 x 128 tokens", "int8", "masked") == pytest.approx(by_hand)
+    assert by_hand < 1900
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--parts", "3"], "--parts 3: accepted: a divisor of the 8 sequences"),
+        (["--line", "fast"], "accepted: loopback, or MBIT or MBIT:MS"),
+        (["--clients", "0"], "at least 1"),
+    ],
+)
+def test_a_wrong_argument_of_the_network_is_named(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        network.parse(arguments)
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_federation_is_measured_in_processes_of_its_own():
+    """Two clients, two microbatches, certificates: every part of a sample, and what crosses is what `traffic` says."""
+    changes = dict(hidden_size=64, num_layers=1, num_heads=2)
+    model = dict(preset="tiny", vocabulary=128, rows=4, tokens=64, steps=3, changes=changes)
+    with federation.credentials(2) as folder:
+        plan = federation.Plan(model, 2, credentials=folder)
+        with contextlib.closing(federation.Federation(federation.Way(parts=2), plan, counting=True)) as running:
+            warm, compiled = running.sample(False), running.still(False)
+            one = running.sample(True)
+            assert running.still(False) == compiled > 0
+            counted, said = running.bytes_of_a_round(), running.server.call({"do": "traffic"})["bytes"]
+        assert not any(worker.running for worker in (running.server, *running.clients))
+    for sample in (warm, one):
+        assert set(sample.client) == set(parties.PHASES[0]) and set(sample.server) == set(parties.PHASES[1])
+        assert min(sample.step, sample.transfer, sample.still, *sample.client.values(), *sample.server.values()) > 0
+    assert abs(counted / said - 1) < network.APART
+    steps = model["rows"] * (2 * 64 * 64 * 4 + 10 * (2 * 64 * 4 + 2))  # h, dh; z, dz and positions, of 10 of 64 tokens
+    assert said > 2 * model["steps"] * steps  # and the segments
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------
