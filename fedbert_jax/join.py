@@ -10,26 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import disk, experiment
+from fedbert_jax import disk
 from fedbert_jax.config import Config
 from fedbert_jax.console import progress
-from fedbert_jax.console.output import make_console, print_table, shown
-from fedbert_jax.console.progress import Stages
-from fedbert_jax.data import sampling
-from fedbert_jax.data.dataset import Dataset, prepare
+from fedbert_jax.console.output import make_console, shown
 from fedbert_jax.data.streams import seeds_of
-from fedbert_jax.data.summary import client_table
-from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
 from fedbert_jax.devices import platforms
 from fedbert_jax.devices.interrupts import Interrupts
 from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import StoppedError, UserError
 from fedbert_jax.federated import optim
-from fedbert_jax.federated.evaluation import EvalSet, plan_evaluation
+from fedbert_jax.jobs import open_job
+from fedbert_jax.jobs.job import Verdict, settled
 from fedbert_jax.models import huggingface
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.agreement import hello_of
@@ -78,6 +73,7 @@ class Joining:
         self.workdir, self.console = workdir, console
         n = config.network
         self.name = n.name or workdir.root.resolve().name
+        self.verdict: Verdict | None = None  # of the last evaluation
         self.journal: Journal | None = None  # until the server has said which run this is
         self.credentials = None
         if n.credentials:
@@ -88,8 +84,8 @@ class Joining:
             if config.privacy.client_seed is None:
                 secret = open_group_secret(folder, self.name)
                 config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, client_seed=secret))
-        self.tokenizer = load_tokenizer(config.data.tokenizer or str(huggingface.local(config.model.init_from)))
-        self.config = experiment.resolve(config, vocab_size(self.tokenizer))
+        self.job = open_job(config)
+        self.config = self.job.config
         if workdir.exists():
             # The server says how many clients there are.
             check_same(workdir.read_config(), self._shown(self.config), ("federated.num_clients",), config_lib.HARMLESS)
@@ -114,9 +110,8 @@ class Joining:
                 names = self._enrol(line, stop)
                 if not names:
                     return interrupts.exit_code
-                dataset = self._read(names)
-                member = self._member(names, dataset)
-                participant = self._participant(member, line, dataset)
+                self.job.read(names.index(self.name), self.name, self.workdir, self.console)
+                participant = self._participant(names, line)
                 over = self._train(participant, stop)
                 if not over:
                     self.console.print(f"stopped after round {self.done}; the same command goes on from there")
@@ -169,84 +164,43 @@ class Joining:
                 if error.code == "UNAVAILABLE":
                     raise UserError(f"no server answers at {where} ({error.text}).") from error
                 raise UserError(f"the server at {where} refuses {self.name!r}: {error.text}.") from error
-        run = self.workdir.read_facts().setdefault("run", answer["run"])
+        facts = self.workdir.read_facts()
+        run = facts.setdefault("run", answer["run"])
         if run != answer["run"]:
             raise UserError(
                 f"the server at {where} runs another training ({shown(answer['run'])}) than that of workdir "
                 f"{self.workdir.root} ({shown(run)}); give another --workdir."
             )
-        self.workdir.write_facts({"run": run})
+        self.workdir.write_facts(facts)
         self.journal = Journal(self.workdir.events, run=run, client=self.name)
         return tuple(answer["roster"])
 
-    def _read(self, names: tuple[str, ...]) -> Dataset:
-        """Prepares this client's own text, with the draws of its place in the roster."""
-        only = (names.index(self.name), self.name)
-        with Stages(self.console) as stages, disk.writing(self.workdir.data):
-            dataset, _ = prepare(self.config, self.workdir.data, warn=self._warn, progress=stages, only=only)
-        print_table(self.console, client_table(dataset.summary))
-        return dataset
-
-    def _member(self, names: tuple[str, ...], dataset: Dataset) -> Member:
+    def _participant(self, names: tuple[str, ...], line: Line) -> Participant:
         """Builds and compiles this client's part."""
-        clients, index = len(names), names.index(self.name)
-        config = config_lib.work_out(self.config, 0, clients, None)
-        self.config = config = dataclasses.replace(
-            config, federated=dataclasses.replace(config.federated, num_clients=clients)
-        )
-        config_lib.validate(config)
+        clients, index, job = len(names), names.index(self.name), self.job
+        self.config = job.config = config = settled(self.config, clients)
         self.workdir.write_config(self._shown(config))
-        f, seeds, own = config.federated, seeds_of(config), dataset.train.client(0)
-        mask = experiment.mask_spec(config, self.tokenizer)
-        cohort = min(f.clients_per_round or clients, clients)
-        self.setting = setting = experiment.party_setting(config, mask, clients, cohort)
-
-        def rows(round: int) -> np.ndarray:
-            count = f.local_steps * f.batch_size
-            places = sampling.block_indices(seeds, index, len(own), round * count, count)
-            return np.asarray(own[places]).reshape(f.local_steps, f.batch_size, -1)
-
-        one = jax.ShapeDtypeStruct((f.batch_size, config.data.seq_len), own.dtype)
-        self.shapes = shapes_of(setting, one, config.wire.microbatches)
-        member = Member(
-            setting, index, rows, self.shapes, config.wire.microbatches, self._heldout(config, dataset, index), mask
-        )
+        f, parts = config.federated, config.wire.microbatches
+        self.setting = setting = job.setting(clients, min(f.clients_per_round or clients, clients))
+        shard = job.shard(index)
+        member = Member(setting, index, shard.rows, shapes_of(setting, job.batch(), parts), shard.exam, parts, shard.trials)
         with progress.waiting(self.console, "compiling a step"), Compiling() as compiling:
             member.compile()
         compiling.tell(self.console, "a step")
-        return member
-
-    def _heldout(self, config: Config, dataset: Dataset, index: int) -> EvalSet | None:
-        """Returns this client's held-out blocks, in batches, as the simulation draws them for its place."""
-        held, e = dataset.heldout, config.eval
-        if not len(held.tokens):
-            return None
-        offsets = np.zeros(index + 2, np.int64)
-        offsets[index + 1] = len(held.tokens)
-        plan = plan_evaluation(offsets, np.array([index]), e.max_blocks, e.batch_size, seeds_of(config))
-        tokens = np.asarray(held.tokens)[plan.rows]
-        return EvalSet(tokens, plan.real, plan.blocks, plan.clients)  # type: ignore[arg-type]
-
-    def _participant(self, member: Member, line: Line, dataset: Dataset) -> Participant:
-        f = self.config.federated
         # What no server has: a client's own optimizer state, and what its gradient codec has yet to send.
-        self.keeps = f.client_optimizer_state == "keep" or self.config.wire.gradient_codec == "int8"
-        self.checkpoints = Checkpoints(self.workdir.checkpoints, keep=4) if self.keeps else None
+        keeps = f.client_optimizer_state == "keep" or config.wire.gradient_codec == "int8"
+        self.checkpoints = Checkpoints(self.workdir.checkpoints, keep=4) if keeps else None
         self.shape = jax.eval_shape(member.fresh)
-        secret = seeds_of(self.config).client
-        hello = hello_of(self.config, self.tokenizer, secret)
-        fresh = self._from_checkpoint if self.config.model.init_from else None
-        return Participant(member, line, self.name, hello, len(dataset.train.tokens), recall=self._recall, fresh=fresh)
+        hello = hello_of(config, job.tokenizer, seeds_of(config).client, job.agreed)
+        fresh = self._from_checkpoint if config.model.init_from else None
+        return Participant(member, line, self.name, hello, shard.size, recall=self._recall, fresh=fresh)
 
     def _from_checkpoint(self, held: Held) -> Held:
         """Fills the segment that a client begins with from the checkpoint that all start from."""
-        tensors, _ = huggingface.load_tensors(huggingface.local(self.config.model.init_from))
-        mask = experiment.mask_spec(self.config, self.tokenizer)
-        segments = experiment.party_setting(self.config, mask, 1, 1).segments
-        body = segments.init(jax.random.key(0), jax.random.key(0))[1]  # of which the client needs nothing
-        segment, _, missing = huggingface.from_tensors(tensors, held.segment, body)
-        if missing:
-            self._warn(f"the checkpoint lacks, so it starts fresh: {', '.join(huggingface.describe_missing(missing))}")
+        body = self.setting.segments.init(jax.random.key(0), jax.random.key(0))[1]  # of which the client needs nothing
+        segment, _, said = self.job.fill(held.segment, body)
+        for sentence in said:
+            self._warn(sentence)
         return held._replace(segment=segment)
 
     # --- the rounds ---
@@ -296,13 +250,11 @@ class Joining:
             "downlink_bytes": line.received,
         }
         self.mark = now
-        if ended.sums is not None and ended.sums[2] > 0:
-            loss, right, count = map(float, ended.sums)
-            record |= {"eval_loss": loss / count, "eval_accuracy": right / count}
-            self.console.print(
-                f"round {self.done}  train loss {ended.loss:.3f}  own held-out loss {loss / count:.3f}  "
-                f"accuracy {right / count:.1%}"
-            )
+        verdict = None if ended.sums is None else self.job.judge_own(ended.sums)
+        if verdict is not None:
+            self.verdict = verdict
+            record |= verdict.fields
+            self.console.print(f"round {self.done}  train loss {ended.loss:.3f}  own {verdict.text}")
         log.append(record)
         if self.checkpoints is not None:
             held = ended.held
@@ -337,12 +289,7 @@ class Joining:
         like = jax.eval_shape(self.setting.fresh).server
         if why := frames.check(tensors, schema_of("body", like)):
             raise UserError(f"the server sent a body that doesn't fit: {why}.")
-        body, f = from_tensors("body", like, tensors), self.config.federated
-        facts = {"round": f.rounds, "num_clients": f.num_clients, "clients_per_round": f.clients_per_round or f.num_clients}
-        card = huggingface.model_card(self.config, facts)
-        client = jax.device_get(held.segment)
+        client, body = jax.device_get(held.segment), from_tensors("body", like, tensors)
         with disk.writing(self.workdir.hf):
-            huggingface.save(
-                self.workdir.hf, client, body, self.config.model, self.tokenizer, card, export=self.config.export
-            )
+            self.job.save(self.workdir.hf, client, body, self.verdict)
         self.console.print(f"model  {shown(self.workdir.hf)}")

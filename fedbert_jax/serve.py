@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,29 +13,27 @@ import numpy as np
 from rich.console import Console
 
 from fedbert_jax import config as config_lib
-from fedbert_jax import experiment
 from fedbert_jax.config import Config
 from fedbert_jax.console import progress
 from fedbert_jax.console.output import make_console, shown
 from fedbert_jax.data import sampling
 from fedbert_jax.data.streams import seeds_of
-from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
 from fedbert_jax.devices import platforms
 from fedbert_jax.devices.interrupts import Interrupts
 from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import StoppedError, UserError
 from fedbert_jax.federated import optim
-from fedbert_jax.federated.evaluation import evaluation
-from fedbert_jax.models import huggingface
+from fedbert_jax.jobs import open_job
+from fedbert_jax.jobs.job import settled
 from fedbert_jax.runtime.agreement import hello_of
 from fedbert_jax.runtime.credentials import SERVER, load_credentials, load_roster
 from fedbert_jax.runtime.engine import Engine, ServerState
 from fedbert_jax.runtime.gathering import Gathering
 from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.news import line_of
-from fedbert_jax.runtime.payloads import from_tensors, schema_of
+from fedbert_jax.runtime.payloads import schema_of
 from fedbert_jax.runtime.prometheus import Exporter
-from fedbert_jax.runtime.service import EVALUATION, Service
+from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.turns import Rules
 from fedbert_jax.workdir import resume
@@ -75,13 +72,13 @@ class Serving:
 
     def __init__(self, config: Config, workdir: Workdir, console: Console):
         self.workdir, self.console = workdir, console
-        tokenizer = load_tokenizer(config.data.tokenizer or str(huggingface.local(config.model.init_from)))
-        config = experiment.resolve(config, vocab_size(tokenizer))
+        self.job = open_job(config)
+        config = self.job.config
         self.credentials, self.roster_of = None, None
         if config.network.credentials:
             folder = Path(config.network.credentials)
             self.credentials, self.roster_of = load_credentials(folder, "server", SERVER), lambda: load_roster(folder)
-        self.given, self.tokenizer = config, tokenizer
+        self.given = config
         if workdir.exists():
             # With credentials, the roster says how many clients there are.
             free = ("federated.num_clients",) if self.credentials else ()
@@ -152,18 +149,12 @@ class Serving:
 
     def _prepare(self, names: Sequence[str]) -> Service:
         """Builds the engine and the session, from the newest checkpoint if there is one."""
-        clients = len(names)
-        config = config_lib.work_out(self.given, 0, clients, None)
-        self.config = config = dataclasses.replace(
-            config, federated=dataclasses.replace(config.federated, num_clients=clients)
-        )
-        config_lib.validate(config)
+        clients, job = len(names), self.job
+        self.config = job.config = config = settled(self.given, clients)
         self.names, f = tuple(names), config.federated
-        mask = experiment.mask_spec(config, self.tokenizer)
         cohort = min(f.clients_per_round or clients, clients)
-        setting = experiment.party_setting(config, mask, clients, cohort)
-        rows = jax.ShapeDtypeStruct((f.batch_size, config.data.seq_len), np.uint16)
-        self.engine = Engine(setting, names, rows, config.wire.microbatches)
+        setting = job.setting(clients, cohort)
+        self.engine = Engine(setting, names, job.batch(), config.wire.microbatches, job.lengths, job.sums)
         self.cohort, seeds = cohort, seeds_of(config)
 
         def cohort_of(round: int) -> list[str]:
@@ -185,8 +176,6 @@ class Serving:
         if done >= f.rounds:
             self.session.drain()
         self.mark = time.perf_counter()
-        e, m = config.eval, config.model
-        assert m.hidden_size is not None
         self.workdir.write_config(config)
         self.facts |= {"roster": list(names)}
         self.workdir.write_facts(self.facts)
@@ -195,8 +184,8 @@ class Serving:
         return Service(
             self.session,
             self.engine,
-            hello_of(config, self.tokenizer, None),
-            EVALUATION(min(e.batch_size, e.max_blocks), config.data.seq_len, mask.num_masked, m.hidden_size),
+            hello_of(config, job.tokenizer, None, job.agreed),
+            job.questions(),
             self._evaluates,
             segment=None if self.engine.state is not None else schema_of("segment", self.engine.shapes.segment),
             on_segment=self._begin_with,
@@ -224,7 +213,8 @@ class Serving:
             self.workdir.metrics.unlink(missing_ok=True)
         records = read_metrics(self.workdir.metrics) if rounds else []
         # Of rounds that may have had other members, and of processes before this one.
-        self.before = {key: int(records[-1][key]) if records else 0 for key in ("tokens", "uplink_bytes", "downlink_bytes")}
+        sums = (self.job.unit[0], "uplink_bytes", "downlink_bytes")
+        self.before = {key: int(records[-1][key]) if records else 0 for key in sums}
         self.log = MetricsLog(self.workdir.metrics)
         return done
 
@@ -232,9 +222,7 @@ class Serving:
         self.engine.begin_with(tensors)
         if self.config.model.init_from:
             assert self.engine.state is not None
-            tensors_, _ = huggingface.load_tensors(huggingface.local(self.config.model.init_from))
-            segment = from_tensors("segment", self.engine.shapes.segment, tensors)
-            _, body, _ = huggingface.from_tensors(tensors_, segment, self.engine.state.body)
+            _, body, _ = self.job.fill(self.engine.state.segment, self.engine.state.body)
             self.engine.state = self.engine.state._replace(body=body)
 
     def _evaluates(self, round: int) -> bool:
@@ -297,29 +285,29 @@ class Serving:
         f, now, engine = self.config.federated, time.perf_counter(), self.engine
         numbers, done = engine.metrics(), round + 1
         steps = f.steps_per_round(self.cohort)
-        tokens = len(members) * f.local_steps * f.batch_size * self.config.data.seq_len
-        self.before["tokens"] += tokens
+        unit, per_row = self.job.unit
+        seen = len(members) * f.local_steps * f.batch_size * per_row
+        self.before[unit] += seen
         record: dict[str, Any] = {"round": done, "step": done * steps, "members": list(members)} | numbers
         record |= {
             "uplink_bytes": self.before["uplink_bytes"] + self.service.received,
             "downlink_bytes": self.before["downlink_bytes"] + self.service.sent,
-            "tokens": self.before["tokens"],
+            unit: self.before[unit],
             "seconds": now - self.mark,
-            "tokens_per_second": tokens / (now - self.mark),
+            f"{unit}_per_second": seen / (now - self.mark),
         }
         self.mark = now
-        if engine.scores:
-            record |= self._scores(engine.scores)
+        blocks = self.session.blocks()
+        verdict = self.job.judge(engine.scores, {c: blocks.get(c, 0) for c in self.names}) if engine.scores else None
+        record |= verdict.fields if verdict is not None else {}
         self.log.append(record)
         if self.exporter is not None:
             self.exporter.set(record | {"round_seconds": record["seconds"]})
-        speed, received = record["tokens_per_second"], self.service.received / 1e6
-        self._numbers = f"loss {numbers['train_loss']:.3f}  {speed:,.0f} tokens/s  received {received:,.0f} MB"
-        if "eval_loss" in record:
-            self.console.print(
-                f"round {done}  train loss {numbers['train_loss']:.3f}  held-out loss {record['eval_loss']:.3f}  accuracy "
-                f"{record['eval_accuracy']:.1%}  ({record['eval_clients_scored']} of {len(self.names)} clients)"
-            )
+        speed, received = seen / record["seconds"], self.service.received / 1e6
+        self._numbers = f"loss {numbers['train_loss']:.3f}  {speed:,.0f} {unit}/s  received {received:,.0f} MB"
+        if verdict is not None:
+            scored = f"({record['eval_clients_scored']} of {len(self.names)} clients)"
+            self.console.print(f"round {done}  train loss {numbers['train_loss']:.3f}  {verdict.text}  {scored}")
         self.done = done
         if done % self.config.checkpoint.every_rounds == 0 or done == f.rounds or self.session.draining:
             self._save()
@@ -335,15 +323,3 @@ class Serving:
         assert self.engine.state is not None
         meta = {"round": self.done, "config": resume.stamp(self.config)}
         self.checkpoints.save(self.done, tuple(self.engine.state), meta)
-
-    def _scores(self, scores: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns an evaluation's fields: clients have sent their own sums."""
-        owners = np.array([self.names.index(c) for c in scores])
-        blocks = self.session.blocks()
-        sizes = np.array([blocks.get(c, 0) for c in self.names])
-        found = evaluation(np.array(list(scores.values())), owners, sizes)
-        if found is None:
-            return {}
-        fields = found.fields("eval_loss", "eval_accuracy", self.config.federated.weighting)
-        each = {self.names[c]: score._asdict() for c, score in found.clients.items()}
-        return fields | {"eval_clients_scored": len(each), "eval_clients": each}

@@ -13,11 +13,15 @@ from tiny import make_simulation, mask_spec
 from fedbert_jax.config import Config
 from fedbert_jax.data import sampling
 from fedbert_jax.data.streams import seeds_of
-from fedbert_jax.federated.evaluation import plan_evaluation
+from fedbert_jax.federated.evaluation import masked_exam, plan_evaluation
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.jobs.job import Shard
 from fedbert_jax.runtime.calls import Hello
 from fedbert_jax.runtime.engine import Engine
+from fedbert_jax.runtime.frames import Schema
 from fedbert_jax.runtime.member import Ended, Member
 from fedbert_jax.runtime.participant import Line, Participant
+from fedbert_jax.runtime.payloads import schema_of
 from fedbert_jax.runtime.service import EVALUATION, Service
 from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.shapes import shapes_of
@@ -40,38 +44,43 @@ class Local:
 class Federation:
     """The server and the clients of a config; the simulation of the same is `simulation`."""
 
-    def __init__(self, config: Config, parts: int = 1, evaluates: bool = False, **rules: Any):
+    lengths: tuple[int, ...] = ()
+    sums: tuple[int, ...] = (3,)
+
+    def __init__(
+        self, config: Config, parts: int = 1, evaluates: bool = False, state: Any = None, done: int = 0, **rules: Any
+    ):
+        """`state` is the server's after `done` rounds of an earlier process."""
         self.config, self.parts = config, parts
-        self.simulation = make_simulation(config)
-        s, feed = self.simulation.setting, self.simulation.feed
-        self.rows = jax.ShapeDtypeStruct((config.federated.batch_size, config.data.seq_len), np.uint16)
-        self.shapes = shapes_of(s, self.rows, parts)
-        self.engine = Engine(s, NAMES, self.rows, parts)
+        s, rows, questions, cohort_of = self.make()
+        self.setting, self.shapes = s, shapes_of(s, rows, parts)
+        self.engine = Engine(s, NAMES, rows, parts, self.lengths, self.sums)
         rules = dict(quorum=len(NAMES), deadline=60.0, join_grace=60.0, window=parts) | rules
-        names = lambda round: [NAMES[c] for c in feed.cohort_of(round)]  # noqa: E731
-        ends = lambda round: evaluates  # noqa: E731
-        self.session = Session(
-            NAMES, config.federated.rounds, Rules(**rules), names, lambda m, r: self.engine.script(m, r, ends(r))
-        )
-        spec = mask_spec(config)
-        batch = min(config.eval.batch_size, config.eval.max_blocks)
+        names = lambda round: [NAMES[c] for c in cohort_of(round)]  # noqa: E731
+        script = lambda members, round: self.engine.script(members, round, evaluates)  # noqa: E731
+        self.session = Session(NAMES, config.federated.rounds, Rules(**rules), names, script, round=done)
+        self.engine.state = state
         self.rounds: list[tuple[int, dict[str, float]]] = []
         self.service = Service(
-            self.session, self.engine, HELLO._replace(secret=""),
-            EVALUATION(batch, config.data.seq_len, spec.num_masked, config.model.hidden_size),
-            ends, segment=self.schema(), on_segment=self.engine.begin_with,
+            self.session, self.engine, HELLO._replace(secret=""), questions, evaluates=lambda round: evaluates,
+            segment=None if state else schema_of("segment", self.shapes.segment),
+            on_segment=self.engine.begin_with,
             on_round=self._on_round, in_turn=self.engine.in_turn,
         )  # fmt: skip
 
-    def schema(self):
-        from fedbert_jax.runtime.payloads import schema_of
-
-        return schema_of("segment", self.shapes.segment)
+    def make(self) -> tuple[Setting, Any, Schema, Callable[[int], Any]]:
+        """Makes the simulation; returns its setting, shapes of a step and of an evaluation, and who is drawn for a round."""
+        config = self.config
+        self.simulation = make_simulation(config)
+        rows = jax.ShapeDtypeStruct((config.federated.batch_size, config.data.seq_len), np.uint16)
+        batch, masked = min(config.eval.batch_size, config.eval.max_blocks), mask_spec(config).num_masked
+        questions = EVALUATION(batch, config.data.seq_len, masked, config.model.hidden_size)
+        return self.simulation.setting, rows, questions, self.simulation.feed.cohort_of
 
     def _on_round(self, round: int, members: tuple[str, ...]) -> None:
         self.rounds.append((round, self.engine.metrics() | {"scores": self.engine.scores}))
 
-    def member(self, name: str) -> Member:
+    def shard(self, name: str) -> Shard:
         index, config = NAMES.index(name), self.config
         own, f, seeds = np.asarray(self.simulation.train.client(index)), config.federated, seeds_of(config)
 
@@ -87,12 +96,13 @@ class Federation:
         mine = np.flatnonzero(np.asarray(held.clients) == index)
         assert len(mine) == len(plan.clients)
         heldout = jax.tree.map(lambda x: np.asarray(x)[mine], held)
-        return Member(self.simulation.setting, index, rows, self.shapes, self.parts, heldout=heldout, mask=mask_spec(config))
+        return Shard(int(self.simulation.train.sizes[index]), rows, (), masked_exam(heldout, mask_spec(config), seeds))
 
     def participant(self, name: str, transport: Any = None, **options: Any) -> Participant:
         line = Line(transport or Local(self.service, name), self.parts, 1 << 26, patience=5.0, timeout=60.0)
-        blocks = int(self.simulation.train.sizes[NAMES.index(name)])
-        return Participant(self.member(name), line, name, HELLO, blocks, wait=0.5, **options)
+        own, place = self.shard(name), NAMES.index(name)
+        member = Member(self.setting, place, own.rows, self.shapes, own.exam, self.parts, own.trials)
+        return Participant(member, line, name, HELLO, own.size, wait=0.5, **options)
 
     def run(
         self,

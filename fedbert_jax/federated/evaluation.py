@@ -6,7 +6,7 @@ computed at exactly the same positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,14 @@ class EvalSet(NamedTuple):
     real: jax.Array  # float32 [S, B]
     blocks: jax.Array  # int32 [S, B]; with the client, they decide a block's mask
     clients: jax.Array  # int32 [S]
+
+
+class Exam(NamedTuple):
+    """What one client's model is asked over a network, batch by batch, and what the client says of the answers."""
+
+    questions: Callable[[], Iterator[tuple[MaskedBatch, Any]]]  # batches [B, ...], each with what `marks` needs beside it
+    marks: Callable[[jax.Array, MaskedBatch, Any], jax.Array]  # (logits [B, M, ...], batch, what it needs), traced
+    total: Callable[[Sequence[np.ndarray]], np.ndarray]  # the marks of all batches -> float32 [...], which the client sends
 
 
 class Score(NamedTuple):
@@ -133,6 +141,18 @@ def make_evaluate(
         return jax.lax.map(one, data)
 
     return evaluate
+
+
+def masked_exam(held: EvalSet | None, spec: MaskSpec, seeds: Seeds) -> Exam:
+    """Returns the exam of a client's held-out blocks (None: it has none), whose total is that of `sums_of`, float32 [3]."""
+    ask = jax.jit(lambda one: masked(streams.secrets(seeds), one, spec))
+
+    def questions() -> Iterator[tuple[MaskedBatch, Any]]:
+        for n in range(0 if held is None else len(held.clients)):
+            one = jax.tree.map(lambda x: x[n], held)  # noqa: B023
+            yield ask(one), one.real
+
+    return Exam(questions, sums_of, lambda marks: sum(marks, np.zeros(3, np.float32)))
 
 
 def make_evaluate_frequencies(spec: MaskSpec, seeds: Seeds) -> Callable[[jax.Array, EvalSet], jax.Array]:

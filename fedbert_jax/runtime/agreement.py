@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fedbert_jax import __version__
@@ -25,19 +26,20 @@ def agreed(config: Config) -> dict[str, Any]:
     return {k: v for k, v in values.items() if (k.split(".")[0] in SECTIONS or k in KEYS) and k not in OWN}
 
 
-def hello_of(config: Config, tokenizer: Any, client_seed: int | None) -> Hello:
+def hello_of(config: Config, tokenizer: Any, client_seed: int | None, also: Mapping[str, Any] | None = None) -> Hello:
     """Returns what a party says of itself.
 
     Args:
       config: resolved.
       tokenizer: its own.
       client_seed: the clients' secret; None at the server, which doesn't know it.
+      also: what else all parties must have the same, by the name of its key.
     """
     text = json.loads(tokenizer.backend_tokenizer.to_str())
     text.pop("padding", None)  # what was last asked of it, not what it is
     text.pop("truncation", None)
     secret = "" if client_seed is None else _digest(f"fedbert_jax client secret {client_seed}")
-    return Hello(agreed(config), _digest(json.dumps(text, sort_keys=True)), secret, __version__)
+    return Hello(agreed(config) | dict(also or {}), _digest(json.dumps(text, sort_keys=True)), secret, __version__)
 
 
 def _digest(text: str) -> str:

@@ -18,13 +18,13 @@ from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Rows
 from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
 from fedbert_jax.runtime.parties import ServerPrograms
-from fedbert_jax.runtime.payloads import from_tensors, merged, schema_of, stacked, to_tensors, zeros_like
+from fedbert_jax.runtime.payloads import fitted, from_tensors, merged, schema_of, to_tensors
 from fedbert_jax.runtime.shapes import shapes_of
+from fedbert_jax.runtime.slots import Slots
 from fedbert_jax.runtime.turns import Barrier, Compute
 
 FORWARD, BACKWARD, CONTRIBUTE, UPLOAD, HAND_ON, SCORES = "forward", "backward", "contribute", "upload", "hand on", "scores"
 NORM = {"norm": TensorSpec("float32", ())}
-SUMS = {"sums": TensorSpec("float32", (3,))}  # summed loss, right answers, positions asked for
 
 
 class ServerState(NamedTuple):
@@ -45,21 +45,31 @@ class Engine:
       roster: the clients, in the order of their indices.
       rows: the shapes of what one client trains on in one step.
       parts: microbatches of a step.
+      lengths: that a client may pad its rows to; (): those of `rows`, always.
+      sums: the shape of what a client says of its answers at an evaluation.
     """
 
-    def __init__(self, s: Setting, roster: Sequence[str], rows: Rows, parts: int = 1):
+    def __init__(
+        self,
+        s: Setting,
+        roster: Sequence[str],
+        rows: Rows,
+        parts: int = 1,
+        lengths: tuple[int, ...] = (),
+        sums: tuple[int, ...] = (3,),
+    ):
         self.s, self.how, self.f = s, s.how, s.config.federated
         self.roster, self.parts = tuple(roster), parts
         self.in_turn = self.how.clients == "in turn"
-        self.slots = 1 if self.in_turn else s.cohort
-        self.programs = ServerPrograms(s, self.slots)
-        self.shapes = shapes_of(s, rows, parts)
+        self.cohort = 1 if self.in_turn else s.cohort
+        self.programs = ServerPrograms(s, self.cohort)
+        self.shapes, self.lengths, self.sums = shapes_of(s, rows, parts), lengths, sums
         self.opt_travels = self.f.client_optimizer_state == "average" and not self.how.averages_gradients
         self.own_update = jax.jit(s.client_tx.update)  # of the server's own copy, where gradients are averaged
         self.state: ServerState | None = None
         self.work: ServerState | None = None
         self.round = 0
-        self.members: tuple[str, ...] = ()
+        self.slots = Slots((), self.cohort, self.in_turn)
 
     # --- what a round is ---
 
@@ -82,13 +92,14 @@ class Engine:
         """Returns what is expected of a message at a barrier."""
         sh = self.shapes
         if barrier.phase == FORWARD:
-            return schema_of("up", sh.up)
+            return schema_of("up", sh.up, self.lengths)
         if barrier.phase == BACKWARD:
-            return merged(schema_of("dz", sh.gradient), {"loss": TensorSpec("float32", ())})
+            lengths = () if sh.masked_only else self.lengths
+            return merged(schema_of("dz", sh.gradient, lengths), {"loss": TensorSpec("float32", ())})
         if barrier.phase == CONTRIBUTE:
             return merged(schema_of("gradient", sh.contribution), NORM)
         if barrier.phase == SCORES:
-            return SUMS
+            return {"sums": TensorSpec("float32", self.sums)}
         state = schema_of("opt", sh.segment_opt) if self.opt_travels else {}
         return merged(schema_of("segment", sh.upload if barrier.phase == UPLOAD else sh.segment), state, NORM)
 
@@ -118,7 +129,7 @@ class Engine:
         if self.programs.copies:
             body, opt = self.programs.replicate(body), self.programs.replicate(opt)
         self.work = self.state._replace(body=body, body_opt=opt)
-        self.round, self.members = round, members
+        self.round, self.slots = round, Slots(members, self.cohort, self.in_turn)
         self._share = dict(zip(members, self.weights(members, blocks), strict=True))
         self._kept: list[Any] = []
         self._grads: Any = None
@@ -147,7 +158,7 @@ class Engine:
         assert self.work is not None
         work = self.work
         if self.programs.copies:
-            shares = self._at_slots({c: self._share[c] for c in self._there})
+            shares = self.slots.at({c: self._share[c] for c in self._there})
             body = self.programs.average_states(work.body, shares)
             work = work._replace(body=body, body_opt=self.programs.average_states(work.body_opt, shares))
         self.state = jax.block_until_ready(work)
@@ -168,10 +179,10 @@ class Engine:
         assert self.work is not None
         body = self.work.body
         if self.programs.copies:
-            shares = self._at_slots({c: self._share[c] for c in self._there})
+            shares = self.slots.at({c: self._share[c] for c in self._there})
             body = self.programs.average_states(body, shares)
-        positions = tensors["positions"].astype(np.int32)
-        return {"z": np.asarray(self.programs.transform(body, tensors["h"], positions), np.float32)}
+        positions, lengths = tensors["positions"].astype(np.int32), tensors.get("lengths")
+        return {"z": np.asarray(self.programs.transform(body, tensors["h"], positions, lengths), np.float32)}
 
     def segment(self) -> Tensors:
         """Returns what a client that comes, or comes back, begins a round with."""
@@ -199,29 +210,33 @@ class Engine:
     def _forward(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
         like = self.shapes.up
-        ups = self._fill({c: from_tensors("up", like, m) for c, m in what.messages.items()}, like)
+        given = {c: from_tensors("up", like, m) for c, m in what.messages.items()}
+        lengths = {c: jax.tree.leaves(up.h)[0].shape[1] for c, up in given.items()}
+        fit = lambda up: up._replace(h=fitted(up.h, max(lengths.values())))  # noqa: E731
+        ups = self.slots.fill({c: fit(up) for c, up in given.items()}, jax.eval_shape(fit, like))
         weights = self._weights_of(what.messages)
-        ids = np.array([self.roster.index(c) for c in self._slot_names(what)], np.int32)
+        ids = np.array([self.roster.index(c) for c in self.slots.names(what.barrier.who)], np.int32)
         z, kept = self.programs.forward(self.work.body, ups, weights, np.int32(self.round), np.int32(what.barrier.step), ids)
         z = jax.tree.map(np.asarray, z)
-        replies = {c: to_tensors("z", self._of(z, c, what)) for c in what.messages}
+        replies = {c: to_tensors("z", self._hidden(self.slots.of(z, c), lengths[c])) for c in what.messages}
 
         def keep() -> None:
-            self._kept.append((kept, tuple(what.messages)))
+            self._kept.append((kept, lengths))
 
         return replies, keep
 
     def _backward(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
-        (kept, _), like = self._kept[0], self.shapes.gradient
-        given = {c: from_tensors("dz", like, m) for c, m in what.messages.items()}
-        dz = self._fill(given, like)
+        (kept, lengths), like = self._kept[0], self.shapes.gradient
+        longest = max(lengths.values())
+        given = {c: self._hidden(from_tensors("dz", like, m), longest) for c, m in what.messages.items()}
+        dz = self.slots.fill(given, jax.eval_shape(lambda x: self._hidden(x, longest), like))
         weights = self._weights_of(what.messages)
         grads, dh = self.programs.backward(kept, dz, weights)
         if self._grads is not None:
             grads = self.programs.add(self._grads, grads)
         dh = jax.tree.map(np.asarray, dh)
-        replies = {c: to_tensors("dh", self._of(dh, c, what)) for c in what.messages}
+        replies = {c: to_tensors("dh", fitted(self.slots.of(dh, c), lengths[c])) for c in what.messages}
         last = what.barrier.part == self.parts - 1
         body, opt, norm = self.work.body, self.work.body_opt, jnp.zeros(())
         if last:
@@ -245,8 +260,8 @@ class Engine:
     def _contribute(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
         like = self.shapes.contribution
-        given = self._fill({c: from_tensors("gradient", like, m) for c, m in what.messages.items()}, like)
-        mean = self.programs.gradient(given, self._at_slots({c: self._share[c] for c in what.messages}))
+        given = self.slots.fill({c: from_tensors("gradient", like, m) for c, m in what.messages.items()}, like)
+        mean = self.programs.gradient(given, self.slots.at({c: self._share[c] for c in what.messages}))
         crossing = to_tensors("mean", mean)
         channel = self.s.cut().channels.mean
         received = mean if channel is None else channel.receive(mean)
@@ -261,13 +276,13 @@ class Engine:
 
     def _upload(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
-        like, shares = self.shapes.upload, self._at_slots({c: self._share[c] for c in what.messages})
-        given = self._fill({c: from_tensors("segment", like, m) for c, m in what.messages.items()}, like)
+        like, shares = self.shapes.upload, self.slots.at({c: self._share[c] for c in what.messages})
+        given = self.slots.fill({c: from_tensors("segment", like, m) for c, m in what.messages.items()}, like)
         segment, outer = self.programs.average(self.work.segment, given, shares, self.work.outer)
         opt = self.work.segment_opt
         if self.opt_travels:
             states = {c: from_tensors("opt", self.shapes.segment_opt, m) for c, m in what.messages.items()}
-            opt = self.programs.average_states(self._fill(states, self.shapes.segment_opt), shares)
+            opt = self.programs.average_states(self.slots.fill(states, self.shapes.segment_opt), shares)
         answer = to_tensors("segment", segment) | (to_tensors("opt", opt) if self.opt_travels else {})
 
         def keep() -> None:
@@ -299,44 +314,23 @@ class Engine:
 
     @property
     def _there(self) -> list[str]:
-        return [c for c in self.members if self._losses[c]]
-
-    def _slot_names(self, what: Compute) -> list[str]:
-        """Returns whose slot each is; an empty one repeats the first client's name, with weight 0."""
-        if self.in_turn:
-            return list(what.barrier.who)
-        return [*self.members, *[self.members[0]] * (self.slots - len(self.members))]
-
-    def _fill(self, given: Mapping[str, Any], like: Any) -> Any:
-        """Stacks payloads at their slots, [C, ...], with zeros where nobody is."""
-        if self.in_turn:
-            return stacked(list(given.values()))
-        zero = zeros_like(like)
-        rows = [given.get(c, zero) for c in self.members]
-        return stacked(rows + [zero] * (self.slots - len(rows)))
-
-    def _at_slots(self, shares: Mapping[str, float]) -> np.ndarray:
-        weights = np.zeros(self.slots, np.float32)
-        for n, c in enumerate(self.members[: self.slots] if not self.in_turn else list(shares)):
-            weights[n] = shares.get(c, 0.0)
-        return weights
+        return [c for c in self.slots.members if self._losses[c]]
 
     def _weights_of(self, there: Mapping[str, Any]) -> np.ndarray:
         """Returns the shares of who is there, summing to 1, at their slots."""
         if self.in_turn:
             return np.ones(1, np.float32)
-        weights = self._at_slots({c: self._share[c] for c in there})
-        return weights if set(there) == set(self.members) else weights / weights.sum()
+        weights = self.slots.at({c: self._share[c] for c in there})
+        return weights if set(there) == set(self.slots.members) else weights / weights.sum()
 
-    def _of(self, stack: Any, client: str, what: Compute) -> Any:
-        """Returns a client's part of a stack [C, ...]."""
-        n = 0 if self.in_turn else self.members.index(client)
-        return jax.tree.map(lambda x: x[n], stack)
+    def _hidden(self, x: Any, length: int) -> Any:
+        """Pads or cuts hidden states, or their gradient, where they are those of all positions."""
+        return x if self.shapes.masked_only else fitted(x, length)
 
     def _step(self, what: Compute) -> np.int32:
         """Returns the global step, from which the rates follow."""
         per_round = self.f.steps_per_round(self.s.cohort)
-        turn = self.members.index(what.barrier.who[0]) * self.f.local_steps if self.in_turn else 0
+        turn = self.slots.members.index(what.barrier.who[0]) * self.f.local_steps if self.in_turn else 0
         return np.int32(self.round * per_round + turn + what.barrier.step)
 
     def _note_norms(self, what: Compute) -> None:

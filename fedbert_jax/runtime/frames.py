@@ -57,7 +57,7 @@ class TensorSpec(NamedTuple):
     """What a receiver expects of one tensor."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | tuple[int, ...], ...]  # several sizes in place of one: any of them, the same in all of a message
 
 
 Schema = Mapping[str, TensorSpec]
@@ -115,15 +115,15 @@ def decode(data: bytes | memoryview, limit: int) -> tuple[dict[str, Any], Tensor
         specs = [_spec(*entry) for entry in described]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FrameError(f"the header is not one ({type(error).__name__})") from None
-    names = [name for name, _ in specs]
+    names = [name for name, _, _ in specs]
     if len(set(names)) != len(names):
         raise FrameError("two tensors have one name")
-    sizes = [DTYPES[spec.dtype].itemsize * _count(spec.shape) for _, spec in specs]
+    sizes = [DTYPES[dtype].itemsize * _count(shape) for _, dtype, shape in specs]
     if at + sum(sizes) != len(data):
         raise FrameError(f"{len(data) - at:,} bytes of tensors, where the header says {sum(sizes):,}")
     tensors = {}
-    for (name, spec), bytes_ in zip(specs, sizes, strict=True):
-        array = np.frombuffer(data, DTYPES[spec.dtype], _count(spec.shape), at).reshape(spec.shape)
+    for (name, dtype, shape), bytes_ in zip(specs, sizes, strict=True):
+        array = np.frombuffer(data, DTYPES[dtype], _count(shape), at).reshape(shape)
         array.flags.writeable = False
         tensors[name] = array
         at += bytes_
@@ -135,9 +135,10 @@ def check(tensors: Mapping[str, np.ndarray], schema: Schema) -> str:
     if tensors.keys() != schema.keys():
         extra, lacking = sorted(tensors.keys() - schema.keys()), sorted(schema.keys() - tensors.keys())
         return "; ".join([f"not expected: {name}" for name in extra[:3]] + [f"missing: {name}" for name in lacking[:3]])
+    chosen: dict[tuple[int, ...], int] = {}
     for name, spec in schema.items():
         x = tensors[name]
-        if x.dtype.name != spec.dtype or x.shape != spec.shape:
+        if x.dtype.name != spec.dtype or not _fits(x.shape, spec, chosen):
             return f"{name} is {x.dtype.name} {list(x.shape)}; expected: {spec.dtype} {list(spec.shape)}"
         if spec.dtype in ("float32", "bfloat16") and x.size:
             with np.errstate(invalid="ignore"):
@@ -148,8 +149,9 @@ def check(tensors: Mapping[str, np.ndarray], schema: Schema) -> str:
 
 
 def size_of(schema: Schema) -> int:
-    """Returns the bytes of the tensors of a schema."""
-    return sum(DTYPES[spec.dtype].itemsize * _count(spec.shape) for spec in schema.values())
+    """Returns the bytes of the tensors of a schema: the most, where it leaves a size open."""
+    most = lambda spec: tuple(n if isinstance(n, int) else max(n) for n in spec.shape)  # noqa: E731
+    return sum(DTYPES[spec.dtype].itemsize * _count(most(spec)) for spec in schema.values())
 
 
 def digest(data: bytes) -> str:
@@ -157,11 +159,21 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _spec(name: Any, dtype: Any, shape: Any) -> tuple[str, TensorSpec]:
+def _spec(name: Any, dtype: Any, shape: Any) -> tuple[str, str, tuple[int, ...]]:
     whole = isinstance(shape, list) and len(shape) <= MAX_RANK and all(type(n) is int and 0 <= n < 2**31 for n in shape)
     if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES or not whole:
         raise ValueError("a name, a known dtype and a shape")
-    return name, TensorSpec(dtype, tuple(shape))
+    return name, dtype, tuple(shape)
+
+
+def _fits(shape: tuple[int, ...], spec: TensorSpec, chosen: dict[tuple[int, ...], int]) -> bool:
+    """Whether a shape is one of those expected; `chosen` has the sizes that the message's other tensors have settled."""
+    if len(shape) != len(spec.shape):
+        return False
+    return all(
+        n == size if isinstance(size, int) else n in size and chosen.setdefault(size, n) == n
+        for n, size in zip(shape, spec.shape, strict=True)
+    )
 
 
 def _count(shape: tuple[int, ...]) -> int:

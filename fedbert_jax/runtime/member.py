@@ -14,14 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedbert_jax.data import streams
-from fedbert_jax.data.masking import MaskSpec
-from fedbert_jax.data.streams import seeds_of
-from fedbert_jax.federated.evaluation import EvalSet, masked, sums_of
+from fedbert_jax.federated.evaluation import Exam
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.runtime.frames import Tensors
 from fedbert_jax.runtime.parties import ClientPrograms
-from fedbert_jax.runtime.payloads import from_tensors, to_tensors
+from fedbert_jax.runtime.payloads import fitted, from_tensors, to_tensors, zeros_like
 from fedbert_jax.runtime.shapes import Shapes
 from fedbert_jax.runtime.turns import Id
 
@@ -56,7 +53,7 @@ class Ended(NamedTuple):
 
     held: Held
     loss: float  # mean over its steps
-    sums: np.ndarray | None  # float32 [3], of an evaluation
+    sums: np.ndarray | None  # float32, what it has said of its own answers; None if it wasn't asked
 
 
 class Part(Protocol):
@@ -95,9 +92,9 @@ class Member:
       index: its place in the roster.
       rows: (round) -> what it trains on in that round, [K, B, ...].
       shapes: what crosses (`shapes.shapes_of`).
+      exam: what its model is asked at an evaluation.
       parts: microbatches of a step.
-      heldout: its held-out blocks, in batches; None if it has none.
-      mask: the vocabulary's facts for masking, which evaluation needs.
+      trials: rows [B, ...] of each length that comes up, for which steps are compiled; (): those of the first round.
     """
 
     def __init__(
@@ -106,19 +103,17 @@ class Member:
         index: int,
         rows: Callable[[int], Any],
         shapes: Shapes,
+        exam: Exam,
         parts: int = 1,
-        heldout: EvalSet | None = None,
-        mask: MaskSpec | None = None,
+        trials: Sequence[Any] = (),
     ):
         self.s, self.index, self.rows, self.shapes, self.parts = s, index, rows, shapes, parts
-        self.programs, self.heldout = ClientPrograms(s, index, parts), heldout
+        self.programs, self.exam, self.trials = ClientPrograms(s, index, parts), exam, trials
         f = s.config.federated
         self.in_turn = s.how.clients == "in turn"
         self.opt_travels = f.client_optimizer_state == "average" and not s.how.averages_gradients
-        if heldout is not None and mask is not None:
-            self._questions = jax.jit(lambda one: masked(streams.secrets(seeds_of(s.config)), one, mask))
-            self._embed = jax.jit(s.segments.embed)
-            self._sums = jax.jit(lambda params, z, q, real: sums_of(s.segments.predict(params, z), q, real))
+        self._embed = jax.jit(s.segments.embed)
+        self._marks = jax.jit(lambda params, z, q, beside: exam.marks(s.segments.predict(params, z), q, beside))
 
     def fresh(self) -> Held:
         """Returns what a client holds before the first round: the segment that all of them draw."""
@@ -138,13 +133,15 @@ class Member:
 
     def compile(self) -> None:
         """Compiles what a step needs, before anybody waits for it."""
-        held, zero = self.fresh(), np.int32(0)
-        drawn = self.programs.draw(jax.tree.map(lambda x: x[0], self.rows(0)), zero, zero)
-        up, kept = self.programs.begin(held.segment, drawn, zero)
-        z = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.hidden)
-        _, grads, _ = self.programs.head(held.segment, drawn, zero, z)
-        dh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), up.h)
-        grads = self.programs.finish(kept, dh, grads)
+        held, zero, grads = self.fresh(), np.int32(0), None
+        for rows in self.trials or [jax.tree.map(lambda x: x[0], self.rows(0))]:
+            drawn = self.programs.draw(rows, zero, zero)
+            up, kept = self.programs.begin(held.segment, drawn, zero)
+            z = zeros_like(self.shapes.hidden)
+            if not self.shapes.masked_only:
+                z = fitted(z, jax.tree.leaves(up.h)[0].shape[1])
+            _, grads, _ = self.programs.head(held.segment, drawn, zero, z)
+            grads = self.programs.finish(kept, zeros_like(up.h), grads)
         opt = held.opt if jax.tree.leaves(held.opt) else self.programs.new_optimizer(held.segment)
         jax.block_until_ready(self.programs.update(grads, opt, held.segment, zero))
 
@@ -222,17 +219,14 @@ class Member:
         return Ended(Held(segment, own, unsent, id.round + 1), float(np.mean(losses)), sums)
 
     def score(self, segment: Any, wire: Wire) -> np.ndarray:
-        """Scores the model on the client's held-out text; returns sums, float32 [3] (`evaluation.sums_of`)."""
-        total = np.zeros(3, np.float32)
-        for n in range(0 if self.heldout is None else len(self.heldout.clients)):
-            assert self.heldout is not None
-            one = jax.tree.map(lambda x: x[n], self.heldout)  # noqa: B023
-            questions = self._questions(one)
-            h = np.asarray(self._embed(segment, questions), np.float32)
-            positions = np.asarray(questions.positions, np.uint16)
-            z = wire.transform({"h": h, "positions": positions})["z"]
-            total += np.asarray(self._sums(segment, z, questions, one.real))
-        return total
+        """Asks the model what its exam asks; returns the client's total of the answers, float32."""
+        marks = []
+        for questions, beside in self.exam.questions():
+            asked = {"positions": questions.positions, "lengths": questions.lengths}
+            message = {name: np.asarray(x, np.uint16) for name, x in asked.items() if x is not None}
+            z = wire.transform({"h": np.asarray(self._embed(segment, questions), np.float32)} | message)["z"]
+            marks.append(np.asarray(self._marks(segment, z, questions, beside)))
+        return self.exam.total(marks)
 
     def _gradient(self, segment: Any, drawn: Any, id: Id, wire: Wire) -> tuple[Any, float]:
         """Returns the gradient of a step and its loss; microbatches are on their way while others are computed."""

@@ -183,7 +183,7 @@ class ServerPrograms:
         self.gradient, self.average = jax.jit(gradient), jax.jit(average)
         self.average_states = jax.jit(lambda stacked, weights: weighted_average(stacked, weights / jnp.sum(weights)))
         self.mean_of = jax.jit(lambda weights, x: weighted_sum(weights / jnp.sum(weights), x))
-        self.transform = jax.jit(lambda body, h, positions: s.segments.transform(body, h, positions, None, None))
+        self.transform = jax.jit(s.segments.transform)
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self.replicate = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), tree))
         self.new_body = jax.jit(lambda: s.segments.init(jax.random.key(0), self._body_key())[1])

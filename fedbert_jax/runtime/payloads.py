@@ -25,10 +25,31 @@ def from_tensors(prefix: str, like: Any, tensors: Tensors) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: tensors[name_of(prefix, path)], like)
 
 
-def schema_of(prefix: str, like: Any) -> dict[str, TensorSpec]:
-    """Returns what a receiver expects of a pytree of arrays, or of their shapes."""
-    leaves = jax.tree_util.tree_leaves_with_path(like)
-    return {name_of(prefix, path): TensorSpec(np.dtype(x.dtype).name, tuple(x.shape)) for path, x in leaves}
+def schema_of(prefix: str, like: Any, lengths: tuple[int, ...] = ()) -> dict[str, TensorSpec]:
+    """Returns what a receiver expects of a pytree of arrays, or of their shapes.
+
+    Args:
+      prefix: what the tensors' names begin with.
+      like: the pytree.
+      lengths: accepted for T of every array [B, T, ...]; (): its own only.
+    """
+
+    def spec(x: Any) -> TensorSpec:
+        shape = (x.shape[0], lengths, *x.shape[2:]) if lengths and len(x.shape) > 2 else x.shape
+        return TensorSpec(np.dtype(x.dtype).name, tuple(shape))
+
+    return {name_of(prefix, path): spec(x) for path, x in jax.tree_util.tree_leaves_with_path(like)}
+
+
+def fitted(tree: Any, length: int) -> Any:
+    """Pads the arrays [B, T, ...] of a payload with zeros, or cuts them, to T = `length`."""
+
+    def fit(x: Any) -> Any:
+        if x.shape[1] >= length:
+            return x if x.shape[1] == length else x[:, :length]
+        return np.pad(x, [(0, length - x.shape[1]) if axis == 1 else (0, 0) for axis in range(x.ndim)])
+
+    return jax.tree.map(fit, tree)
 
 
 def stacked(trees: list[Any]) -> Any:

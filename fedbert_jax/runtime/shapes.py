@@ -16,6 +16,7 @@ from fedbert_jax.runtime.parties import ClientPrograms, ServerPrograms
 class Shapes(NamedTuple):
     """What crosses, as shapes of one client's payloads."""
 
+    masked_only: bool  # whether hidden states come back at the positions asked for only: then they have no length T
     up: Up
     hidden: Any
     gradient: Any  # message 3
@@ -51,4 +52,4 @@ def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
     upload = jax.eval_shape(programs.upload, segment, segment, weight)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), contribution)
     mean = jax.eval_shape(server.gradient, one, jnp.ones(1)) if s.how.averages_gradients else ()
-    return Shapes(up, z, dz, segment, opt, contribution, upload, mean)
+    return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, mean)

@@ -129,3 +129,20 @@ def test_a_message_is_what_was_expected(change, words):
 def test_a_schema_has_a_size_and_a_frame_a_digest():
     assert size_of(SCHEMA) == 2 * 3 * 4 + 2 * 2
     assert digest(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ((16, 16), ""),
+        ((32, 32), ""),
+        ((24, 24), "h is float32 [2, 24, 3]; expected: float32 [2, (16, 32), 3]"),
+        ((16, 32), "scale is float32 [2, 32, 1]; expected: float32 [2, (16, 32), 1]"),
+    ],
+)
+def test_a_size_that_is_left_open_is_one_of_those_and_the_same_in_all_of_a_message(sizes, words):
+    schema = {"h": TensorSpec("float32", (2, (16, 32), 3)), "scale": TensorSpec("float32", (2, (16, 32), 1))}
+    tensors = {"h": np.zeros((2, sizes[0], 3), np.float32), "scale": np.zeros((2, sizes[1], 1), np.float32)}
+    assert check(tensors, schema) == words
+    assert check({"h": np.zeros((2, 16), np.float32), "scale": tensors["scale"]}, schema).startswith("h is float32 [2, 16]")
+    assert size_of(schema) == 2 * 32 * 4 * 4
