@@ -198,7 +198,9 @@ def _said_of(config: Config, hf: dict[str, Any]) -> config_lib.ExportConfig:
     """Returns `export` with what is known about a run's origins; `hf` is its starting checkpoint's config.json, or empty."""
     export, model = config.export, config.model
     kind, _, what = config.data.source.partition(":")
-    text = "/".join(what.split("/")[:2]) if kind == "hf" else hub.GLUE if kind == "glue" else ""
+    # Over a network, a client's examples are its own, in GLUE's layout.
+    glue = hub.GLUE if kind == "glue" and config.task == "finetune" else ""
+    text = "/".join(what.split("/")[:2]) if kind == "hf" else glue
     found: dict[str, Any] = {
         "base_model": _hub_name(model.init_from),
         "datasets": _hub_name(text),

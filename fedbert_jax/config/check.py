@@ -53,9 +53,9 @@ def _check_text(config: Config, need: Need) -> None:
     """Checks where text and tokenizer come from."""
     m, d = config.model, config.data
     kind, _, rest = d.source.partition(":")
-    tuning = config.task == "finetune"
-    kinds = ("glue",) if tuning else ("docs", "text", "hf")
-    shown = "'glue:TASK' or 'glue:TASK@DIR'" if tuning else "'docs:[PACKAGE,...]', 'text:GLOB' or 'hf:NAME[/CONFIG]'"
+    text, examples = "'docs:[PACKAGE,...]', 'text:GLOB' or 'hf:NAME[/CONFIG]'", "'glue:TASK' or 'glue:TASK@DIR'"
+    accepted = {"finetune": (("glue",), examples), "pretrain": (("docs", "text", "hf"), text)}
+    kinds, shown = accepted.get(config.task, (("docs", "text", "hf", "glue"), f"{text}; or {examples}"))
     need(kind in kinds and ":" in d.source, "data.source", d.source, f"{shown} with task={config.task!r}")
     need(kind == "docs" or rest != "", "data.source", d.source, f"'{kind}:' followed by what to read")
     if d.tokenizer.startswith("train:"):
@@ -100,10 +100,10 @@ def _check_model(config: Config, need: Need) -> None:
         f"an integer from 0 to below model.num_layers={sizes.num_layers}",
     )
     need(
-        m.attention != "cudnn" or (how.body == "one" and not m.attention_dropout and config.task != "finetune"),
+        m.attention != "cudnn" or (how.body == "one" and not m.attention_dropout and not config.labelled),
         "model.attention",
         m.attention,
-        "'auto' or 'xla' with task='finetune', model.attention_dropout, or where each client has a body",
+        "'auto' or 'xla' in fine-tuning, with model.attention_dropout, or where each client has a body",
     )
 
 

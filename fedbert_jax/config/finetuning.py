@@ -26,6 +26,9 @@ UNUSED_IN_FINETUNING = {
         "eval.every_rounds",
         "fill_mask",
     ),
+}
+# The same of whatever trains a classifier, in one process or over a network.
+UNUSED_WITH_LABELS = {
     "reads labelled examples, and masks nothing": (
         "mlm.mask_prob",
         "mlm.whole_word",
@@ -40,6 +43,7 @@ UNUSED_IN_FINETUNING = {
         "data.missing_client",
         "data.split",
         "data.deduplicate",
+        "data.deduplicate_across",
         "data.small_clients",
         "data.store",
         "data.cache_dir",
@@ -96,7 +100,7 @@ def check_finetuning(config: Config, need: Need) -> None:
     )
     need(0 < t.epochs < float("inf"), "finetune.epochs", t.epochs, "a number above 0")
     defaults, given = flatten(to_dict(Config())), flatten(to_dict(config))
-    for instead, keys in UNUSED_IN_FINETUNING.items():
+    for instead, keys in (UNUSED_IN_FINETUNING | UNUSED_WITH_LABELS).items():
         for key in keys:
             need(
                 given[key] == defaults[key],
@@ -105,5 +109,4 @@ def check_finetuning(config: Config, need: Need) -> None:
                 f"its default, {defaults[key]!r}, with task='finetune', which {instead}",
             )
     need(t.seeds_at_once >= 0, "finetune.seeds_at_once", t.seeds_at_once, "an integer of at least 0")
-    for key, share in (("finetune.warmup", t.warmup), ("finetune.holdout", t.holdout)):
-        need(0.0 <= share < 1.0, key, share, "a number from 0 to below 1")
+    need(0.0 <= t.warmup < 1.0, "finetune.warmup", t.warmup, "a number from 0 to below 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from fedbert_jax.config.finetuning import UNUSED_WITH_LABELS
 from fedbert_jax.config.keys import flatten, to_dict
 from fedbert_jax.config.ranges import Need
 from fedbert_jax.config.schema import Config, NetworkConfig
@@ -16,6 +17,13 @@ UNUSED = {
     "fills in no sentences": ("fill_mask", "profile"),
     "gives every client batch_size rows": ("federated.batch_by",),
 }
+UNUSED_WITH_LABELS_HERE = {
+    "goes by federated.rounds and eval.every_rounds, and the rates by *_optimizer.warmup, as in pre-training": (
+        "finetune.epochs",
+        "finetune.warmup",
+    ),
+    "trains one model and predicts no test files": ("finetune.seeds", "finetune.seeds_at_once", "finetune.predict"),
+} | UNUSED_WITH_LABELS
 
 
 def check_network(config: Config, need: Need) -> None:
@@ -80,7 +88,13 @@ def check_network(config: Config, need: Need) -> None:
         f.num_clients,
         "an integer, with task='serve' and no network.credentials: how many clients to wait for",
     )
+    need(
+        not config.labelled or config.task == "serve" or "@" in config.data.source,
+        "data.source",
+        config.data.source,
+        f"'glue:TASK@DIR' {task}, with the folder of the client's own examples: what is on the hub, everybody has",
+    )
     given, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
-    for instead, keys in UNUSED.items():
+    for instead, keys in (UNUSED | (UNUSED_WITH_LABELS_HERE if config.labelled else {})).items():
         for key in keys:
             need(given[key] == defaults[key], key, given[key], f"its default, {defaults[key]!r}, {task}, which {instead}")

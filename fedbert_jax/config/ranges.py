@@ -72,6 +72,8 @@ def check_each(config: Config, flat: dict[str, Any], need: Need) -> None:
     )
     need(config.profile == "" or config.task == "pretrain", "profile", config.profile, "'' with task='finetune'")
     need(1 <= config.finetune.seeds <= 2**20, "finetune.seeds", config.finetune.seeds, f"an integer from 1 to {2**20}")
+    share = config.finetune.holdout
+    need(0.0 <= share < 1.0, "finetune.holdout", share, "a number from 0 to below 1")
     most = 2**31 - 1 - config.finetune.seeds
     need(0 <= config.seed <= most, "seed", config.seed, f"an integer from 0 to {most}")
     need(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "-1 or at least 1")

@@ -63,7 +63,8 @@ class PartitionConfig:
 class DataConfig:
     """Where the text comes from and how it becomes token blocks."""
 
-    source: str = "docs:"  # docs:[PACKAGE,...] | text:GLOB | hf:NAME[/CONFIG]
+    # docs:[PACKAGE,...] | text:GLOB | hf:NAME[/CONFIG]; finetune, and serve and join to train a classifier: glue:TASK[@DIR]
+    source: str = "docs:"
     tokenizer: str = "train:4096"  # a Hugging Face directory or hub name, or train:SIZE
     lowercase: bool = True  # for a tokenizer trained here: fold case, and drop accents that writers may leave out
     seq_len: int = 128  # tokens of a block, including [CLS] and [SEP]
@@ -275,7 +276,9 @@ class FinetuneConfig:
     seeds: int = 1
     seeds_at_once: int = 0  # how many are trained in one program; 0 is all of them on accelerators and one on CPU
     warmup: float = 0.1  # share of the steps in which the rates rise; takes the place of *_optimizer.warmup_steps
-    holdout: float = 0.0  # share of the training examples to evaluate on instead of the dev set; for choosing settings
+    # Share of the training examples to evaluate on instead of the dev set, for choosing settings. join, too: for a client
+    # that has no dev set.
+    holdout: float = 0.0
     predict: bool = False  # write predictions for the test files in the form that GLUE's site takes
 
 
@@ -326,6 +329,11 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a classifier is trained on labelled examples, and not a language model on text."""
+        return self.data.source.startswith("glue:")
 
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub

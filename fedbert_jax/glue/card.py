@@ -35,12 +35,17 @@ def classifier_card(
         `std`.
     """
     f, t = config.federated, config.finetune
+    network = config.task != "finetune"  # then the examples are clients' own, in GLUE's layout: no results of GLUE's
     own = f"this model's, of seed {config.seed}, after the last epoch"
+    if network:
+        own = "as one client scored it on examples of its own, after the last round"
     rows: list[tuple[str, str]] = []
     results = []
     for split, metrics in scores.items():
         for name, value in metrics.items():
             rows.append((f"{METRICS[name]} on {_judged(split)}", f"{100 * value:.1f}"))
+            if network:
+                continue
             results.append(
                 result(
                     "text-classification",
@@ -62,17 +67,19 @@ def classifier_card(
             f"{100 * seeds['std']:.1f}."
         )
     pools = f.arrangement.pools_text
-    dealt = f", dealt out {config.data.partition.kind}" if not pools else ""
+    dealt = ", each with its own examples, over a network" if network else f", dealt out {config.data.partition.kind}"
+    others = f" to {config.seed + t.seeds - 1}" if t.seeds > 1 else ""
     how = {
-        "task": f"{task.name} of [GLUE](https://gluebenchmark.com)",
+        "task": f"{task.name}{', in the form' if network else ''} of [GLUE](https://gluebenchmark.com)",
         "labels": ", ".join(task.labels) or "a score from 0 to 5",
         "started from": origin(config) or "random weights",
         "strategy": f.title,
         "clients": None if pools else f"{f.num_clients}{dealt}",
-        "epochs": f"{t.epochs:g}",
+        "epochs": None if network else f"{t.epochs:g}",
+        "rounds": f"{f.rounds:,}, each of {f.local_steps} steps" if network else None,
         "batch": f"{f.batch_size} sequences of at most {config.data.seq_len} tokens" + (" a client" if not pools else ""),
         "learning rate": f"{config.server_optimizer.learning_rate:g} at its peak",
-        "seeds": f"{config.seed} (this model)" + (f" to {config.seed + t.seeds - 1}" if t.seeds > 1 else ""),
+        "seeds": None if network else f"{config.seed} (this model){others}",
     }
     example = '{"text": "One sentence.", "text_pair": "And another."}' if task.pair else '"A sentence."'
     name = re.sub(r"\W", "", task.name).lower()

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedbert_jax.config import Config
 from fedbert_jax.data.streams import Stream, generator, seeds_of
-from fedbert_jax.errors import UserError, about
+from fedbert_jax.errors import ConfigError, UserError, about
 from fedbert_jax.glue import files, tasks
 from fedbert_jax.glue.sequences import Sequences, encode
 
@@ -57,3 +57,11 @@ def read_task(config: Config, tokenizer: Any) -> TaskData:
         kept = min(max(round(holdout * len(train)), 1), len(train) - 1)
         train, judges = train.take(order[kept:]), {"holdout": train.take(order[:kept])}
     return TaskData(task, train, judges, {s: tokens(s) for s in test}, {s: found[s].ids for s in test})
+
+
+def check_pairs(config: Config, data: TaskData) -> None:
+    """Raises ConfigError if examples are sentence pairs and the model, whose sizes are known, can't tell the two apart."""
+    if data.train.token_types.any() and config.model.type_vocab_size == 1:
+        raise ConfigError(
+            f"config key model.type_vocab_size=1: accepted: at least 2, since {data.task.name} has sentence pairs."
+        )

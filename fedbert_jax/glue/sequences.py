@@ -54,8 +54,13 @@ def encode(
 
 
 def padded_length(longest: int, limit: int) -> int:
-    """Returns the length that a batch with sequences of up to `longest` tokens is padded to, at most `limit`."""
-    return min(next((b for b in BUCKETS if b >= longest), longest), limit)
+    """Returns the length that a batch with sequences of up to `longest` tokens is padded to: one of `padded_lengths`."""
+    return next((length for length in padded_lengths(limit) if length >= longest), limit)
+
+
+def padded_lengths(limit: int) -> tuple[int, ...]:
+    """Returns the lengths that batches are padded to if no sequence has more than `limit` tokens, ascending."""
+    return (*(b for b in BUCKETS if b < limit), limit)
 
 
 def take(data: Sequences, index: np.ndarray, length: int) -> MaskedBatch:

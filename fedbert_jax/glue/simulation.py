@@ -27,7 +27,7 @@ from fedbert_jax.federated.metrics import RoundMetrics
 from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.setting import make_setting, slices
 from fedbert_jax.federated.state import Cohort, Pair, State
-from fedbert_jax.glue.examples import TaskData
+from fedbert_jax.glue.examples import TaskData, check_pairs
 from fedbert_jax.glue.scores import score
 from fedbert_jax.glue.sequences import ExampleStream, Sequences, eval_batches, padded_length, take
 from fedbert_jax.models.bert import Params, Segments, make_segments
@@ -49,10 +49,7 @@ class Finetuning:
     def __init__(self, config: Config, data: TaskData, start: Start | None, seeds: tuple[int, ...]):
         f = config.federated
         self.config, self.data, self.start, self.seeds = config, data, start, seeds
-        if data.train.token_types.any() and config.model.type_vocab_size == 1:
-            raise ConfigError(
-                f"config key model.type_vocab_size=1: accepted: at least 2, since {data.task.name} has sentence pairs."
-            )
+        check_pairs(config, data)
         self.clients = self._deal(1 if f.arrangement.pools_text else f.num_clients or 1)
         self.per_step = len(self.clients) * f.batch_size  # examples
         self.steps = math.ceil(config.finetune.epochs * len(data.train) / self.per_step)  # per client
