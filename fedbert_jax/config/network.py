@@ -71,10 +71,10 @@ def check_network(config: Config, need: Need) -> None:
         "1 with wire.noise",
     )
     need(
-        config.model.client_layers == 0 or w.microbatches == 1 or not config.model.hidden_dropout,
+        w.microbatches == 1 or not (config.model.hidden_dropout or config.model.attention_dropout),
         "wire.microbatches",
         w.microbatches,
-        "1 with model.client_layers and dropout",
+        "1 with dropout, whose draws depend on how many rows there are",
     )
     need(
         config.privacy.client_seed is None or config.task == "join",

@@ -200,7 +200,7 @@ class WireConfig:
     # same type; with int8 (a scale for each row, and what a step loses is added to the next), it comes back in bfloat16.
     gradient_codec: Literal["float32", "bfloat16", "int8"] = "float32"
     # serve, join: parts of a client's batch that travel one after another, so that one is computed while another crosses; a
-    # divisor of federated.batch_size. The result is the same, to rounding.
+    # divisor of federated.batch_size; 1 with dropout or wire.noise. The result is the same, to rounding.
     microbatches: int = 1
 
 

@@ -337,6 +337,11 @@ def test_four_processes_two_of_which_are_killed_end_in_the_same_classifier(local
             r"model\.attention='cudnn': accepted: 'auto' or 'xla' in fine-tuning",
         ),
         ("serve", dict(federated=dict(strategy="fedavg")), r"federated\.strategy='fedavg': .* a strategy with a cut"),
+        (
+            "serve",
+            dict(wire=dict(microbatches=2), model=dict(attention_dropout=0.1)),
+            r"wire\.microbatches=2: accepted: 1 with dropout",
+        ),
         ("join", dict(finetune=dict(holdout=1.5)), r"finetune\.holdout=1\.5: accepted: a number from 0 to below 1"),
     ],
 )
