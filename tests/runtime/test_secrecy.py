@@ -47,7 +47,7 @@ def secrets(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
     """What the clients trained on: all runs of token ids, as they are and as they are masked, and all rows of labels."""
     ids, labels, f = list[np.ndarray](), list[np.ndarray](), federation.config.federated
     for name in NAMES:
-        member = federation.member(name)
+        member = federation.participant(name).member
         for round in range(f.rounds):
             rows = member.rows(round)
             ids.append(np.asarray(rows, np.int64))
