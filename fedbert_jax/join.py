@@ -33,7 +33,7 @@ from fedbert_jax.runtime.credentials import CLIENT, load_credentials, load_roste
 from fedbert_jax.runtime.dispatch import Compiling
 from fedbert_jax.runtime.grpc import Client
 from fedbert_jax.runtime.member import Ended, Held, Member
-from fedbert_jax.runtime.participant import Line, Participant
+from fedbert_jax.runtime.participant import Line, Participant, Transport
 from fedbert_jax.runtime.payloads import from_tensors, schema_of
 from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.runtime.waiting import Waiting, Watch
@@ -42,14 +42,24 @@ from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import Journal, MetricsLog, truncate
 from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
 
+LIMIT = 1 << 31  # bytes that an answer may have: the whole model
 
-def join(config: Config, root: Path, console: Console | None = None) -> int:
+
+def join(
+    config: Config,
+    root: Path,
+    console: Console | None = None,
+    transport: Transport | None = None,
+    interrupts: Interrupts | None = None,
+) -> int:
     """Takes part in a federation until training is over, and exports the client's model.
 
     Args:
       config: validated, with task='join'.
       root: the workdir.
       console: where to speak; the terminal by default.
+      transport: what carries its calls; gRPC to `network.host` and `network.port` by default.
+      interrupts: what ends it; signals by default.
 
     Returns:
       The exit code: 0, or 128 + the signal that interrupted it.
@@ -63,7 +73,7 @@ def join(config: Config, root: Path, console: Console | None = None) -> int:
     workdir, lock = open_workdir(root)
     with lock:
         huggingface.check_target(workdir.hf)
-        return Joining(config, workdir, console).run()
+        return Joining(config, workdir, console).run(transport, interrupts or Interrupts())
 
 
 class Joining:
@@ -96,13 +106,13 @@ class Joining:
             return config
         return dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, client_seed=None))
 
-    def run(self) -> int:
+    def run(self, given: Transport | None, interrupts: Interrupts) -> int:
         """Joins, trains and exports."""
         n = self.config.network
-        transport = Client(n.host, n.port, self.name, self.credentials, 1 << 31)
-        interrupts, parts, timeout = Interrupts(), self.config.wire.microbatches, max(2 * n.deadline, 60.0)
+        transport = given or Client(n.host, n.port, self.name, self.credentials, LIMIT)
+        self.where, parts, timeout = transport.where, self.config.wire.microbatches, max(2 * n.deadline, 60.0)
         stop = lambda: interrupts.received is not None  # noqa: E731
-        line = Line(transport, parts, 1 << 31, n.patience, timeout, self._warn, stop=stop)
+        line = Line(transport, parts, LIMIT, n.patience, timeout, self._warn, stop=stop)
         try:
             with interrupts, contextlib.closing(line):
                 if n.leave:
@@ -149,7 +159,7 @@ class Joining:
 
     def _enrol(self, line: Line, stop: Callable[[], bool]) -> tuple[str, ...]:
         """Asks for the roster; waits for a server that isn't there yet, and for the other clients; () if a signal came."""
-        where = f"{self.config.network.host}:{self.config.network.port}"
+        where = self.where
         waiting = Waiting(lambda text: self.console.print(shown(text)), lambda text: None)
         with progress.waiting(self.console, f"waiting for the server at {where}, and for all clients"):
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fedbert_jax.jobs.job import settled
 from fedbert_jax.runtime.agreement import hello_of
 from fedbert_jax.runtime.credentials import SERVER, load_credentials, load_roster
 from fedbert_jax.runtime.engine import Engine, ServerState
-from fedbert_jax.runtime.gathering import Gathering
+from fedbert_jax.runtime.gathering import Gathering, Listening
 from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.news import line_of
 from fedbert_jax.runtime.payloads import schema_of
@@ -45,13 +45,21 @@ FAREWELL = 60.0  # seconds that the server stays for clients to fetch what is th
 LOOK = 2.0  # seconds between two looks at the roster
 
 
-def serve(config: Config, root: Path, console: Console | None = None) -> int:
+def serve(
+    config: Config,
+    root: Path,
+    console: Console | None = None,
+    listen: Callable[[Gathering], Listening] | None = None,
+    interrupts: Interrupts | None = None,
+) -> int:
     """Runs a federation's server to its last round, from wherever its workdir stands.
 
     Args:
       config: validated, with task='serve'.
       root: the workdir.
       console: where to speak; the terminal by default.
+      listen: makes what carries the clients' calls; gRPC at `network.host` and `network.port` by default.
+      interrupts: what ends it; signals by default.
 
     Returns:
       The exit code: 0, or 128 + the signal that interrupted it.
@@ -64,7 +72,7 @@ def serve(config: Config, root: Path, console: Console | None = None) -> int:
     platforms.introduce(console, lambda: make_mesh(config.mesh).size)
     workdir, lock = open_workdir(root)
     with lock:
-        return Serving(config, workdir, console).run()
+        return Serving(config, workdir, console).run(listen, interrupts or Interrupts())
 
 
 class Serving:
@@ -84,17 +92,18 @@ class Serving:
             free = ("federated.num_clients",) if self.credentials else ()
             check_same(workdir.read_config(), config, free, config_lib.HARMLESS)
 
-    def run(self) -> int:
+    def run(self, listen: Callable[[Gathering], Listening] | None, interrupts: Interrupts) -> int:
         """Gathers the clients, serves them, and ends."""
         n = self.given.network
         self.exporter = Exporter(n.metrics_port) if n.metrics_port else None
         self.facts = {"run": secrets.token_hex(6)} | self.workdir.read_facts()
         self.workdir.write_facts(self.facts)
         gathering = Gathering(self._names(), self.given.federated.num_clients or 0, self.facts["run"])
-        server = Server(gathering, n.host, n.port, self.credentials, self.roster_of)
+        grpc = lambda service: Server(service, n.host, n.port, self.credentials, self.roster_of)  # noqa: E731
+        server = (listen or grpc)(gathering)
         try:
-            with Interrupts() as interrupts:
-                self.console.print(f"listening at {n.host}:{server.port}" + ("" if self.credentials else ", in clear"))
+            with interrupts:
+                self.console.print(f"listening at {server.where}")
                 names = self._gather(gathering, interrupts)
                 if names is None:
                     return interrupts.exit_code

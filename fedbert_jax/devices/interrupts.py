@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,17 +16,22 @@ class Interrupts:
     """Within `with`, the first SIGINT or SIGTERM sets `received`; the second ends the process at once.
 
     With several processes, `stop` and `settle` give all of them the same answer, whichever of them got the signal.
+
+    Args:
+      asked: whether somebody else wants an end, as SIGTERM would; signals are then left as they are, as they have to be in a
+        thread.
     """
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    def __init__(self, asked: Callable[[], bool] | None = None) -> None:
+        self._received: int | None = None
+        self._asked_elsewhere = asked
         self._own = False  # whether this process itself got a signal, rather than heard of one from another
         self._old: dict[int, Any] = {}
         self._consensus = processes.Consensus() if processes.several() else None
         self._asked: jax.Array | None = None
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if self._asked_elsewhere is None else ():
             self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -34,6 +40,17 @@ class Interrupts:
     ) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+    @property
+    def received(self) -> int | None:
+        """The first signal; None before it."""
+        if self._received is None and self._asked_elsewhere is not None and self._asked_elsewhere():
+            self._received = signal.SIGTERM
+        return self._received
+
+    @received.setter
+    def received(self, number: int | None) -> None:
+        self._received = number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._own:

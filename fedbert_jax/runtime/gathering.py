@@ -5,11 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.calls import HEADER, POLL, Abort
 
 TELL = 2.0  # seconds after which a client that waits is told for whom
+
+
+class Listening(Protocol):
+    """A service that clients can reach, over whatever carries their calls."""
+
+    where: str  # its address, to be shown
+
+    def use(self, service: Any) -> None:
+        """Lets another service answer from now on."""
+        ...
+
+    def stop(self) -> None:
+        """Ends all calls."""
+        ...
 
 
 class Gathering:

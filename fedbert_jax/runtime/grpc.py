@@ -148,6 +148,7 @@ class Server:
                 f"config keys network.host={host!r}, network.port={port}: another program may have it."
             ) from error
         self._server.start()
+        self.where = f"{host}:{self.port}" + ("" if credentials else ", in clear")
 
     def use(self, service: Service) -> None:
         """Lets another service answer from now on."""
@@ -207,6 +208,7 @@ class Client:
 
     def __init__(self, host: str, port: int, name: str, credentials: Credentials | None, limit: int):
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.where = f"{host}:{port}"
         self._limit, self._metadata = limit, (("client", name),) if credentials is None else ()
         self._leaving, self._left = deque[object](), threading.Condition()
         options = [*OPTIONS, *CLIENT_OPTIONS]

@@ -25,8 +25,14 @@ PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS")
 class Transport(Protocol):
     """What brings a call to the server. It raises `calls.Abort`; UNAVAILABLE is that it can't be reached."""
 
+    where: str  # the server's address, to be shown
+
     def call(self, method: str, data: bytes, timeout: float) -> bytes:
         """Sends a frame and returns the answer's."""
+        ...
+
+    def close(self) -> None:
+        """Ends the connection."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,23 @@ def test_a_signal_that_another_process_told_of_first_does_not_end_this_one():
         interrupts.received = signal.SIGTERM  # as `settle` leaves it
         signal.raise_signal(signal.SIGTERM)  # its own first signal; taken for a second, it would end the process
         assert interrupts.settle() == signal.SIGTERM and interrupts.exit_code == 143
+
+
+def test_in_a_thread_somebody_else_says_whether_to_end():
+    """A thread gets no signals, and may not handle any."""
+    before, asked, seen = signal.getsignal(signal.SIGTERM), threading.Event(), []
+
+    def run() -> None:
+        with Interrupts(asked.is_set) as interrupts:
+            seen.append((interrupts.received, interrupts.stop(), interrupts.exit_code))
+            asked.set()
+            seen.append((interrupts.received, interrupts.stop(), interrupts.exit_code))
+            asked.clear()
+            seen.append((interrupts.received, interrupts.settle(), interrupts.exit_code))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    end = (signal.SIGTERM, True, 143)
+    assert seen == [(None, False, 128), end, (signal.SIGTERM, signal.SIGTERM, 143)]
+    assert signal.getsignal(signal.SIGTERM) is before
