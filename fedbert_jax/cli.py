@@ -25,7 +25,7 @@ def run(command: Callable[[], int | None]) -> None:
     """
     exit_on_interrupt()
     lenient_streams()
-    _quieten()
+    quieten()
     try:
         with foreseen():
             try:
@@ -133,8 +133,8 @@ def _tell_no_more() -> None:
     logging.disable()
 
 
-def _quieten() -> None:
-    """Leaves the terminal to the run: libraries log errors only."""
+def quieten() -> None:
+    """Leaves the terminal, or the log, to the run: libraries log errors only."""
     import warnings
 
     from absl import logging as absl_logging

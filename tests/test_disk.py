@@ -95,7 +95,7 @@ def test_a_command_that_nobody_guarded_ends_with_2_and_one_line(monkeypatch, cap
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/r/x")
 
-    monkeypatch.setattr(cli, "_quieten", lambda: None)
+    monkeypatch.setattr(cli, "quieten", lambda: None)
     monkeypatch.setattr(cli, "_tell_no_more", lambda: None)
     with pytest.raises(SystemExit) as ended:
         cli.run(full)

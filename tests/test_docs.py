@@ -99,8 +99,9 @@ def check(program: str, *arguments: str) -> None:
         if extra := re.fullmatch(r"\.\[(\w+)\]", word):
             assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(), f"there is no extra {extra[1]}"
     script = next((n for n, word in enumerate((program, *arguments)) if word.startswith("launch/")), None)
-    if script is not None:  # it is called, or sbatch is with it
-        run("bash", *(program, *arguments)[script:], "--dry-run")
+    if script is not None:  # it is called, or sbatch or Python is with it
+        words = (program, *arguments)[script:]
+        run(sys.executable if words[0].endswith(".py") else "bash", *words, "--dry-run")
     elif program == "make":
         assert "Nothing to be done" not in run("make", "-n", *arguments)
     elif arguments[:1] == ("-m",):
@@ -137,7 +138,7 @@ def test_links_lead_somewhere():
 
 @each_page
 def test_files_keys_and_options_that_are_named_exist(page):
-    text, places = page.read_text(), (ROOT, page.parent, ROOT / "fedbert_jax", ROOT / "launch")
+    text, places = page.read_text(), (ROOT, page.parent, ROOT / "fedbert_jax", ROOT / "launch", ROOT / "launch/nvflare")
     for name, part in re.findall(r"(?<!As )`([\w./]+\.(?:py|sh|sbatch|toml|yaml|cff))(?:::(\w+))?`(?!\])", text):
         found = [path.read_text() for place in places if (path := place / name).is_file()]
         assert found and re.search(rf"^(class |def |){part}\b", found[0], re.M), f"there is no {name}::{part}"
