@@ -1,6 +1,6 @@
 """A job of NVFlare: what make_job.py writes, what a site allows, and that its components train what serve and join do.
 
-The components run over tests/flare.py, and over NVFlare's own classes where it is installed (`.[nvflare]`).
+The components run over tests/flare.py, NVFlare's classes rebuilt as far as they are used.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ thread, outside the lock, so that a call is heard while the server computes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -102,22 +103,16 @@ class Service:
             return HEADER + self._largest
         if method == "transform":
             return HEADER + frames.size_of(self._transform)
-        if method == "bring":
-            return self._largest_segment
-        return HEADER
+        return self._largest_segment if method == "bring" else HEADER
 
     @functools.cached_property
     def _largest(self) -> int:
         """Bytes of the tensors of a round's largest message. Every call asks, so this is worked out once."""
-        barriers = [Barrier(phase, 0, ()) for phase in PHASES]
-        return max(frames.size_of(self.work.schema(b)) for b in barriers if self._knows(b))
-
-    def _knows(self, barrier: Barrier) -> bool:
-        try:
-            self.work.schema(barrier)
-        except KeyError:
-            return False
-        return True
+        sizes = [0]
+        for phase in PHASES:
+            with contextlib.suppress(KeyError):  # a message that rounds of this kind don't have
+                sizes.append(frames.size_of(self.work.schema(Barrier(phase, 0, ()))))
+        return max(sizes)
 
     def _on_join(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         theirs = Hello(meta["config"], meta["tokenizer"], meta["secret"], meta["version"])
