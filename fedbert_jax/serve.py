@@ -98,8 +98,10 @@ class Serving:
         self.exporter = Exporter(n.metrics_port) if n.metrics_port else None
         self.facts = {"run": secrets.token_hex(6)} | self.workdir.read_facts()
         self.workdir.write_facts(self.facts)
-        gathering = Gathering(self._names(), self.given.federated.num_clients or 0, self.facts["run"])
-        grpc = lambda service: Server(service, n.host, n.port, self.credentials, self.roster_of)  # noqa: E731
+        known, wanted = self._names(), self.given.federated.num_clients or 0
+        gathering = Gathering(known, wanted, self.facts["run"])
+        clients = max(len(known), wanted)
+        grpc = lambda service: Server(service, n.host, n.port, self.credentials, self.roster_of, clients)  # noqa: E731
         server = (listen or grpc)(gathering)
         try:
             with interrupts:

@@ -105,6 +105,7 @@ class Server:
       port: 0 takes any that is free.
       credentials: the server's.
       roster: (): who may call, by certificate; asked at every call, so that a revoked certificate ends at once.
+      clients: how many there may be: each waits in a few calls at once.
       now: the time, by which certificates end.
 
     Raises:
@@ -118,6 +119,7 @@ class Server:
         port: int,
         credentials: Credentials | None = None,
         roster: Callable[[], Roster] | None = None,
+        clients: int = 4,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ):
         if credentials is None and host not in LOOPBACK:
@@ -126,7 +128,7 @@ class Server:
                 "in clear; see `python -m fedbert_jax.provision`."
             )
         self.service, self._roster, self._now = service, roster, now
-        threads = 64
+        threads = 32 + 8 * clients  # a call holds one while it waits; they are started as they are needed
         self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="fedbert-grpc")
         self._server = grpc.server(self._pool, options=[*OPTIONS, *SERVER_OPTIONS], maximum_concurrent_rpcs=threads)
         handlers = {m: grpc.stream_stream_rpc_method_handler(self._handler(m)) for m in METHODS}

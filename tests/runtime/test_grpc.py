@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -203,6 +204,32 @@ def test_a_frame_that_gets_stuck_holds_up_nobody_for_longer_than_its_call():
     stuck.join(20)
     assert codes == ["DEADLINE_EXCEEDED"] * 2
     assert client.call("status", bytes(3 * CHUNK), 20) == str(3 * CHUNK).encode()
+    client.close()
+    server.stop(0)
+
+
+class Meeting:
+    """A service that answers nobody before `count` calls have come."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count)
+
+    def limit(self, method: str) -> int:
+        return LIMIT
+
+    def call(self, method: str, client: str, data: bytes, alive: Any) -> bytes:
+        self.barrier.wait(30)
+        return b"all"
+
+    def stop(self) -> None:
+        self.barrier.abort()
+
+
+def test_a_server_of_many_clients_hears_all_of_them_at_once():
+    server = Server(Meeting(100), "127.0.0.1", 0, clients=25)  # type: ignore[arg-type]
+    client = Client("127.0.0.1", server.port, "adams", None, LIMIT)
+    with ThreadPoolExecutor(100) as pool:
+        assert list(pool.map(lambda _: client.call("turn", b"x", 30), range(100))) == [b"all"] * 100
     client.close()
     server.stop(0)
 
