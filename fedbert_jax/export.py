@@ -10,10 +10,16 @@ import dataclasses
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedbert_jax import cli
 from fedbert_jax.console.output import shown
 from fedbert_jax.errors import UserError, about
+
+if TYPE_CHECKING:  # slow to import: not before the arguments are read
+    from fedbert_jax.config import Config
+    from fedbert_jax.workdir.checkpoint import Checkpoints
+    from fedbert_jax.workdir.paths import Workdir
 
 # What the model card says beyond what the run knows: each is a flag for a key of the config's `export` section.
 CARD = ("license", "language", "datasets", "base_model")
@@ -43,6 +49,11 @@ def main() -> None:
     config = workdir.read_config()
     if config.task == "finetune":
         raise UserError(f"--workdir {args.workdir} is a run of fine-tuning, which writes its model itself, to {workdir.hf}.")
+    if config.task == "join":
+        raise UserError(
+            f"--workdir {args.workdir} is a client's in a federation, which writes the trained model itself, to "
+            f"{workdir.hf}; the server's workdir has checkpoints to export."
+        )
     if not args.out:
         raise UserError("--out is empty; accepted: a directory.")
     out = Path(args.out)
@@ -67,15 +78,36 @@ def main() -> None:
         raise UserError(f"--workdir {args.workdir} has no checkpoints yet.")
     if args.round is not None and args.round not in rounds:
         raise UserError(f"--round {args.round}: there is no such checkpoint; accepted: {', '.join(map(str, rounds))}.")
-    if not (workdir.data / "meta.json").is_file():
+    if config.task != "serve" and not (workdir.data / "meta.json").is_file():
         raise UserError(f"--workdir {args.workdir} has no prepared text in {workdir.data}, where the tokenizer is.")
     round = rounds[-1] if args.round is None else args.round
     check_unedited(workdir.config, workdir.read_config(), Made(round, checkpoints.meta(round).get("config")))
-    run = build(config, workdir, begun=True)
-    state, meta = restore(run, checkpoints, round)
-    name = export(run, state, out, meta, args.client)
+    if config.task == "serve":
+        name = ""
+        export_served(config, workdir, checkpoints, round, out)
+    else:
+        run = build(config, workdir, begun=True)
+        state, meta = restore(run, checkpoints, round)
+        name = export(run, state, out, meta, args.client)
     whose = f" of client {shown(name)}" if name else ", the model that all clients share," if args.client else ""
     print(f"round {round}{whose} is in {shown(out)}")
+
+
+def export_served(config: Config, workdir: Workdir, checkpoints: Checkpoints, round: int, out: Path) -> None:
+    """Writes the model that a federation's server has saved after a round: its body, and the segment that clients averaged.
+
+    Raises:
+      UserError: if the checkpoint is damaged, or the tokenizer isn't where the config says.
+    """
+    import jax
+
+    from fedbert_jax.jobs import open_job
+    from fedbert_jax.serve import engine_of, restored
+
+    job, names = open_job(config), workdir.read_facts()["roster"]
+    state = restored(engine_of(job, names, len(names)), checkpoints, round, workdir.read_config())
+    client, server = jax.device_get((state.segment, state.body))
+    job.save(out, client, server, round)
 
 
 def check_place(out: Path, workdir: Path) -> None:

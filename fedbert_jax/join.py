@@ -301,5 +301,5 @@ class Joining:
             raise UserError(f"the server sent a body that doesn't fit: {why}.")
         client, body = jax.device_get(held.segment), from_tensors("body", like, tensors)
         with disk.writing(self.workdir.hf):
-            self.job.save(self.workdir.hf, client, body, self.verdict)
+            self.job.save(self.workdir.hf, client, body, self.config.federated.rounds, self.verdict)
         self.console.print(f"model  {shown(self.workdir.hf)}")

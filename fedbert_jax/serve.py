@@ -24,7 +24,7 @@ from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import StoppedError, UserError
 from fedbert_jax.federated import optim
 from fedbert_jax.jobs import open_job
-from fedbert_jax.jobs.job import settled
+from fedbert_jax.jobs.job import Job, settled
 from fedbert_jax.runtime.agreement import hello_of
 from fedbert_jax.runtime.credentials import SERVER, load_credentials, load_roster
 from fedbert_jax.runtime.engine import Engine, ServerState
@@ -73,6 +73,25 @@ def serve(
     workdir, lock = open_workdir(root)
     with lock:
         return Serving(config, workdir, console).run(listen, interrupts or Interrupts())
+
+
+def engine_of(job: Job, names: Sequence[str], cohort: int) -> Engine:
+    """Returns a job's arithmetic at the server; `cohort` clients of these take part in a round."""
+    setting = job.setting(len(names), cohort)
+    return Engine(setting, names, job.batch(), job.config.wire.microbatches, job.lengths, job.sums)
+
+
+def restored(engine: Engine, checkpoints: Checkpoints, round: int, config: Config) -> ServerState:
+    """Returns what a server saved after a round.
+
+    Raises:
+      UserError: if the checkpoint is damaged or of another config.
+    """
+    shape = tuple(engine.state_shape())  # as it was saved: orbax tells a tuple with names from one without
+    here = jax.sharding.NamedSharding(make_mesh(config_lib.MeshConfig(data=1)), jax.sharding.PartitionSpec())
+    state, meta = checkpoints.restore(round, shape, jax.tree.map(lambda _: here, shape))
+    resume.check_stamp(f"the checkpoint of round {round}", meta.get("config"), config, config_lib.HARMLESS)
+    return ServerState(*state)
 
 
 class Serving:
@@ -163,10 +182,8 @@ class Serving:
         clients, job = len(names), self.job
         self.config = job.config = config = settled(self.given, clients)
         self.names, f = tuple(names), config.federated
-        cohort = min(f.clients_per_round or clients, clients)
-        setting = job.setting(clients, cohort)
-        self.engine = Engine(setting, names, job.batch(), config.wire.microbatches, job.lengths, job.sums)
-        self.cohort, seeds = cohort, seeds_of(config)
+        self.cohort = cohort = min(f.clients_per_round or clients, clients)
+        self.engine, seeds = engine_of(job, names, cohort), seeds_of(config)
 
         def cohort_of(round: int) -> list[str]:
             chosen = sampling.draw_cohort(seeds, round, clients, cohort)
@@ -212,12 +229,7 @@ class Serving:
         rounds, done = self.checkpoints.rounds(), 0
         if rounds:
             done = rounds[-1]
-            shape = tuple(self.engine.state_shape())  # as it was saved: orbax tells a tuple with names from one without
-            mesh = make_mesh(config_lib.MeshConfig(data=1))
-            here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            state, meta = self.checkpoints.restore(done, shape, jax.tree.map(lambda _: here, shape))
-            resume.check_stamp(f"the checkpoint of round {done}", meta.get("config"), self.config, config_lib.HARMLESS)
-            self.engine.state = ServerState(*state)
+            self.engine.state = restored(self.engine, self.checkpoints, done, self.config)
             self.console.print(f"resuming after round {done} of {self.config.federated.rounds}")
             truncate(self.workdir.metrics, done)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,14 @@ class Party(threading.Thread):
 
 
 def all_end_well(*parties: Party) -> None:
-    """Waits for parties; the first one should be the one that is most likely not to end well."""
-    for party in parties:
-        assert party.wait() == 0, party.said.getvalue()
+    """Waits for parties; one that doesn't end well ends the test, whoever still waits for it."""
+    end = time.monotonic() + 900  # on a busy machine, too
+    while waits := [party for party in parties if party.is_alive()]:
+        waits[0].join(0.1)
+        for party in parties:
+            assert party.is_alive() or party.ended == 0, (party.ended, party.said.getvalue())
+        assert time.monotonic() < end, [party.said.getvalue() for party in waits]
+    assert [party.ended for party in parties] == [0] * len(parties)
 
 
 class Place:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from parties import NAMES, Hall, Place, all_end_well
 
+from fedbert_jax import export as export_command
 from fedbert_jax import serve as serve_lib
+from fedbert_jax.errors import UserError
 from fedbert_jax.workdir.checkpoint import Checkpoints
 
 
@@ -60,3 +62,21 @@ def test_a_server_that_crashes_and_starts_again_goes_on_after_its_checkpoint(pla
     all_end_well(again, *clients)
     assert "resuming after round 4 of 6" in again.said.getvalue()
     assert place.model("crash", NAMES[0]) == place.model("crash", NAMES[1]) == place.model("whole", NAMES[0])
+
+
+def test_a_servers_checkpoint_is_exported_as_the_model_that_clients_have(place, tmp_path, monkeypatch, capsys):
+    def export(who: str, out: str, *more: str) -> None:
+        run = ["export", "--workdir", str(place.root / "whole" / who), "--out", str(tmp_path / out), *more]
+        monkeypatch.setattr("sys.argv", run)
+        export_command.main()
+
+    export("server", "last")
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == place.model("whole", NAMES[0])
+    assert "| text | own text |" in (tmp_path / "last" / "README.md").read_text()
+    export("server", "earlier", "--round", "4", "--license", "mit")
+    assert (tmp_path / "earlier" / "model.safetensors").read_bytes() != place.model("whole", NAMES[0])
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert "license: mit" in card and "| rounds | 4, each of" in card
+    assert "round 4 is in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is a client's in a federation, which writes the trained model itself"):
+        export(NAMES[0], "none")

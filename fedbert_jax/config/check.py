@@ -57,7 +57,12 @@ def _check_text(config: Config, need: Need) -> None:
     accepted = {"finetune": (("glue",), examples), "pretrain": (("docs", "text", "hf"), text)}
     kinds, shown = accepted.get(config.task, (("docs", "text", "hf", "glue"), f"{text}; or {examples}"))
     need(kind in kinds and ":" in d.source, "data.source", d.source, f"{shown} with task={config.task!r}")
-    need(kind == "docs" or rest != "", "data.source", d.source, f"'{kind}:' followed by what to read")
+    need(
+        kind == "docs" or rest != "" or config.task == "serve",
+        "data.source",
+        d.source,
+        f"'{kind}:' followed by what to read",
+    )
     if d.tokenizer.startswith("train:"):
         size = d.tokenizer.removeprefix("train:")
         need(

@@ -164,8 +164,10 @@ class Classifying:
         official = {split: {k: v for k, v in scores.items() if k != "loss"} for split, scores in found.items()}
         return Verdict({"eval_loss": loss, "scores": official}, f"held-out loss {loss:.3f}  {show(official)}")
 
-    def save(self, directory: Path, client: ClientParams, server: ServerParams, verdict: Verdict | None) -> None:
-        """Writes the trained model as a directory that `AutoModelForSequenceClassification` loads."""
+    def save(
+        self, directory: Path, client: ClientParams, server: ServerParams, round: int, verdict: Verdict | None = None
+    ) -> None:
+        """Writes the model of a round as a directory that `AutoModelForSequenceClassification` loads."""
         scores = verdict.fields["scores"] if verdict is not None else {}
         card = classifier_card(self.config, self.task, scores)
         huggingface.save(

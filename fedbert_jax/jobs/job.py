@@ -83,8 +83,10 @@ class Job(Protocol):
         """Turns what this client has said of its own answers into scores; None if it wasn't asked anything."""
         ...
 
-    def save(self, directory: Path, client: ClientParams, server: ServerParams, verdict: Verdict | None) -> None:
-        """Writes the trained model as a Hugging Face directory; `verdict` is on this client's own held-out data."""
+    def save(
+        self, directory: Path, client: ClientParams, server: ServerParams, round: int, verdict: Verdict | None = None
+    ) -> None:
+        """Writes the model of a round as a Hugging Face directory; `verdict` is on this client's own held-out data."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Pretraining:
     sums: tuple[int, ...] = (3,)  # summed loss, right answers, positions asked for
 
     def __init__(self, config: Config):
+        if config.task == "serve":  # whose text is the clients', wherever it lies there
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="text:"))
         self.tokenizer = load_tokenizer(config.data.tokenizer or str(huggingface.local(config.model.init_from)))
         self.config = experiment.resolve(config, vocab_size(self.tokenizer))
         self.mask = experiment.mask_spec(self.config, self.tokenizer)
@@ -122,9 +125,11 @@ class Pretraining:
         fields = {"eval_loss": loss / count, "eval_accuracy": right / count}
         return Verdict(fields, f"held-out loss {loss / count:.3f}  accuracy {right / count:.1%}")
 
-    def save(self, directory: Path, client: ClientParams, server: ServerParams, verdict: Verdict | None) -> None:
-        """Writes the trained model."""
+    def save(
+        self, directory: Path, client: ClientParams, server: ServerParams, round: int, verdict: Verdict | None = None
+    ) -> None:
+        """Writes the model of a round."""
         f = self.config.federated
-        facts = {"round": f.rounds, "num_clients": f.num_clients, "clients_per_round": f.clients_per_round or f.num_clients}
+        facts = {"round": round, "num_clients": f.num_clients, "clients_per_round": f.clients_per_round or f.num_clients}
         card = huggingface.model_card(self.config, facts)
         huggingface.save(directory, client, server, self.config.model, self.tokenizer, card, export=self.config.export)
