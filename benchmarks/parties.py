@@ -114,13 +114,13 @@ class Server:
         """Runs the programs of a round's steps with nothing between them; returns milliseconds a step, by phase."""
         import jax
 
-        e, clock = self.engine, Clock(PHASES[1])
+        e, clock, slots = self.engine, Clock(PHASES[1]), self.engine.slots.size
         assert e.state is not None
         lift = lambda like: jax.tree.map(  # noqa: E731
-            lambda x: np.stack([x] * e.slots), invented(like, self.b.config.data.seq_len)
+            lambda x: np.stack([x] * slots), invented(like, self.b.config.data.seq_len)
         )
         up, dz, body, opt = lift(self.b.shapes.up), lift(self.b.shapes.gradient), e.state.body, e.state.body_opt
-        p, weights, ids = self.programs, np.full(e.slots, 1 / e.slots, np.float32), np.arange(e.slots, dtype=np.int32)
+        p, weights, ids = self.programs, np.full(slots, 1 / slots, np.float32), np.arange(slots, dtype=np.int32)
         for k in range(self.steps):
             kept = [
                 clock("forward", p["forward"], body, up, weights, np.int32(0), np.int32(k), ids)[1]
@@ -143,7 +143,7 @@ class Server:
         """Lets the programs compute nothing, or what they are for."""
         import jax
 
-        p, slots = self.engine.programs, self.engine.slots
+        p, slots = self.engine.programs, self.engine.slots.size
         vars(p).update(self.programs)
         if on:
             lift = lambda like: jax.tree.map(lambda x: np.stack([x] * slots), invented(like, 2))  # noqa: E731
@@ -167,7 +167,9 @@ class Client:
         self.b, self.parts, self.steps, self.name = built(spec), spec["parts"], spec["steps"], spec["name"]
         shape = (self.steps, *self.b.rows.shape)
         self.tokens = np.random.default_rng(spec["index"]).integers(5, spec["model"]["vocabulary"], shape).astype(np.uint16)
-        self.member = Member(self.b.setting, spec["index"], lambda round: self.tokens, self.b.shapes, self.parts)
+        no_exam: Any = None  # no round ends with an evaluation
+        rows = lambda round: self.tokens  # noqa: E731
+        self.member = Member(self.b.setting, spec["index"], rows, self.b.shapes, no_exam, self.parts)
         self.programs = dict(vars(self.member.programs))
         self.member.compile()
         folder = spec["credentials"] and Path(spec["credentials"]) / self.name
