@@ -250,9 +250,11 @@ def test_below_the_quorum_it_waits_and_goes_on_with_who_comes_back(connect, quie
             time.sleep(0.01)
         toy.participant("adams", transports["adams"]).run()
 
-    threading.Thread(target=again, daemon=True).start()
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
     ends = toy.run(service, {name: transports[name] for name in NAMES[1:]})
-    assert ends == dict.fromkeys(NAMES[1:]) and same(work, quiet)
+    thread.join(20)
+    assert ends == dict.fromkeys(NAMES[1:]) and same(work, quiet) and not thread.is_alive()
 
 
 def test_draining_ends_with_the_round_and_the_next_server_goes_on(connect, quiet, tmp_path):
