@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from processes import FLAGS
@@ -25,6 +29,8 @@ from fedbert_jax.models.bert import Segments, make_segments
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+MEMORY = 4 << 30  # bytes that a process of the tests may grow to
+
 
 @pytest.fixture(scope="session")
 def config() -> Config:
@@ -41,6 +47,16 @@ def batch(config: Config) -> MaskedBatch:
     """Three clients' masked blocks [3, 2, ...]."""
     keys = jax.random.split(jax.random.key(7), 3)
     return jax.vmap(lambda k, t: mask_blocks(k, t, mask_spec(config)))(keys, random_blocks(0, 3, 2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """After a file, lets go of compiled programs if the process has become large; those in use are soon there again."""
+    yield
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    if pages * resource.getpagesize() > MEMORY:
+        jax.clear_caches()
+        gc.collect()
 
 
 # The files that take longest, longest first: two workers then end together (`--dist loadfile --no-loadscope-reorder`).
