@@ -16,6 +16,7 @@ from benchmarks.pairs import Side, guess_loss
 from benchmarks.sizes import CLS, MASK, MASK_PROB, PAD, SEP, UNK, WEIGHT_DECAY, Size, random_blocks
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
+from fedbert_jax.devices.tuning import resolve_attention
 from fedbert_jax.federated import setting as setting_lib
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.rounds import make_strategy
@@ -106,6 +107,7 @@ def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -
                 hidden_size=size.hidden,
                 num_layers=size.layers,
                 num_heads=size.heads,
+                unroll_layers=size.unroll,
                 logits_at_once=-(-positions // chunks) if chunks > 1 else None,
             ),
             data=dict(seq_len=size.length),
@@ -117,6 +119,7 @@ def make_setting(size: Size, strategy: str, local_steps: int, chunks: int = 1) -
         )
     )
     config = dataclasses.replace(config, model=config_lib.resolve_model(config.model, size.vocab))
+    config = resolve_attention(config)  # on a GPU, cuDNN's
     prepare = functools.partial(mask_blocks, spec=mask_spec(size))
     segments = make_segments(config.model, jnp.dtype(size.dtype))
     return setting_lib.make_setting(config, segments, prepare, size.clients, size.clients, span=(1, 0))

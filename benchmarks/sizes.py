@@ -29,6 +29,7 @@ class Size:
     learning_rate: float = LEARNING_RATE
     dtype: str = "float32"  # of matmuls and activations; parameters and optimizers are float32
     device: str = "cpu"  # or gpu
+    unroll: bool = True  # fedbert_jax's layers
     compiler: str = "inductor"  # torch.compile's backend
 
     @property

@@ -24,6 +24,7 @@ from rich.console import Console
 from benchmarks import __main__ as command
 from benchmarks import (
     clients,
+    compiling,
     federation,
     finetune,
     flops,
@@ -162,6 +163,14 @@ def test_compiling_is_timed_in_fresh_processes(monkeypatch):
     result = measure.Bench({"tiny": SMALLEST}, samples=7).measure(row)
     assert result["values"] == [19.0, 20.0, 21.0] and closed == ["parallel"] * 3
     assert not result["met"] and tables.verdict(result) == "missed by 0.0 s"
+
+
+def test_compiling_is_timed_in_every_way(capsys):
+    compiling.main(["--size", "fast", "--strategies", "parallel", "--scanned", "--flags=--xla_backend_optimization_level=0"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| parallel")]
+    ways = [(layers, flags) for _, layers, flags, *_ in rows]
+    assert ways == [("scanned", "none"), ("scanned", "--xla_backend_optimization_level=0")]
+    assert all(float(seconds) > 0 and float(ms.strip(" |")) > 0 for *_, seconds, ms in rows)
 
 
 @pytest.mark.parametrize("version, strategy", [("v1", "merged"), ("relay", "sequential")])
