@@ -102,7 +102,7 @@ def export_served(config: Config, workdir: Workdir, checkpoints: Checkpoints, ro
     import jax
 
     from fedbert_jax.jobs import open_job
-    from fedbert_jax.serve import engine_of, restored
+    from fedbert_jax.jobs.engine import engine_of, restored
 
     job, names = open_job(config), workdir.read_facts()["roster"]
     state = restored(engine_of(job, names, len(names)), checkpoints, round, workdir.read_config())

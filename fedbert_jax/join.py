@@ -39,7 +39,7 @@ from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.runtime.waiting import Waiting, Watch
 from fedbert_jax.workdir import resume
 from fedbert_jax.workdir.checkpoint import Checkpoints
-from fedbert_jax.workdir.log import Journal, MetricsLog, truncate
+from fedbert_jax.workdir.log import Journal, MetricsLog, read_metrics, truncate
 from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
 
 LIMIT = 1 << 31  # bytes that an answer may have: the whole model
@@ -189,7 +189,6 @@ class Joining:
         """Builds and compiles this client's part."""
         clients, index, job = len(names), names.index(self.name), self.job
         self.config = job.config = config = settled(self.config, clients)
-        self.workdir.write_config(self._shown(config))
         f, parts = config.federated, config.wire.microbatches
         self.setting = setting = job.setting(clients, min(f.clients_per_round or clients, clients))
         shard = job.shard(index)
@@ -218,7 +217,9 @@ class Joining:
     def _train(self, participant: Participant, stop: Callable[[], bool]) -> bool:
         """Takes part; returns whether training is over."""
         f, log = self.config.federated, None
-        self.done, self.mark = 0, time.perf_counter()
+        last = (read_metrics(self.workdir.metrics) if self.workdir.metrics.exists() else [])[-1:]
+        self.done, self.mark = last[0]["round"] if last else 0, time.perf_counter()
+        self.before = [last[0][key] if last else 0 for key in ("uplink_bytes", "downlink_bytes")]  # of earlier processes
         with progress.bar(self.console, "phase", "numbers") as bar:
             task = bar.add_task("rounds", total=f.rounds, phase="joins", numbers="")
             waiting = Waiting(lambda text: self.console.print(shown(text)), lambda text: bar.update(task, phase=shown(text)))
@@ -241,7 +242,9 @@ class Joining:
 
             try:
                 with Watch(participant.line, self.name, waiting):
-                    return participant.run(on_round, on_wait, stop)
+                    # What is refused leaves no config behind: it may be what has to be mended.
+                    agreed = lambda: self.workdir.write_config(self._shown(self.config))  # noqa: E731
+                    return participant.run(on_round, on_wait, stop, agreed)
             finally:
                 if log is not None:
                     log.close()
@@ -256,8 +259,8 @@ class Joining:
             "round": self.done,
             "train_loss": ended.loss,
             "seconds": now - self.mark,
-            "uplink_bytes": line.sent,
-            "downlink_bytes": line.received,
+            "uplink_bytes": self.before[0] + line.sent,
+            "downlink_bytes": self.before[1] + line.received,
         }
         self.mark = now
         verdict = None if ended.sums is None else self.job.judge_own(ended.sums)

@@ -165,6 +165,11 @@ def _revoke(args: argparse.Namespace) -> None:
     if len(left) == len(roster.entries):
         known = ", ".join(e.name for e in roster.entries) or "nobody"
         raise UserError(f"{args.name!r} is not in the roster of {args.folder}; there: {known}.")
+    if next(e for e in roster.entries if e.name == args.name).role == SERVER:
+        raise UserError(
+            f"{args.name!r} is a server: clients take any server that ca.crt has signed, so its certificate ends with its "
+            "date; if its key is in other hands, make a new authority."
+        )
     extra["revoked"].append(args.name)
     _write_roster(args.folder, Roster(left), extra)
     shutil.rmtree(args.folder / "issued" / args.name, ignore_errors=True)

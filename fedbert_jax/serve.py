@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -24,10 +23,10 @@ from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import StoppedError, UserError
 from fedbert_jax.federated import optim
 from fedbert_jax.jobs import open_job
-from fedbert_jax.jobs.job import Job, settled
+from fedbert_jax.jobs.engine import engine_of, restored
+from fedbert_jax.jobs.job import settled
 from fedbert_jax.runtime.agreement import hello_of
 from fedbert_jax.runtime.credentials import SERVER, load_credentials, load_roster
-from fedbert_jax.runtime.engine import Engine, ServerState
 from fedbert_jax.runtime.gathering import Gathering, Listening
 from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.news import line_of
@@ -73,25 +72,6 @@ def serve(
     workdir, lock = open_workdir(root)
     with lock:
         return Serving(config, workdir, console).run(listen, interrupts or Interrupts())
-
-
-def engine_of(job: Job, names: Sequence[str], cohort: int) -> Engine:
-    """Returns a job's arithmetic at the server; `cohort` clients of these take part in a round."""
-    setting = job.setting(len(names), cohort)
-    return Engine(setting, names, job.batch(), job.config.wire.microbatches, job.lengths, job.sums)
-
-
-def restored(engine: Engine, checkpoints: Checkpoints, round: int, config: Config) -> ServerState:
-    """Returns what a server saved after a round.
-
-    Raises:
-      UserError: if the checkpoint is damaged or of another config.
-    """
-    shape = tuple(engine.state_shape())  # as it was saved: orbax tells a tuple with names from one without
-    here = jax.sharding.NamedSharding(make_mesh(config_lib.MeshConfig(data=1)), jax.sharding.PartitionSpec())
-    state, meta = checkpoints.restore(round, shape, jax.tree.map(lambda _: here, shape))
-    resume.check_stamp(f"the checkpoint of round {round}", meta.get("config"), config, config_lib.HARMLESS)
-    return ServerState(*state)
 
 
 class Serving:
@@ -154,15 +134,22 @@ class Serving:
     # --- before the first round ---
 
     def _names(self) -> tuple[str, ...]:
-        """Returns the clients' names, if they are known: from the roster, or from the workdir."""
-        if self.roster_of is not None:
-            names = self.roster_of().clients
-            if not names:
-                raise UserError(
-                    f"config key network.credentials={self.given.network.credentials!r}: its roster has no client."
-                )
+        """Returns the clients' names, if they are known: from the workdir once training has begun, or from the roster."""
+        kept = tuple(self.facts.get("roster", ()))
+        if self.roster_of is None:
+            return kept
+        names = self.roster_of().clients
+        if not names:
+            raise UserError(f"config key network.credentials={self.given.network.credentials!r}: its roster has no client.")
+        if not any(self.workdir.checkpoints.glob("[0-9]*")):
+            self.console.print(f"clients, by the roster: {shown(', '.join(names))}")
             return names
-        return tuple(self.facts.get("roster", ()))
+        # A client's place decides its draws, so who is out of the roster keeps it, and nobody gets a new one.
+        if late := [name for name in names if name not in kept]:
+            self.console.print(
+                f"approved since training began, so not in this one: {shown(', '.join(late))}", style="yellow"
+            )
+        return kept
 
     def _gather(self, gathering: Gathering, interrupts: Interrupts) -> tuple[str, ...] | None:
         """Waits until the clients are known; None if a signal came first."""
@@ -199,7 +186,7 @@ class Serving:
         # Time makes every start of the server another epoch, whatever became of the one before.
         self.session = Session(self.names, f.rounds, rules, cohort_of, script, epoch=int(time.time()), round=done)
         for name in self.facts.get("left", ()):
-            self.session.leave(name, 0.0)
+            self.session.leave(name, time.monotonic())
         self.session.events.clear()
         if done >= f.rounds:
             self.session.drain()
@@ -230,7 +217,12 @@ class Serving:
         if rounds:
             done = rounds[-1]
             self.engine.state = restored(self.engine, self.checkpoints, done, self.config)
-            self.console.print(f"resuming after round {done} of {self.config.federated.rounds}")
+            over = done >= self.config.federated.rounds
+            self.console.print(
+                f"training is over since round {done}: clients may fetch what is theirs, for {FAREWELL:.0f} s at most"
+                if over
+                else f"resuming after round {done} of {self.config.federated.rounds}"
+            )
             truncate(self.workdir.metrics, done)
         else:
             self.workdir.metrics.unlink(missing_ok=True)
@@ -301,7 +293,7 @@ class Serving:
             if event["event"] == "left":
                 self.facts |= {"left": sorted(session.gone())}
                 self.workdir.write_facts(self.facts)
-        lines = (line_of(event, len(session.here()), len(session.roster)) for event in events)
+        lines = (line_of(event, len(session.roster)) for event in events)
         return [line for line in lines if line]
 
     def _on_round(self, round: int, members: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""python -m fedbert_jax.status HOST:PORT [--credentials FOLDER --name NAME]: where a federation stands."""
+"""python -m fedbert_jax.status HOST:PORT [--credentials FOLDER]: where a federation stands."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m fedbert_jax.status", description=__doc__)
     parser.add_argument("address", metavar="HOST:PORT")
-    parser.add_argument("--credentials", type=Path, metavar="FOLDER", help="a client's folder, off this machine")
-    parser.add_argument("--name", default="status", help="the client's name, whose certificate it is")
+    parser.add_argument("--credentials", type=Path, metavar="FOLDER", help="a client's, for a server that has credentials")
+    parser.add_argument("--name", help="the client whose certificate it is (default: the only one in FOLDER)")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     args = parser.parse_args(arguments)
     host, _, port = args.address.rpartition(":")
@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fedbert_jax.runtime.credentials import CLIENT, load_credentials
     from fedbert_jax.runtime.grpc import Client
 
-    credentials = load_credentials(args.credentials, args.name, CLIENT) if args.credentials else None
-    client = Client(host.strip("[]"), int(port), args.name, credentials, 1 << 20)
+    name = args.name or (name_in(args.credentials) if args.credentials else "status")
+    credentials = load_credentials(args.credentials, name, CLIENT) if args.credentials else None
+    client = Client(host.strip("[]"), int(port), name, credentials, 1 << 20)
     try:
         found, _ = frames.decode(client.call("status", frames.encode({}), timeout=5.0), 1 << 20)
     except Abort as error:
@@ -55,6 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found.get("within") is not None and (found.get("late") or found.get("missing")):
         console.print(f"it goes on without them in {found['within']:.0f} s")
     return 0
+
+
+def name_in(folder: Path) -> str:
+    """Returns whose certificate lies in a folder of credentials.
+
+    Raises:
+      UserError: if there is none, or there are several.
+    """
+    names = sorted(path.stem for path in folder.glob("*.crt") if path.name != "ca.crt")
+    if len(names) != 1:
+        raise UserError(f"--credentials {folder}: {len(names)} certificates of clients are there; give one with --name.")
+    return names[0]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,10 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = {"data.source": f"text:{root / 'text' / name}"}
         with (root / f"{name}.log").open("w") as log:
             processes.append(subprocess.Popen(command("join", root / name, shared | port | text), stdout=log, stderr=log))
+    server = subprocess.Popen(serve)
     try:
-        code = subprocess.run(serve, check=False).returncode
-        codes = [process.wait(120) for process in processes]
-    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        while server.poll() is None:
+            if any(process.poll() for process in processes):  # refused, say: nobody need wait for it
+                server.terminate()
+            time.sleep(0.5)
+        if code := server.wait():
+            for process in processes:  # which would wait for it
+                process.terminate()
+        codes = [process.wait() for process in processes]
+    except KeyboardInterrupt:
+        server.terminate()
         for process in processes:
             process.terminate()
         print("stopped; the same command goes on from there", file=sys.stderr)

@@ -132,8 +132,8 @@ class Place:
         config = self.config(task="serve", federated__num_clients=len(NAMES))
         return Party(lambda interrupts, console: serve(config, self.root / where / "server", console, listen, interrupts))
 
-    def join(self, where: str, name: str, transport: Any) -> Party:
-        config = self.config(task="join", data__source=f"text:{self.root / 'text' / name}")
+    def join(self, where: str, name: str, transport: Any, **changes: Any) -> Party:
+        config = self.config(task="join", data__source=f"text:{self.root / 'text' / name}", **changes)
         return Party(lambda interrupts, console: join(config, self.root / where / name, console, transport, interrupts))
 
     def model(self, where: str, name: str) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +12,9 @@ from parties import NAMES, Hall, Place, all_end_well
 
 from fedbert_jax import export as export_command
 from fedbert_jax import serve as serve_lib
+from fedbert_jax.console.output import make_console
 from fedbert_jax.errors import UserError
+from fedbert_jax.report.runs import load_run
 from fedbert_jax.workdir.checkpoint import Checkpoints
 
 
@@ -80,3 +85,43 @@ def test_a_servers_checkpoint_is_exported_as_the_model_that_clients_have(place, 
     assert "round 4 is in" in capsys.readouterr().out
     with pytest.raises(UserError, match="is a client's in a federation, which writes the trained model itself"):
         export(NAMES[0], "none")
+
+
+def test_a_client_that_was_refused_mends_its_config_in_the_same_workdir(place):
+    hall = Hall()
+    server = place.serve("mended", hall.listen)
+    second = place.join("mended", NAMES[1], hall.connect(NAMES[1]))
+    wrong = place.join("mended", NAMES[0], hall.connect(NAMES[0]), federated__local_steps=3)
+    refused = wrong.wait()
+    assert isinstance(refused, UserError) and "the configs differ: federated.local_steps=3" in str(refused)
+    assert not (place.root / "mended" / NAMES[0] / "config.json").exists()
+    right = place.join("mended", NAMES[0], hall.connect(NAMES[0]))
+    all_end_well(server, right, second)
+    assert place.model("mended", NAMES[0]) == place.model("whole", NAMES[0])
+
+
+def test_a_client_goes_on_counting_its_bytes(place):
+    """ "left" was stopped and gone on with: as many bytes as without a break, but for what joining takes."""
+    last = lambda where: json.loads((place.root / where / NAMES[0] / "metrics.jsonl").read_text().splitlines()[-1])  # noqa: E731
+    for key in ("uplink_bytes", "downlink_bytes"):
+        assert last("left")[key] >= 0.99 * last("whole")[key]
+
+
+def test_a_federations_roster_is_that_of_its_beginning(tmp_path):
+    """Who is revoked keeps its place, which decides the others' draws; who is approved later gets none."""
+    said, folder = io.StringIO(), tmp_path / "checkpoints"
+    roster = SimpleNamespace(clients=("north", "west"))
+    own: Any = SimpleNamespace(
+        facts={"roster": ["north", "south"]}, roster_of=lambda: roster, console=make_console(file=said),
+        workdir=SimpleNamespace(checkpoints=folder),
+    )  # fmt: skip
+    assert serve_lib.Serving._names(own) == ("north", "west") and "clients, by the roster: north, west" in said.getvalue()
+    (folder / "4").mkdir(parents=True)
+    assert serve_lib.Serving._names(own) == ("north", "south")
+    assert "approved since training began, so not in this one: west" in said.getvalue()
+
+
+def test_the_runs_numbers_are_looked_for_at_the_server(place):
+    with pytest.raises(UserError, match="is a client's in a federation: the run's numbers are in its server's workdir"):
+        load_run(place.root / "whole" / NAMES[0])
+    assert load_run(place.root / "whole" / "server").final("eval_loss_by_text") is not None

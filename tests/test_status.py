@@ -124,8 +124,11 @@ def test_with_certificates_only_a_client_is_told(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("enrolling, round 0 of 3\n")
     with pytest.raises(UserError, match="doesn't answer"):
         status.main([at])
-    with pytest.raises(UserError, match=r"status\.crt and status\.key"):
-        status.main([at, "--credentials", str(folders / "adams")])
+    assert status.main([at, "--credentials", str(folders / "adams")]) == 0  # whose the only certificate there is
+    with pytest.raises(UserError, match=r"monroe\.crt"):
+        status.main([at, "--credentials", str(folders / "adams"), "--name", "monroe"])
+    with pytest.raises(UserError, match="0 certificates of clients are there; give one with --name"):
+        status.main([at, "--credentials", str(tmp_path / "none")])
     server.stop(0)
 
 

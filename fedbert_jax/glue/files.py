@@ -101,7 +101,7 @@ def lacking(task: Task, directory: Path, splits: Sequence[str]) -> str:
     if files["train"].name in missing:
         why = ", so there is nothing to train on"
     elif not {files[split].name for split in dev_splits(task, directory)}.isdisjoint(missing):
-        why = ", so there is nothing to judge by"
+        why = ", so there is nothing to judge by (finetune.holdout=0.1 keeps back a part of the training examples)"
     return f"{task.name}: {folder} {there} {' and no '.join(missing)}{why}."
 
 

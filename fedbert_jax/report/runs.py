@@ -101,6 +101,10 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
     config = flatten(to_dict(Config())) | flatten(_read_object(workdir / "config.json"))
     if config["task"] == "finetune":
         raise UserError(f"{workdir} is a run of fine-tuning: its numbers are in results.json, its model is hf/.")
+    if config["task"] == "join":
+        raise UserError(f"{workdir} is a client's in a federation: the run's numbers are in its server's workdir.")
+    if config["task"] == "serve" and str(config["data.source"]).startswith("glue:"):
+        raise UserError(f"{workdir} is a federation's that trains a classifier: its scores are in metrics.jsonl.")
     path = workdir / "metrics.jsonl"
     metrics = read_metrics(path) if path.is_file() else []
     if not metrics:

@@ -1,7 +1,7 @@
 """Who is who in a federation: certificates, the signed roster, and the secret that clients share and the server lacks.
 
 A folder of credentials holds `ca.crt`, the party's own `NAME.crt` and `NAME.key`, `roster.json` with its signature, and at a
-client `group.key`, the clients' secret, sealed for its key. `python -m fedbert_jax.provision` makes them.
+client `group.sealed`, the clients' secret, sealed for its key. `python -m fedbert_jax.provision` makes them.
 """
 
 from __future__ import annotations

@@ -179,7 +179,8 @@ class Engine:
         assert self.work is not None
         body = self.work.body
         if self.programs.copies:
-            shares = self.slots.at({c: self._share[c] for c in self._there})
+            # Another thread may begin the round again meanwhile; then whoever asks is refused with its next message.
+            shares = self.slots.at({c: self._share.get(c, 0.0) for c in self._there})
             body = self.programs.average_states(body, shares)
         positions, lengths = tensors["positions"].astype(np.int32), tensors.get("lengths")
         return {"z": np.asarray(self.programs.transform(body, tensors["h"], positions, lengths), np.float32)}
@@ -314,7 +315,7 @@ class Engine:
 
     @property
     def _there(self) -> list[str]:
-        return [c for c in self.slots.members if self._losses[c]]
+        return [c for c in self.slots.members if self._losses.get(c)]
 
     def _weights_of(self, there: Mapping[str, Any]) -> np.ndarray:
         """Returns the shares of who is there, summing to 1, at their slots."""

@@ -11,6 +11,7 @@ from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.calls import HEADER, POLL, Abort
 
 TELL = 2.0  # seconds after which a client that waits is told for whom
+LOST = 5.0  # seconds after which a client that calls no more is one that has gone
 
 
 class Listening(Protocol):
@@ -39,7 +40,8 @@ class Gathering:
     """
 
     def __init__(self, names: tuple[str, ...], wanted: int, run: str = ""):
-        self.run, self.wanted, self._names, self._come = run, wanted, names, set[str]()
+        self.run, self.wanted, self._names = run, wanted, names
+        self._heard: dict[str, float | None] = {}  # when a client's last call ended; None while one waits
         self._changed = threading.Condition()
         self._stop = False
 
@@ -47,13 +49,18 @@ class Gathering:
     def waiting(self) -> tuple[str, ...]:
         """Who has come."""
         with self._changed:
-            return tuple(sorted(self._come))
+            return tuple(sorted(self._come()))
+
+    def _come(self) -> set[str]:
+        """Returns who is there: whoever has given up, or was killed, calls no more, and takes nobody's place."""
+        now = time.monotonic()
+        return {client for client, heard in self._heard.items() if heard is None or now - heard < LOST}
 
     def names(self) -> tuple[str, ...] | None:
         """Returns the roster, once it is whole: in the order of names, as the simulation has natural clients."""
         with self._changed:
-            if not self._names and len(self._come) >= self.wanted > 0:
-                self._names = tuple(sorted(self._come))
+            if not self._names and len(self._come()) >= self.wanted > 0:
+                self._names = tuple(sorted(self._come()))
                 self._changed.notify_all()
             return self._names or None
 
@@ -76,18 +83,19 @@ class Gathering:
         with self._changed:
             if self._names and client not in self._names:
                 raise Abort("PERMISSION_DENIED", f"{client!r} is not in the roster")
-            if not self._names and client not in self._come and len(self._come) >= self.wanted:
+            if not self._names and client not in self._come() and len(self._come()) >= self.wanted:
                 raise Abort("PERMISSION_DENIED", f"{client!r} comes too late: {self.wanted} clients are there already")
-            self._come.add(client)
+            self._heard[client] = None
             end = time.monotonic() + TELL
             while not self._names and alive() and not self._stop and time.monotonic() < end:
                 self._changed.wait(POLL)
+            self._heard[client] = time.monotonic()
             if not self._names and not alive():
-                self._come.discard(client)  # whoever was killed, or gave up, takes nobody's place
+                self._heard.pop(client, None)
             if self._stop and not self._names:
                 raise Abort("UNAVAILABLE", "the server is stopping")
             if not self._names:
-                return frames.encode({"roster": [], "run": self.run, "here": sorted(self._come), "wanted": self.wanted})
+                return frames.encode({"roster": [], "run": self.run, "here": sorted(self._come()), "wanted": self.wanted})
             return frames.encode({"roster": list(self._names), "run": self.run})
 
     def stop(self) -> None:

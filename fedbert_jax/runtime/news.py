@@ -8,19 +8,18 @@ from typing import Any
 from fedbert_jax.console.output import shown
 
 
-def line_of(event: Mapping[str, Any], here: int, roster: int) -> str:
+def line_of(event: Mapping[str, Any], roster: int) -> str:
     """Returns what the server's console says of an event of its session; "" for what isn't worth a line.
 
     Args:
       event: of `Session.events`.
-      here: how many clients are there now.
       roster: how many there are in all.
     """
     client, round = shown(str(event.get("client", ""))), event.get("round", 0) + 1
     several = lambda names: shown(", ".join(names))  # noqa: E731
     match event["event"]:
         case "joined":
-            return f"{client} is there ({here} of {roster})"
+            return f"{client} is there ({event['here']} of {roster})"
         case "left":
             return f"{client} has left for good"
         case "dropped":

@@ -27,7 +27,7 @@ from fedbert_jax.runtime.service import Service
 CHANNEL = "fedbert"
 REFUSED, WHY, PATIENCE = "fedbert.refused", "fedbert.why", "fedbert.patience"  # headers, beside NVFlare's
 BYTES = (bytes, bytearray, memoryview)  # what NVFlare hands over of a stream
-THREADS = 64
+THREADS = 32  # beside those of the clients' calls
 LOOK = 0.2  # seconds between two looks at whether the job is to end
 BEAT = 10.0  # seconds between two signs of life of a client
 LONGEST = 3600.0  # seconds that a call may wait, whatever its caller says
@@ -66,7 +66,7 @@ class Server:
         self.service, self.where = service, f"NVFlare's {cell.get_fqcn()}"
         self._cell, self._clients, self._ended, self._clock = cell, dict(clients), ended, clock
         self._heard = dict.fromkeys(self._clients.values(), clock())
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="fedbert-nvflare")
+        self._pool = ThreadPoolExecutor(THREADS + 8 * len(clients), thread_name_prefix="fedbert-nvflare")
         self._over = threading.Event()
         # The look at a message's first bytes comes before NVFlare takes memory for the rest.
         cell.core_cell.add_incoming_request_filter(STREAM_CHANNEL, STREAM_DATA_TOPIC, self._look)

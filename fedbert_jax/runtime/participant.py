@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -67,6 +68,7 @@ class Line:
         self._pool = ThreadPoolExecutor(parts, thread_name_prefix="fedbert-line") if parts > 1 else None
         self.id = Id(0, 0, 0)  # of the evaluation under way
         self.sent = self.received = 0  # bytes of frames
+        self._counting = threading.Lock()  # several messages may be under way at once
         self._asking: float | None = None  # since when an answer has been waited for
 
     def ask(self, method: str, meta: dict[str, Any], tensors: Tensors | None = None) -> tuple[dict[str, Any], Tensors]:
@@ -98,7 +100,8 @@ class Line:
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             self._reached(since)
-            self.sent, self.received = self.sent + len(data), self.received + len(answer)
+            with self._counting:
+                self.sent, self.received = self.sent + len(data), self.received + len(answer)
             return found
 
     def _reached(self, since: float | None) -> None:
@@ -214,6 +217,7 @@ class Participant:
         on_round: Callable[[int, Ended], None] = lambda round, ended: None,
         on_wait: Callable[[dict[str, Any]], None] = lambda turn: None,
         stop: Callable[[], bool] = lambda: False,
+        on_join: Callable[[], None] = lambda: None,
     ) -> bool:
         """Takes part until training is over.
 
@@ -221,6 +225,7 @@ class Participant:
           on_round: called at the end of each round.
           on_wait: called with the turn that says for whom the federation waits.
           stop: whether to take no other turn.
+          on_join: called when the server has taken it.
 
         Returns:
           Whether training is over; False if `stop` said so.
@@ -231,6 +236,7 @@ class Participant:
                 if not joined:
                     self.join()
                     joined = True
+                    on_join()
                 turn, _ = self.line.ask("turn", {"incarnation": self.incarnation, "patience": self.wait})
                 if turn["state"] == DONE:
                     self.over_at = turn["round"]

@@ -91,7 +91,7 @@ class Service:
             self.received += len(data)
         try:
             answer = handler(client, meta, tensors, data, alive)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Abort("INVALID_ARGUMENT", f"{method}: the meta data is not as expected ({type(error).__name__})") from None
         with self._changed:
             self.sent += len(answer)
@@ -185,7 +185,7 @@ class Service:
             while self._in_turn and self.session.at < id.at and (id.epoch, id.round) == self._place() and alive():
                 self._wait()
             if (id.epoch, id.round) != self._place():
-                raise Abort("ABORTED", f"round {id.round} (epoch {id.epoch}) is over, or was begun again")
+                raise Abort("ABORTED", f"round {id.round + 1} (epoch {id.epoch}) is over, or was begun again")
             while self._epoch != id.epoch and alive() and (id.epoch, id.round) == self._place():
                 self._wait()  # the work hasn't begun it yet
             found = self.work.segment()
@@ -196,7 +196,7 @@ class Service:
         with self._changed:
             barrier = self.session.expected(client, id)
         if barrier is not None and (why := frames.check(tensors, self.work.schema(barrier))):
-            raise Abort("INVALID_ARGUMENT", f"{barrier.phase}, step {barrier.step} of round {id.round}: {why}")
+            raise Abort("INVALID_ARGUMENT", f"{barrier.phase}, step {barrier.step} of round {id.round + 1}: {why}")
         digest = frames.digest(data)
         with self._changed:
             refused = self.session.message(client, id, tensors, digest, self.clock())
@@ -217,11 +217,11 @@ class Service:
     def _on_transform(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         id = Id(*map(int, meta["id"]))
         if why := frames.check(tensors, self._transform):
-            raise Abort("INVALID_ARGUMENT", f"evaluation after round {id.round}: {why}")
+            raise Abort("INVALID_ARGUMENT", f"evaluation after round {id.round + 1}: {why}")
         with self._changed:
             barrier = self.session.expected(client, id)
             if barrier is None or barrier.phase != "scores":
-                raise Abort("ABORTED", f"round {id.round} (epoch {id.epoch}) is not being evaluated")
+                raise Abort("ABORTED", f"round {id.round + 1} (epoch {id.epoch}) is not being evaluated")
         return frames.encode({}, self.work.transform(tensors))
 
     def _on_body(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:

@@ -85,7 +85,7 @@ class Session:
         if known is not None:
             self._replaced.add(known.incarnation)
         self._clients[client] = _Client(incarnation, blocks, now)
-        self._note("joined", client=client)
+        self._note("joined", client=client, here=len(self._clients))
         if known is not None and self.state == ROUND and client in self.members:
             self._restart(now, f"{client} came back")
         elif self.state == ENROLLING:
@@ -152,8 +152,7 @@ class Session:
         if self.state == ENROLLING:
             self._begin(now)
         elif self.state == ROUND and not self._busy and self._since is not None:
-            late = self.late()
-            if not late or now - self._since < self.rules.deadline:
+            if not (late := self.late()) or now - self._since < self.rules.deadline:
                 return
             if len(self.members) - len(late) < self._needed(self.round):
                 # Fewer than the quorum would stay: those who are late are waited for, and the round is not spoiled.
@@ -229,9 +228,9 @@ class Session:
 
     def within(self, now: float) -> float | None:
         """Returns in how many seconds it goes on without those who are missing or late; None: it doesn't."""
-        begins = self.state == ENROLLING
         if self._since is None or self.state == DONE:
             return None
+        begins = self.state == ENROLLING
         stay = len(self.cohort_of(self.round)) - len(self.missing()) if begins else len(self.members) - len(self.late())
         if stay < self._needed(self.round):
             return None
@@ -262,13 +261,12 @@ class Session:
             self.round += 1
         if self._since is None:
             self._since = now
-        drawn = tuple(self.cohort_of(self.round))
-        there = tuple(c for c in drawn if c in self._clients)
+        there = tuple(c for c in self.cohort_of(self.round) if c in self._clients)
         if len(there) < self._needed(self.round) or (self.missing() and now - self._since < self.rules.join_grace):
             return
         self.members, self.state = there, ROUND
         self._start(now)
-        self._note("begins", round=self.round, members=there, absent=tuple(c for c in drawn if c not in there))
+        self._note("begins", round=self.round, members=there, absent=self.missing())
 
     def _left(self, round: int) -> tuple[str, ...]:
         """Returns who of a round's cohort has not left for good."""
@@ -312,6 +310,8 @@ class Session:
             self._restart(now, f"the turn of {broken[0]} broke off")
         elif not self._busy:
             self._skip()
+            if self.at >= len(self._barriers):  # its turn was the last: nobody is left whose message would end the round
+                self._restart(now, f"{clients[0]} had the last turn")
 
     def _skip(self) -> None:
         """Passes over barriers at which nobody is left to send anything."""
@@ -322,7 +322,7 @@ class Session:
         if id.epoch != self.epoch or id.round != self.round or self.state != ROUND:
             return Refused("ABORTED", f"{_name(id)} is over, or was begun again; ask for the next turn")
         if client not in self.members:
-            return Refused("ABORTED", f"{client} was left out of round {self.round}, and comes back with the next one")
+            return Refused("ABORTED", f"{client} was left out of round {self.round + 1}, and comes back with the next one")
         here = self.at <= id.at < min(self.at + self.rules.window, len(self._barriers))
         if not here or client not in self._barriers[id.at].who:
             return Refused("FAILED_PRECONDITION", f"expected {self._where()}, got {_name(id)}")
@@ -347,4 +347,4 @@ class Session:
 
 
 def _name(id: Id) -> str:
-    return f"message {id.at} of round {id.round} (epoch {id.epoch})"
+    return f"message {id.at} of round {id.round + 1} (epoch {id.epoch})"

@@ -300,7 +300,7 @@ def test_a_client_that_sends_nonsense_is_refused_and_changes_nothing(connect, qu
             return super().run_round(held, id, members, me, weight, evaluates, wire)
 
     assert toy.run(service, transports, {"adams": Odd("adams")}) == dict.fromkeys(NAMES)
-    assert said[0].code == "INVALID_ARGUMENT" and words in said[0].text and "forward, step 0 of round 1" in said[0].text
+    assert said[0].code == "INVALID_ARGUMENT" and words in said[0].text and "forward, step 0 of round 2" in said[0].text
     assert same(work, quiet)
 
 

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from fedbert_jax.runtime import frames
+from fedbert_jax.runtime import gathering as gathering_lib
 from fedbert_jax.runtime import gathering as module
 from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.runtime.gathering import Gathering
@@ -83,3 +84,16 @@ def test_one_more_than_wanted_comes_too_late():
     waiting(gathering, "north", here)
     with pytest.raises(Abort, match="'south' comes too late: 1 clients are there already"):
         enrol(gathering, "south")
+
+
+def test_who_waited_and_calls_no_more_takes_nobodys_place(monkeypatch):
+    """A client that is ended between two calls says nothing: its call has been answered."""
+    monkeypatch.setattr(gathering_lib, "TELL", 0.0)
+    monkeypatch.setattr(gathering_lib, "LOST", 0.0)
+    gathering = Gathering((), 2)
+    assert enrol(gathering, "nort")["roster"] == []
+    assert gathering.waiting == () and gathering.names() is None
+    monkeypatch.setattr(gathering_lib, "LOST", 60.0)
+    assert gathering.waiting == ("nort",)
+    enrol(gathering, "south")
+    assert gathering.names() == ("nort", "south")

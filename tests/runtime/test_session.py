@@ -385,6 +385,14 @@ def test_one_leaves_for_good():
     assert code(session.join("washington", "washington-2", 12, 0.0)) == "PERMISSION_DENIED"
 
 
+def test_who_has_left_for_good_is_not_said_to_be_absent_from_every_round():
+    session = make(quorum=1)
+    session.join("adams", "adams-1", 1, 0.0)
+    session.leave("washington", 0.0)
+    session.tick(1000.0)
+    assert [e["absent"] for e in session.events if e["event"] == "begins"] == [("jefferson",)]
+
+
 def test_leaving_below_the_quorum_ends_training():
     session = enrolled(quorum=3)
     barrier(session)
@@ -457,6 +465,24 @@ def test_in_turn_a_turn_that_breaks_off_has_never_been(why):
     for _ in range(2 * 2 * STEPS):
         barrier(session)
     assert session.state == DONE
+
+
+@pytest.mark.parametrize("why", ["late", "left"])
+def test_in_turn_without_the_last_one_the_round_ends_all_the_same(why):
+    """No message would end it any more, so it begins again with those who are left."""
+    session = enrolled(rounds=1, script=in_turn)
+    for _ in range(2 * 2 * STEPS):
+        barrier(session)
+    assert session._barriers[session.at].who == ("washington",)
+    epoch = session.epoch
+    if why == "late":
+        session.tick(100.0)
+    else:
+        session.leave("washington", 0.0)
+    assert session.members == ("adams", "jefferson") and session.at == 0 and session.epoch == epoch + 1
+    for _ in range(2 * 2 * STEPS):
+        barrier(session)
+    assert session.state == DONE and session.events[-1] == {"event": "round", "round": 0, "members": ("adams", "jefferson")}
 
 
 def test_in_turn_who_leaves_after_its_turn_has_had_it():
