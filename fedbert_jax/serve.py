@@ -321,8 +321,7 @@ class Serving:
         speed, received = seen / record["seconds"], self.service.received / 1e6
         self._numbers = f"loss {numbers['train_loss']:.3f}  {speed:,.0f} {unit}/s  received {received:,.0f} MB"
         if verdict is not None:
-            scored = f"({record['eval_clients_scored']} of {len(self.names)} clients)"
-            self.console.print(f"round {done}  train loss {numbers['train_loss']:.3f}  {verdict.text}  {scored}")
+            self.console.print(f"round {done}  train loss {numbers['train_loss']:.3f}  {verdict.text}")
         self.done = done
         if done % self.config.checkpoint.every_rounds == 0 or done == f.rounds or self.session.draining:
             self._save()

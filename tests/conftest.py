@@ -29,7 +29,7 @@ from fedbert_jax.models.bert import Segments, make_segments
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-MEMORY = 4 << 30  # bytes that a process of the tests may grow to
+MEMORY = 8 << 30  # bytes that a process of the tests may grow to
 
 
 @pytest.fixture(scope="session")

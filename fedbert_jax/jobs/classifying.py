@@ -146,8 +146,9 @@ class Classifying:
         if not found:
             return None
         each = {client: scores for client, one in sums.items() if (scores := self._scores([one]))}
-        verdict = self._verdict(found)
-        return verdict._replace(fields=verdict.fields | {"eval_clients_scored": len(each), "eval_clients": each})
+        fields, text = self._verdict(found)
+        text += f"  (all held-out examples of {len(each)} of {len(sizes)} clients)"
+        return Verdict(fields | {"eval_clients_scored": len(each), "eval_clients": each}, text)
 
     def judge_own(self, sums: np.ndarray) -> Verdict | None:
         """Returns the metrics of this client's held-out examples."""

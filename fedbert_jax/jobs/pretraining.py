@@ -114,7 +114,7 @@ class Pretraining:
         fields = found.fields("eval_loss", "eval_accuracy", weighting)
         each = {names[c]: score._asdict() for c, score in found.clients.items()}
         score = found.headline(weighting)
-        text = f"held-out loss {score.loss:.3f}  accuracy {score.accuracy:.1%}"
+        text = f"held-out loss {score.loss:.3f}  accuracy {score.accuracy:.1%}  ({found.scope(weighting, len(names))})"
         return Verdict(fields | {"eval_clients_scored": len(each), "eval_clients": each}, text)
 
     def judge_own(self, sums: np.ndarray) -> Verdict | None:

@@ -291,7 +291,8 @@ def test_mrpc_is_read_as_microsoft_publishes_it(folder: str, tmp_path: Path) -> 
         (
             "MNLI",
             ["train", "dev_matched"],
-            "MNLI: FOLDER holds train.tsv and dev_matched.tsv, but no dev_mismatched.tsv, so there is nothing to judge by.",
+            "MNLI: FOLDER holds train.tsv and dev_matched.tsv, but no dev_mismatched.tsv, so there is nothing to judge by "
+            "(finetune.holdout=0.1 keeps back a part of the training examples).",
         ),
         ("WNLI", [], "WNLI: FOLDER holds no train.tsv and no dev.tsv, so there is nothing to train on."),
         ("CoLA", ["train", "dev"], ""),
