@@ -123,7 +123,7 @@ class Serving:
             if interrupts.received:
                 self.console.print(f"stopped after round {self.done}; the same command goes on from there")
                 return interrupts.exit_code
-            left = len(names) - len(service.session.gone())
+            left = len(names) - len(service.session.gone)
             raise StoppedError(
                 f"stopped after round {self.done} of {rounds}: {left} of {len(names)} clients are left, and "
                 f"network.quorum={n.quorum or 1}."
@@ -184,10 +184,8 @@ class Serving:
         self.done = done = self._restore()
         script = lambda members, round: self.engine.script(members, round, self._evaluates(round))  # noqa: E731
         # Time makes every start of the server another epoch, whatever became of the one before.
-        self.session = Session(self.names, f.rounds, rules, cohort_of, script, epoch=int(time.time()), round=done)
-        for name in self.facts.get("left", ()):
-            self.session.leave(name, time.monotonic())
-        self.session.events.clear()
+        gone = set(self.facts.get("left", ()))
+        self.session = Session(self.names, f.rounds, rules, cohort_of, script, int(time.time()), done, gone)
         if done >= f.rounds:
             self.session.drain()
         self.mark = time.perf_counter()
@@ -281,7 +279,7 @@ class Serving:
             except UserError:  # somebody is replacing it and its signature, which are two files
                 return
             for name in self.names:
-                if name not in clients and name not in service.session.gone():
+                if name not in clients and name not in service.session.gone:
                     self.console.print(f"{shown(name)} is in the roster no more")
                     service.remove(name)
 
@@ -291,7 +289,7 @@ class Serving:
         for event in events:
             self.journal.note(**({"round": session.round} | event))
             if event["event"] == "left":
-                self.facts |= {"left": sorted(session.gone())}
+                self.facts |= {"left": sorted(session.gone)}
                 self.workdir.write_facts(self.facts)
         lines = (line_of(event, len(session.roster)) for event in events)
         return [line for line in lines if line]

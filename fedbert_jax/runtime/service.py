@@ -276,7 +276,7 @@ class Service:
         """Waits until all clients have got what is theirs and said goodbye, but not for ever: one may be on its way back."""
         end = self.clock() + seconds
         with self._changed:
-            while set(self.session.roster) - self.session.gone() - self._dismissed and self.clock() < end:
+            while set(self.session.roster) - self.session.gone - self._dismissed and self.clock() < end:
                 self._changed.wait(POLL)
 
     def _place(self) -> tuple[int, int]:

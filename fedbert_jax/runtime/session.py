@@ -38,7 +38,7 @@ class Session:
       rules: see `Rules`.
       cohort_of: (round) -> the clients drawn for it, in the order of their turns where they take turns.
       script: (members, round) -> the round's barriers.
-      epoch, round: where an earlier session stood.
+      epoch, round, gone: where an earlier session stood, and who had left for good; later, how this one stands.
     """
 
     roster: tuple[str, ...]
@@ -48,6 +48,7 @@ class Session:
     script: Callable[[tuple[str, ...], int], Sequence[Barrier]]
     epoch: int = 0
     round: int = 0
+    gone: set[str] = field(default_factory=set)
 
     state: str = field(default=ENROLLING, init=False)
     members: tuple[str, ...] = field(default=(), init=False)  # of the round
@@ -55,7 +56,6 @@ class Session:
     draining: bool = field(default=False, init=False)
     events: list[dict[str, Any]] = field(default_factory=list, init=False)  # for the log; whoever reads them clears them
     _clients: dict[str, _Client] = field(default_factory=dict, init=False)
-    _gone: set[str] = field(default_factory=set, init=False)  # who has left for good
     _replaced: set[str] = field(default_factory=set, init=False)  # incarnations whose place another has taken
     _barriers: tuple[Barrier, ...] = field(default=(), init=False)
     _inbox: dict[tuple[str, int], Any] = field(default_factory=dict, init=False)  # payloads that wait, by (client, barrier)
@@ -70,7 +70,7 @@ class Session:
         """A client's process says that it is there. After a crash it is another process: its round begins again."""
         if client not in self.roster:
             return Refused("PERMISSION_DENIED", f"{client!r} is not in the roster")
-        if client in self._gone:
+        if client in self.gone:
             return Refused("PERMISSION_DENIED", f"{client!r} has left this federation for good")
         if incarnation in self._replaced:
             return Refused("PERMISSION_DENIED", f"another process has joined as {client!r} since, and takes its place")
@@ -94,9 +94,9 @@ class Session:
 
     def leave(self, client: str, now: float) -> None:
         """A client leaves for good, or has no place here any more: no round waits for it from now on."""
-        if client in self._gone or client not in self.roster:
+        if client in self.gone or client not in self.roster:
             return
-        self._gone.add(client)
+        self.gone.add(client)
         self._clients.pop(client, None)
         self._note("left", client=client)
         if self.state == ROUND and client in self.members:
@@ -210,14 +210,10 @@ class Session:
         """Returns who has joined, in the roster's order."""
         return tuple(c for c in self.roster if c in self._clients)
 
-    def gone(self) -> frozenset[str]:
-        """Returns who has left for good."""
-        return frozenset(self._gone)
-
     def missing(self) -> tuple[str, ...]:
         """Returns who of the next round's cohort is not there."""
         drawn = self.cohort_of(self.round) if self.round < self.rounds else ()
-        return tuple(c for c in drawn if c not in self._clients and c not in self._gone)
+        return tuple(c for c in drawn if c not in self._clients and c not in self.gone)
 
     def late(self) -> tuple[str, ...]:
         """Returns who of the round has not sent what the barrier waits for."""
@@ -270,7 +266,7 @@ class Session:
 
     def _left(self, round: int) -> tuple[str, ...]:
         """Returns who of a round's cohort has not left for good."""
-        return tuple(c for c in self.cohort_of(round) if c not in self._gone)
+        return tuple(c for c in self.cohort_of(round) if c not in self.gone)
 
     def _needed(self, round: int) -> int:
         """Returns how many clients a round needs."""

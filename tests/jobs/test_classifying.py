@@ -27,6 +27,7 @@ from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.glue import finetune as ft
+from fedbert_jax.glue import tallies
 from fedbert_jax.glue.files import load
 from fedbert_jax.glue.simulation import Finetuning
 from fedbert_jax.glue.tasks import TASKS, Examples, Task
@@ -395,3 +396,10 @@ def test_a_client_without_a_dev_set_is_told_what_else_there_is(folder, tmp_path)
     job.config = settled(job.config, 3)
     shard = job.shard(0)
     assert shard.size == 15 and sum(int((beside >= 0).sum()) for _, beside in shard.exam.questions()) == 5
+    # What was kept back is no dev set, in its line and in its model's card.
+    verdict = job.judge_own(np.stack([tallies.tally(job.task, np.tile([0.0, 1.0], (5, 1)), np.ones(5))]))
+    assert verdict is not None and verdict.fields["scores"] == {"holdout": {"accuracy": 1.0}}
+    client, server = jax.jit(job.setting(3, 3).fresh)()
+    job.save(tmp_path / "hf", client, server, 2, verdict)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "accuracy on training examples that were kept back" in card and "on the dev set" not in card

@@ -418,3 +418,11 @@ def test_a_certificate_is_renewed_for_its_own_key_alone(tmp_path):
 def test_a_revoked_client_is_not_in_the_next_roster(others):
     provision.main(["revoke", str(others / "ca"), "washington"])
     assert load_roster(others / "ca").clients == NAMES[:2]
+
+
+def test_a_server_is_not_revoked_as_if_that_kept_it_out(others):
+    """Clients go by ca.crt alone, so the roster without it would change nothing."""
+    before = (others / "ca" / "roster.json").read_bytes()
+    with pytest.raises(UserError, match=r"'server' is a server: .* make a new authority\.$"):
+        provision.main(["revoke", str(others / "ca"), "server"])
+    assert (others / "ca" / "roster.json").read_bytes() == before

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import toy
 from toy import NAMES
 
+from fedbert_jax.runtime.calls import Abort
+from fedbert_jax.runtime.frames import encode
 from fedbert_jax.runtime.service import Service
 
 
@@ -34,3 +37,14 @@ def test_training_is_over_for_clients_once_the_last_round_is_saved():
 
     ends = toy.run(service, {name: Transport(name) for name in NAMES})
     assert ends == dict.fromkeys(NAMES) and told[0] is False and any(told)
+
+
+WHOLE = toy.HELLO._asdict() | {"incarnation": "1", "blocks": 7}
+
+
+@pytest.mark.parametrize("meta", [{}, WHOLE | {"config": 7}, WHOLE | {"config": None}])
+def test_meta_data_of_another_shape_is_refused_and_no_failure_of_the_servers(meta):
+    service, _ = toy.make()
+    with pytest.raises(Abort) as refused:
+        service.call("join", NAMES[0], encode(meta))
+    assert refused.value.code == "INVALID_ARGUMENT" and "the meta data is not as expected" in refused.value.text

@@ -393,6 +393,16 @@ def test_who_has_left_for_good_is_not_said_to_be_absent_from_every_round():
     assert [e["absent"] for e in session.events if e["event"] == "begins"] == [("jefferson",)]
 
 
+def test_who_had_left_before_the_server_came_back_shortens_nobodys_grace():
+    session = make(quorum=1)
+    session = Session(NAMES, 3, session.rules, session.cohort_of, session.script, gone={"washington"})
+    session.join("adams", "adams-1", 1, 1000.0)
+    session.tick(1004.9)
+    assert session.state == ENROLLING and session.missing() == ("jefferson",)
+    session.tick(1005.1)
+    assert session.state == ROUND and session.members == ("adams",)
+
+
 def test_leaving_below_the_quorum_ends_training():
     session = enrolled(quorum=3)
     barrier(session)
