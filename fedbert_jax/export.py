@@ -104,8 +104,9 @@ def export_served(config: Config, workdir: Workdir, checkpoints: Checkpoints, ro
     from fedbert_jax.jobs import open_job
     from fedbert_jax.jobs.engine import engine_of, restored
 
-    job, names = open_job(config), workdir.read_facts()["roster"]
-    state = restored(engine_of(job, names, len(names)), checkpoints, round, workdir.read_config())
+    job, clients = open_job(config), config.federated.num_clients or 0
+    engine = engine_of(job, [str(n) for n in range(clients)], clients)  # whoever they are: all have the same model
+    state = restored(engine, checkpoints, round, workdir.read_config())
     client, server = jax.device_get((state.segment, state.body))
     job.save(out, client, server, round)
 
