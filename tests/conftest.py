@@ -68,6 +68,9 @@ LONGEST = (
     "test_resume",
     "test_benchmarks",
     "runtime/test_simulation",
+    "test_network",
+    "jobs/test_classifying",
+    "runtime/test_federation",
 )
 assert all((Path(__file__).parent / f"{name}.py").is_file() for name in LONGEST)
 
