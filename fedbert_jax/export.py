@@ -6,7 +6,6 @@ Writes a trained model as a Hugging Face directory (config, safetensors, tokeniz
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -38,12 +37,11 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as Ctrl-C does
 
-    from fedbert_jax.config import MeshConfig, from_dict, to_dict
-    from fedbert_jax.experiment import build, export, restore
+    from fedbert_jax.config import from_dict, to_dict
+    from fedbert_jax.experiment import export, restore
+    from fedbert_jax.finished import elsewhere, find_checkpoint, reopen
     from fedbert_jax.models import huggingface
-    from fedbert_jax.workdir.checkpoint import Checkpoints
     from fedbert_jax.workdir.paths import Workdir
-    from fedbert_jax.workdir.resume import Made, check_unedited
 
     workdir = Workdir(args.workdir)
     config = workdir.read_config()
@@ -62,31 +60,13 @@ def main() -> None:
         huggingface.check_target(out)
     given = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
     config = from_dict(to_dict(config) | {"export": to_dict(config)["export"] | given})
-    # Parameters don't depend on devices, and this machine need not have the run's number and kind of them.
-    config = dataclasses.replace(
-        config,
-        mesh=MeshConfig(),
-        model=dataclasses.replace(config.model, attention="xla"),
-        data=dataclasses.replace(config.data, store="auto"),
-    )
-    if not workdir.checkpoints.is_dir():
-        raise UserError(f"--workdir {args.workdir} has no checkpoints yet.")
     cli.raise_on_interrupt()
-    checkpoints = Checkpoints(workdir.checkpoints)
-    rounds = checkpoints.rounds()
-    if not rounds:
-        raise UserError(f"--workdir {args.workdir} has no checkpoints yet.")
-    if args.round is not None and args.round not in rounds:
-        raise UserError(f"--round {args.round}: there is no such checkpoint; accepted: {', '.join(map(str, rounds))}.")
-    if config.task != "serve" and not (workdir.data / "meta.json").is_file():
-        raise UserError(f"--workdir {args.workdir} has no prepared text in {workdir.data}, where the tokenizer is.")
-    round = rounds[-1] if args.round is None else args.round
-    check_unedited(workdir.config, workdir.read_config(), Made(round, checkpoints.meta(round).get("config")))
     if config.task == "serve":
+        checkpoints, round = find_checkpoint(args.workdir, args.round)
         name = ""
-        export_served(config, workdir, checkpoints, round, out)
+        export_served(elsewhere(config), workdir, checkpoints, round, out)
     else:
-        run = build(config, workdir, begun=True)
+        run, checkpoints, round = reopen(args.workdir, args.round, {f"export.{key}": value for key, value in given.items()})
         state, meta = restore(run, checkpoints, round)
         name = export(run, state, out, meta, args.client)
     whose = f" of client {shown(name)}" if name else ", the model that all clients share," if args.client else ""

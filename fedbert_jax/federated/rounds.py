@@ -16,20 +16,20 @@ from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import add_up, add_up_with_feedback, outer_update, pool, weighted_average, weighted_sum
 from fedbert_jax.federated.holding import only
 from fedbert_jax.federated.joined import joined_loss
-from fedbert_jax.federated.metrics import RoundMetrics, not_finite, of_steps, of_turns
+from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, not_finite, of_steps, of_turns
 from fedbert_jax.federated.setting import Setting, over_slices
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.state import Cohort, Pair, Rows, State, Strategy, clients_first, num_steps, pick
 
 
-def make_strategy(s: Setting) -> Strategy:
-    """Returns the program of a setting's arrangement."""
+def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
+    """Returns the program of a setting's arrangement, with metrics that hold what `recorder` keeps."""
     how, cut, at_rest = s.how, s.cut(), ("own", "one")
     segment, mean = cut.channels.segment, cut.channels.mean
     coded = segment if how.averages_gradients else None  # the channel of gradients; copies go through `segment`
     # A client clips its own dL/dz and adds noise to it; that can't be done to the pooled one, which contains its weight.
     wire = s.config.wire
-    own_gradients = coded is not None or wire.gradient_clip is not None or wire.gradient_noise > 0
+    own_gradients = coded is not None or wire.gradient_clip is not None or wire.gradient_noise > 0 or recorder is not NOTHING
     held = hold.holding(how, s.config.federated.client_optimizer_state)
 
     def train_together(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
@@ -46,12 +46,13 @@ def make_strategy(s: Setting) -> Strategy:
                 axes = (0, 0 if own_opt else None, 0 if own_params else None, None)
                 params, opt_c, norm = jax.vmap(s.client_tx.update, axes)(out.client_grads, opt_c, params, first + k)
                 sums = (out.server_grads, weighted_sum(weights, out.loss), weighted_sum(weights, norm))
-                return (constrain_clients(params), constrain_clients(opt_c), not_finite(out.loss, norm)), sums
+                seen = recorder.step(batch, out)
+                return (constrain_clients(params), constrain_clients(opt_c), not_finite(out.loss, norm), seen), sums
 
             mine = (model.client if own_params else (), opt.client if own_opt else ())
-            (client, opt_c, failed), (grads, loss, norm) = over_slices(s, clients, (rows, *cohort[1:3], *mine))
+            (client, opt_c, failed, seen), (grads, loss, norm) = over_slices(s, clients, (rows, *cohort[1:3], *mine))
             server, opt_s, server_norm = s.server_tx.update(grads, opt.server, model.server, first + k)
-            return (Pair(client, server), Pair(opt_c, opt_s)), RoundMetrics(loss, norm, server_norm, failed)
+            return (Pair(client, server), Pair(opt_c, opt_s)), RoundMetrics(loss, norm, server_norm, failed, seen)
 
         # In the first step all clients hold the global segment, so it is not copied: the update makes the copies.
         own = (held.model.client == "own", held.opt.client == "own")
@@ -71,25 +72,26 @@ def make_strategy(s: Setting) -> Strategy:
                 batch, keys = s.draw(rows, cohort.round, k, ids)
                 if not how.cut:
                     loss = lambda m: joined_loss(s.segments, m.client, m.server, pick(batch, 0), keys)  # noqa: E731
-                    return unsent, jax.value_and_grad(loss)(model)
+                    return (unsent, ()), jax.value_and_grad(loss)(model)
                 if (len(cohort.weights) == 1 and coded is None) or not own_gradients:
                     # Only the sum is needed, so the clients are treated as one, and none has a gradient of its own.
                     if len(cohort.weights) > 1:
                         batch, weights = pool(batch, weights), jnp.ones(1)
                     out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
-                    return unsent, (out.loss[0], Pair(pick(out.client_grads, 0), out.server_grads))
+                    grads = Pair(pick(out.client_grads, 0), out.server_grads)
+                    return (unsent, recorder.step(batch, out)), (out.loss[0], grads)
                 out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
                 client, unsent = add_up_with_feedback(coded, out.client_grads, weights, unsent)
-                return unsent, (weighted_sum(weights, out.loss), Pair(client, out.server_grads))
+                return (unsent, recorder.step(batch, out)), (weighted_sum(weights, out.loss), Pair(client, out.server_grads))
 
             if len(cohort.weights) > 1:
                 rows = constrain(rows, "data")
-            unsent, (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
+            (unsent, seen), (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
             if coded is not None and mean is not None:
                 grads = grads._replace(client=mean.receive(mean.send(coded.total(grads.client), None)))
             model, opt, norms = s.update(model, opt, grads, first + k)
             failed = jnp.broadcast_to(not_finite(loss, norms.client), cohort.weights.shape)
-            return (model, opt, unsent), RoundMetrics(loss, *norms, failed)
+            return (model, opt, unsent), RoundMetrics(loss, *norms, failed, seen)
 
         steps = (jnp.arange(num_steps(cohort.rows)), cohort.rows)
         (model, opt, unsent), metrics = jax.lax.scan(step, (model, opt, unsent), steps)
@@ -99,11 +101,13 @@ def make_strategy(s: Setting) -> Strategy:
         """One client trains a model on its own rows [K, B, ...]: a cohort of one."""
         alone = Cohort(jax.tree.map(lambda x: x[:, None], rows), client[None], jnp.ones(1), round)
         model, opt, metrics, _ = train_one(model, opt, alone, first)
-        return model, opt, metrics._replace(failed=metrics.failed[:, 0])
+        own = jax.tree.map(lambda x: x[:, 0], (metrics.failed, metrics.seen))
+        return model, opt, metrics._replace(failed=own[0], seen=own[1], ended=recorder.end(model.client, opt.client))
 
     def together(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         model, opt, metrics = train_together(state.model, hold.begun(s, held, state), cohort, first)
         kept, sums = settle(state, model, opt, cohort.weights)
+        metrics = metrics._replace(ended=recorder.end(model.client, opt.client))
         return average(state, kept, sums), of_steps(metrics)
 
     def pooled(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
@@ -125,10 +129,11 @@ def make_strategy(s: Setting) -> Strategy:
             each = jax.vmap(train_alone, (0, 0, 0, 0, None, None))
             model, opt, metrics = each(model, opt, constrain(rows, "data"), ids, cohort.round, first)
             kept, sums = settle(state, model, opt, weights)
-            return (kept, metrics.failed), (sums, of_turns(metrics, weights))
+            metrics = of_turns(metrics, weights)
+            return (kept, metrics[3:]), (sums, metrics[:3])
 
-        (kept, failed), (sums, metrics) = over_slices(s, train, (clients_first(cohort.rows), *cohort[1:3]))
-        return average(state, kept, sums), metrics._replace(failed=jnp.sum(failed, axis=1))
+        (kept, own), (sums, means) = over_slices(s, train, (clients_first(cohort.rows), *cohort[1:3]))
+        return average(state, kept, sums), RoundMetrics(*means, *own)
 
     def in_turn(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def turn(carry: tuple[Pair, Pair], x: Any) -> tuple[tuple[Pair, Pair], RoundMetrics]:

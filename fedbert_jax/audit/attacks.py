@@ -1,0 +1,159 @@
+"""The attacks, each with what it needs to know: functions of a `View` that guess tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fedbert_jax.audit import cipher, decoder, inverter, known, labels, learned
+from fedbert_jax.audit.tables import Table, alike
+from fedbert_jax.audit.views import View
+
+Guess = Callable[[View], np.ndarray]  # int [R, T, 5] or [R, M, 5], best first
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A way to read messages.
+
+    Args:
+      name: in the table.
+      knows: the kinds of knowledge that it can use (`KINDS`).
+      guess: the attack.
+      of: what it guesses: the `tokens` of message 1, or the `labels` of predicted positions.
+      needs_text: whether it needs public text.
+      fits: whether it can do anything for a view.
+    """
+
+    name: str
+    knows: tuple[str, ...]
+    guess: Guess
+    of: Literal["tokens", "labels"] = "tokens"
+    needs_text: bool = False
+    fits: Callable[[View], bool] = lambda view: True
+
+
+# What a party may know, beside the messages and what is public, and in which words.
+KINDS = {
+    "segment": "the clients' segment, as the round begins",
+    "old_segment": "the clients' segment of an earlier round",
+    "seed": "the config's seed",
+    "checkpoint": "the public checkpoint that training began with",
+    "known_text": "the text of some blocks",
+    "public_text": "public text",
+    "aggregator": "each client's part of the average",
+    "neighbour": "the segment before and after a client's turn",
+}
+
+
+def _flat(view: View) -> bool:
+    return view.public.segments.config.client_layers == 0
+
+
+def _deep(view: View) -> bool:
+    return not _flat(view)
+
+
+def _blurred(view: View) -> bool:
+    return view.public.noise > 0 or _deep(view)
+
+
+def _table(view: View) -> Table:
+    public = view.public
+    assert view.segment is not None
+    return Table(public.segments, view.segment, view.messages.h.shape[1], public.vocab_size, public.clip)
+
+
+def _pairs(view: View) -> inverter.Pairs:
+    public = view.public
+    assert view.segment is not None
+    length = view.messages.h.shape[1]
+    return inverter.embedded(
+        public.segments, view.segment, view.text, public.words, public.mask_id, public.masked, length, clip=public.clip
+    )
+
+
+def _discriminant(view: View, pairs: inverter.Pairs) -> inverter.Discriminant:
+    public = view.public
+    prior = None if view.text is None else decoder.Bigrams(view.text, public.vocab_size).log_prior
+    return inverter.Discriminant(pairs, public.vocab_size, public.noise, prior)
+
+
+def nearest(view: View) -> np.ndarray:
+    """The token whose row, by the segment, is nearest."""
+    return _table(view).nearest(view.messages.h)[0]
+
+
+def likeness(view: View) -> np.ndarray:
+    """The token whose direction is most alike, when what all words have in common has been taken out."""
+    if _flat(view):
+        means = _table(view).words
+    else:
+        means = inverter.Discriminant(_pairs(view), view.public.vocab_size).means
+    return alike(means, view.messages.h, view.geometry)
+
+
+def discriminant(view: View) -> np.ndarray:
+    """The likeliest token under statistics of what the segment makes of public text."""
+    return _discriminant(view, _pairs(view)).likeliest(view.messages.h)[0]
+
+
+def transformer(view: View) -> np.ndarray:
+    """A Transformer trained on what the segment makes of public text."""
+    pairs, public = _pairs(view), view.public
+    start = _discriminant(view, pairs)
+    return learned.read_by_transformer(public.segments.config, pairs, start, view.messages.h, public.noise)
+
+
+def decoded(view: View) -> np.ndarray:
+    """Whole blocks at once: rows, the model's own predictions, and which words follow one another in public text."""
+    public, h = view.public, view.messages.h
+    if _flat(view):
+        return decoder.read_with_model(_table(view), h, view)
+    scores = _discriminant(view, _pairs(view)).likeliest(h, decoder.CANDIDATES)
+    assert view.text is not None
+    return decoder.decode(*scores, decoder.Bigrams(view.text, public.vocab_size))
+
+
+def predicted(view: View) -> np.ndarray:
+    """The label whose gradient points where dL/dz does."""
+    m = view.messages
+    assert m.z is not None and m.dz is not None and view.segment is not None
+    return labels.read_labels(view.public.segments, view.segment, m.z, m.dz)
+
+
+def by_known_text(view: View) -> np.ndarray:
+    """The word whose rows, in blocks of known text, are nearest."""
+    assert view.known is not None
+    return known.read_by_known_text(view.messages.h, view.geometry, view.known)
+
+
+def by_public_text(view: View) -> np.ndarray:
+    """A substitution cipher, solved with public text."""
+    assert view.text is not None
+    clusters = cipher.gather(view.log.h, view.geometry, view.log.unasked)
+    return cipher.read_by_public_text(view.messages.h, view.geometry, clusters, view.text, view.public.vocab_size)
+
+
+TABLES = ("segment", "old_segment", "seed", "checkpoint")
+
+ATTACKS = (
+    Attack("nearest", TABLES, nearest, fits=_flat),
+    Attack("likeness", TABLES[1:], likeness),
+    Attack("discriminant", ("segment",), discriminant, fits=_deep),
+    Attack("decoded", ("segment",), decoded, needs_text=True, fits=_blurred),
+    Attack("transformer", ("segment",), transformer, needs_text=True, fits=_blurred),
+    Attack("gradient", ("segment",), predicted, of="labels"),
+    Attack("known words", ("known_text",), by_known_text),
+    Attack("cipher", ("public_text",), by_public_text, needs_text=True),
+)
+
+
+def granted(view: View, kind: str, **facts: object) -> View:
+    """Returns a view with what a kind of knowledge adds; `text` stays public to all."""
+    assert kind in KINDS
+    return dataclasses.replace(view, **facts)  # type: ignore[arg-type]

@@ -1,0 +1,191 @@
+"""The command that audits a run.
+
+    python -m fedbert_jax.audit DIR [--round N] [--knows KIND,...] [--attacks NAME,...] [--public SOURCE] ...
+
+It replays a round by the run's own functions, attacks what crossed, and prints for every attack what it recovered, beside
+what guessing gives. It trains nothing of the run's, and gives the same numbers when repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedbert_jax import disk
+from fedbert_jax.audit import public, results, words
+from fedbert_jax.audit.attacks import ATTACKS, KINDS, Attack
+from fedbert_jax.audit.case import Case, Sizes
+from fedbert_jax.audit.results import Row
+from fedbert_jax.audit.score import floors, score
+from fedbert_jax.config import from_text
+from fedbert_jax.console.output import make_console, print_table, shown
+from fedbert_jax.console.progress import waiting
+from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.finished import reopen
+from fedbert_jax.report.plots import to_png
+from fedbert_jax.workdir.log import to_json
+
+WORDS = "words"  # the attack of those who add segments up, or stand beside a client in turn
+ASKED = ("codec", "clip", "noise", "gradient_clip", "gradient_noise")  # keys of `wire` that an audit may suppose
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedbert_jax.audit",
+        description="Measures how much of the clients' text can be read off what crosses.",
+        epilog="kinds of knowledge: " + "; ".join(f"{kind}: {said}" for kind, said in KINDS.items())
+        + ". --config.wire.KEY=VALUE supposes that a key of the wire had been set, without training anew: "
+        + ", ".join(ASKED) + ".",
+    )  # fmt: skip
+    sizes = Sizes()
+    parser.add_argument("workdir", type=Path, metavar="DIR", help="the workdir of a run")
+    parser.add_argument("--round", type=int, help="which checkpoint the round begins with (default: the newest)")
+    parser.add_argument("--knows", metavar="KIND,...", help=f"(default: all) {', '.join(KINDS)}")
+    parser.add_argument("--attacks", metavar="NAME,...", help="(default: all that fit)")
+    parser.add_argument(
+        "--public", metavar="SOURCE", help="public text, as in data.source (default: docs: of other packages)"
+    )
+    parser.add_argument("--blocks", type=int, default=sizes.blocks, help=f"blocks attacked (default: {sizes.blocks})")
+    parser.add_argument("--log", type=int, default=sizes.log, help=f"earlier blocks logged (default: {sizes.log})")
+    parser.add_argument("--known_blocks", type=int, default=sizes.known, help=f"of known text (default: {sizes.known})")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where audit.json and audit.png go (default: DIR/audit)")
+    flags, more = parser.parse_known_args(arguments)
+    flags.supposed = _supposed(more)
+    flags.knows = _chosen("--knows", flags.knows, tuple(KINDS))
+    names = (*dict.fromkeys(attack.name for attack in ATTACKS), WORDS)
+    flags.asked_for = flags.attacks is not None
+    flags.attacks = _chosen("--attacks", flags.attacks, names)
+    for name in ("blocks", "log", "known_blocks"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: accepted: at least 1.")
+    return flags
+
+
+def _chosen(flag: str, given: str | None, accepted: tuple[str, ...]) -> tuple[str, ...]:
+    names = accepted if given is None else tuple(given.split(","))
+    for name in names:
+        if name not in accepted:
+            raise UserError(f"{flag} {name}: accepted: {', '.join(accepted)}.")
+    return names
+
+
+def _supposed(more: Sequence[str]) -> dict[str, Any]:
+    """Reads `--config.wire.KEY=VALUE`."""
+    found = {}
+    for argument in more:
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals or key not in [f"wire.{name}" for name in ASKED]:
+            accepted = ", ".join(f"--config.wire.{name}=VALUE" for name in ASKED)
+            raise ConfigError(f"{argument}: accepted: the options of --help and {accepted}.")
+        found[key] = from_text(key, text)
+    return found
+
+
+def audit(
+    case: Case, kinds: Sequence[str], attacks: Sequence[str], all_that_fit: bool, say: Callable[[str], None]
+) -> list[Row]:
+    """Runs the attacks that fit, one after another, and returns their rows.
+
+    Args:
+      case: the run.
+      kinds: of knowledge, from `KINDS`.
+      attacks: names.
+      all_that_fit: leave out attacks that could only repeat what another one finds; False: those named are wanted.
+      say: called with what is left out, and why.
+    """
+    rows = []
+    for kind in kinds:
+        mine = [a for a in ATTACKS if kind in a.knows and a.name in attacks]
+        aggregated = kind in ("aggregator", "neighbour") and WORDS in attacks
+        if not mine and not aggregated:
+            continue
+        facts = case.granted(kind)
+        if isinstance(facts, str):
+            say(f"{kind}: left out, since {facts}")
+            continue
+        if aggregated:
+            rows += _words(case, kind)
+        view = dataclasses.replace(case.view, **facts)
+        for attack in mine:
+            if attack.needs_text and view.text is None:
+                say(f"{kind}, {attack.name}: left out, since it needs public text (--public)")
+            elif attack.fits(view) or not (all_that_fit or attack.name in ("nearest", "discriminant")):
+                rows.append(_attacked(case, kind, attack, view))
+    return rows
+
+
+def _attacked(case: Case, kind: str, attack: Attack, view: Any) -> Row:
+    start = time.monotonic()
+    guesses = attack.guess(view)
+    seconds = time.monotonic() - start
+    truth = case.replay.truth
+    asked = (truth.tokens, truth.text) if attack.of == "tokens" else (truth.labels, truth.real)
+    found, floor = score(guesses, *asked, case.frequencies), floors(*asked, case.frequencies, len(view.public.words))
+    return Row(
+        kind, attack.name, attack.of, found.top1, found.top5, found.low, found.high, found.exact, found.bits, None,
+        floor.random, floor.unigram, floor.unigram5, found.tokens, seconds, case.round,
+    )  # fmt: skip
+
+
+def _words(case: Case, kind: str) -> list[Row]:
+    rows = []
+    for view in case.aggregate.views:
+        start = time.monotonic()
+        found = words.guess(case.aggregate, view, case.frequencies)
+        if found is not None:
+            rows.append(
+                Row(kind, f"{WORDS} by {view}", "words", None, None, found.low, found.high, None, None, found.auc, 0.5,
+                    found.floor, None, found.clients, time.monotonic() - start, case.round)
+            )  # fmt: skip
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+      UserError: for a directory that is no run, a run in which nothing crosses, or a file that can't be written.
+    """
+    flags = parse(arguments)
+    console = make_console()
+    say = lambda text: console.print(shown(text), style="dim")  # noqa: E731
+    opened = reopen(flags.workdir, flags.round, flags.supposed)
+    source = public.default_source(opened.run.config) if flags.public is None else flags.public
+    case = Case(opened, Sizes(flags.blocks, flags.log, flags.known_blocks), source, say)
+    with waiting(console, f"auditing {shown(flags.workdir)}"):
+        rows = audit(case, flags.knows, flags.attacks, not flags.asked_for, say)
+        truth, owners = case.replay.truth, case.replay.messages.client
+    if not rows:
+        raise UserError(f"{flags.workdir}: no attack fits what was asked for.")
+    out = flags.out or flags.workdir / "audit"
+    text = to_json([row.to_dict() for row in rows], indent=1) + "\n"
+    with disk.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "audit.json").write_text(text, encoding="utf-8")
+        (out / "audit.png").write_bytes(to_png(results.figure(rows, KINDS)))
+    if flags.json:
+        with disk.writing(Path(flags.json)):
+            Path(flags.json).write_text(text, encoding="utf-8")
+    if flags.markdown:
+        console.print(results.to_markdown(rows, KINDS))
+    else:
+        print_table(console, results.to_table(rows, KINDS))
+    supposed = "".join(f", supposing {key}={value}" for key, value in flags.supposed.items())
+    say(
+        f"the round after {case.round}: {len(truth.tokens)} blocks of {len(set(owners.tolist()))} clients, with "
+        f"{int(truth.text.sum()):,} tokens of text and {int(truth.real.sum()):,} labels{supposed}; the floor is always the "
+        "commonest word, or, of words, how frequent they are"
+    )
+    if case.divergence is not None:
+        near = case.divergence <= public.FAR
+        weak = "" if near else ": of another domain, and weak; nearer text would tell more"
+        say(f"public text: {shown(case.source)}, {case.divergence:.3f} bits from the clients'{weak}")
+    console.print(results.strongest(rows))
+    return 0

@@ -1,0 +1,99 @@
+"""What each party sees and knows. Attacks get a `View`; the `Truth` is for scoring alone."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fedbert_jax.audit.geometry import Geometry, describe
+from fedbert_jax.models.bert import ClientParams, Segments, ServerParams
+
+
+class Messages(NamedTuple):
+    """The messages of R token blocks, as whoever receives them decodes them."""
+
+    h: np.ndarray  # float32 [R, T, D], what the server's layers are given
+    client: np.ndarray  # int [R], whose block it is
+    positions: np.ndarray | None = None  # int [R, M], the positions asked for, which are those that are predicted
+    z: np.ndarray | None = None  # float32 [R, M, D], the hidden states that came back
+    dz: np.ndarray | None = None  # float32 [R, M, D], their gradient
+
+    def pick(self, rows: np.ndarray) -> Messages:
+        """Returns these rows."""
+        some = {name: None if x is None else x[rows] for name, x in self._asdict().items()}
+        return Messages(**some)  # type: ignore[arg-type]
+
+    @property
+    def unasked(self) -> np.ndarray:
+        """Where no position is asked for, bool [R, T]: everywhere, if positions don't cross."""
+        where = np.ones(self.h.shape[:2], bool)
+        if self.positions is not None:
+            np.put_along_axis(where, self.positions.astype(np.int64), False, axis=1)
+        return where
+
+
+class Truth(NamedTuple):
+    """What the messages were made from. No attack is given it."""
+
+    tokens: np.ndarray  # int [R, T], as they were embedded: with [MASK] and random words where something is predicted
+    text: np.ndarray  # bool [R, T], where that is a client's text: not at predicted positions, nor at special tokens
+    labels: np.ndarray  # int [R, M], the tokens to be predicted
+    real: np.ndarray  # bool [R, M], whether a position is one: padding is not
+
+    def pick(self, rows: np.ndarray) -> Truth:
+        """Returns these rows."""
+        return Truth(*(x[rows] for x in self))
+
+
+class Aggregate(NamedTuple):
+    """What whoever adds C clients' segments up sees of their word tables: by what it is of, one number a client and word."""
+
+    views: dict[str, np.ndarray]  # [C, V]: `move` or `moments` of a round, or `gradient` of its steps
+    held: np.ndarray  # bool [C, V], the truth: whether the word is in the client's text of the round
+
+
+class Known(NamedTuple):
+    """Blocks of which somebody knows the text."""
+
+    h: np.ndarray  # float32 [N, T, D]
+    tokens: np.ndarray  # int [N, T]
+    where: np.ndarray  # bool [N, T], where it is known: at predicted positions it is not what was embedded
+
+
+@dataclass(frozen=True)
+class Public:
+    """What everybody knows of a run: its architecture, its vocabulary and its settings, but `seed`."""
+
+    segments: Segments
+    vocab_size: int
+    special_ids: tuple[int, ...]
+    mask_id: int
+    masked: int  # positions of a block that are predicted
+    clip: float | None
+    noise: float
+
+    @functools.cached_property
+    def words(self) -> np.ndarray:
+        """The tokens that text is made of, int [W]."""
+        return np.setdiff1d(np.arange(self.vocab_size), self.special_ids)
+
+
+@dataclass(frozen=True)
+class View:
+    """What an attacker holds: what is public, what it received, and what its row grants."""
+
+    public: Public
+    messages: Messages  # to be read
+    log: Messages  # message 1 of earlier blocks
+    body: ServerParams  # the server's layers
+    segment: ClientParams | None = None  # a client segment: the one in use, an old one, an initial one
+    known: Known | None = None
+    text: np.ndarray | None = None  # public text, int [P, T]
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """Of the log."""
+        return describe(self.log.h)
