@@ -37,14 +37,23 @@ def reopen(root: Path, round: int | None, changes: dict[str, Any] | None = None)
     config = elsewhere(workdir.read_config())
     if config.task != "serve" and not (workdir.data / "meta.json").is_file():
         raise UserError(f"{root} has no prepared text in {workdir.data}, where the tokenizer is.")
-    if changes:
-        nested = to_dict(config)
-        for key, value in changes.items():
-            section, _, name = key.partition(".")
-            nested[section][name] = value
-        config = from_dict(nested)
-        validate(config)
+    config = changed(config, changes or {})
     return Reopened(build(config, workdir, begun=True), checkpoints, round)
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """Returns a config with other values for some keys, dotted, validated.
+
+    Raises:
+      ConfigError: for a value or a combination that isn't accepted.
+    """
+    nested = to_dict(config)
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        nested[section][name] = value
+    config = from_dict(nested)
+    validate(config)
+    return config
 
 
 def elsewhere(config: Config) -> Config:

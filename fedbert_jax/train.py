@@ -166,7 +166,7 @@ class Pretraining:
 
     def record(self, round: int, done: Done) -> Record:
         """Returns a round's line in the log."""
-        loss, client_norm, server_norm = map(float, done.metrics[:-1])
+        loss, client_norm, server_norm = map(float, done.metrics[:3])
         failed = self.sim.first_to_fail(round - 1, np.asarray(done.metrics.failed))
         names = [self.run.dataset.client_names[c] for c in failed]
         finite.require(finite.in_round(loss, client_norm, server_norm, names))

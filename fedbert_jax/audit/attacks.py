@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -58,6 +57,11 @@ def _deep(view: View) -> bool:
     return not _flat(view)
 
 
+def _classes(view: View) -> bool:
+    """Whether labels are words, or classes rather than the one number of a regression."""
+    return view.segment is None or "classifier" not in view.segment or view.segment["classifier"]["bias"].shape[0] > 1
+
+
 def _blurred(view: View) -> bool:
     return view.public.noise > 0 or _deep(view)
 
@@ -65,7 +69,8 @@ def _blurred(view: View) -> bool:
 def _table(view: View) -> Table:
     public = view.public
     assert view.segment is not None
-    return Table(public.segments, view.segment, view.messages.h.shape[1], public.vocab_size, public.clip)
+    length = view.messages.h.shape[1]
+    return Table(public.segments, view.segment, length, public.vocab_size, public.clip, public.kinds)
 
 
 def _pairs(view: View) -> inverter.Pairs:
@@ -147,13 +152,7 @@ ATTACKS = (
     Attack("discriminant", ("segment",), discriminant, fits=_deep),
     Attack("decoded", ("segment",), decoded, needs_text=True, fits=_blurred),
     Attack("transformer", ("segment",), transformer, needs_text=True, fits=_blurred),
-    Attack("gradient", ("segment",), predicted, of="labels"),
+    Attack("gradient", ("segment",), predicted, of="labels", fits=_classes),
     Attack("known words", ("known_text",), by_known_text),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),
 )
-
-
-def granted(view: View, kind: str, **facts: object) -> View:
-    """Returns a view with what a kind of knowledge adds; `text` stays public to all."""
-    assert kind in KINDS
-    return dataclasses.replace(view, **facts)  # type: ignore[arg-type]

@@ -15,17 +15,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedbert_jax import disk
 from fedbert_jax.audit import public, results, words
 from fedbert_jax.audit.attacks import ATTACKS, KINDS, Attack
 from fedbert_jax.audit.case import Case, Sizes
 from fedbert_jax.audit.results import Row
 from fedbert_jax.audit.score import floors, score
+from fedbert_jax.audit.source import open_source
 from fedbert_jax.config import from_text
 from fedbert_jax.console.output import make_console, print_table, shown
 from fedbert_jax.console.progress import waiting
 from fedbert_jax.errors import ConfigError, UserError
-from fedbert_jax.finished import reopen
 from fedbert_jax.report.plots import to_png
 from fedbert_jax.workdir.log import to_json
 
@@ -126,11 +128,17 @@ def _attacked(case: Case, kind: str, attack: Attack, view: Any) -> Row:
     guesses = attack.guess(view)
     seconds = time.monotonic() - start
     truth = case.replay.truth
-    asked = (truth.tokens, truth.text) if attack.of == "tokens" else (truth.labels, truth.real)
-    found, floor = score(guesses, *asked, case.frequencies), floors(*asked, case.frequencies, len(view.public.words))
+    if attack.of == "tokens":
+        asked, frequencies = (truth.tokens, truth.text), case.frequencies
+    else:
+        asked, frequencies = (truth.labels, truth.real), case.label_frequencies
+    found = score(guesses, *asked, frequencies)
+    floor = floors(
+        *asked, frequencies, int(np.count_nonzero(frequencies)) if attack.of == "labels" else len(view.public.words)
+    )
     return Row(
         kind, attack.name, attack.of, found.top1, found.top5, found.low, found.high, found.exact, found.bits, None,
-        floor.random, floor.unigram, floor.unigram5, found.tokens, seconds, case.round,
+        floor.random, floor.unigram, floor.unigram5, found.tokens, seconds, case.source.round,
     )  # fmt: skip
 
 
@@ -142,7 +150,7 @@ def _words(case: Case, kind: str) -> list[Row]:
         if found is not None:
             rows.append(
                 Row(kind, f"{WORDS} by {view}", "words", None, None, found.low, found.high, None, None, found.auc, 0.5,
-                    found.floor, None, found.clients, time.monotonic() - start, case.round)
+                    found.floor, None, found.clients, time.monotonic() - start, case.source.round)
             )  # fmt: skip
     return rows
 
@@ -156,36 +164,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
     console = make_console()
     say = lambda text: console.print(shown(text), style="dim")  # noqa: E731
-    opened = reopen(flags.workdir, flags.round, flags.supposed)
-    source = public.default_source(opened.run.config) if flags.public is None else flags.public
-    case = Case(opened, Sizes(flags.blocks, flags.log, flags.known_blocks), source, say)
+    source = open_source(flags.workdir, flags.round, flags.supposed)
+    text = public.default_source(source.config) if flags.public is None else flags.public
+    case = Case(source, Sizes(flags.blocks, flags.log, flags.known_blocks), text, say)
     with waiting(console, f"auditing {shown(flags.workdir)}"):
         rows = audit(case, flags.knows, flags.attacks, not flags.asked_for, say)
         truth, owners = case.replay.truth, case.replay.messages.client
     if not rows:
         raise UserError(f"{flags.workdir}: no attack fits what was asked for.")
     out = flags.out or flags.workdir / "audit"
-    text = to_json([row.to_dict() for row in rows], indent=1) + "\n"
+    written = to_json([row.to_dict() for row in rows], indent=1) + "\n"
     with disk.writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "audit.json").write_text(text, encoding="utf-8")
+        (out / "audit.json").write_text(written, encoding="utf-8")
         (out / "audit.png").write_bytes(to_png(results.figure(rows, KINDS)))
     if flags.json:
         with disk.writing(Path(flags.json)):
-            Path(flags.json).write_text(text, encoding="utf-8")
+            Path(flags.json).write_text(written, encoding="utf-8")
     if flags.markdown:
         console.print(results.to_markdown(rows, KINDS))
     else:
         print_table(console, results.to_table(rows, KINDS))
     supposed = "".join(f", supposing {key}={value}" for key, value in flags.supposed.items())
     say(
-        f"the round after {case.round}: {len(truth.tokens)} blocks of {len(set(owners.tolist()))} clients, with "
+        f"the round after {case.source.round}: {len(truth.tokens)} blocks of {len(set(owners.tolist()))} clients, with "
         f"{int(truth.text.sum()):,} tokens of text and {int(truth.real.sum()):,} labels{supposed}; the floor is always the "
         "commonest word, or, of words, how frequent they are"
     )
     if case.divergence is not None:
         near = case.divergence <= public.FAR
         weak = "" if near else ": of another domain, and weak; nearer text would tell more"
-        say(f"public text: {shown(case.source)}, {case.divergence:.3f} bits from the clients'{weak}")
+        say(f"public text: {shown(text)}, {case.divergence:.3f} bits from the clients'{weak}")
     console.print(results.strongest(rows))
     return 0

@@ -40,10 +40,10 @@ def unit(x: np.ndarray) -> np.ndarray:
     return (x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-9)).astype(np.float32)
 
 
-def describe(h: np.ndarray) -> Geometry:
-    """Describes the rows h [R, T, D] of a log."""
-    places = h.mean(axis=0)
-    rows = distinct(h - places)[0]
+def describe(h: np.ndarray, where: np.ndarray) -> Geometry:
+    """Describes the rows h [R, T, D] of a log that are at `where`, bool [R, T]."""
+    places = np.sum(h * where[..., None], axis=0) / np.maximum(where.sum(axis=0), 1)[:, None]
+    rows = distinct(h - places, where)[0]
     middle = rows.mean(axis=0)
     spread = np.cov((rows - middle).T.astype(np.float64))
     size = len(spread)
@@ -51,7 +51,7 @@ def describe(h: np.ndarray) -> Geometry:
     return Geometry(places, middle, white.astype(np.float32))
 
 
-def distinct(x: np.ndarray, where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def distinct(x: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the distinct rows of x [R, T, D], position by position, [N, D], and which of them each row is, int [R, T].
 
     At one position, the same token gives the same row, unless noise is added: so every word counts once there, however
@@ -61,7 +61,7 @@ def distinct(x: np.ndarray, where: np.ndarray | None = None) -> tuple[np.ndarray
     which = np.full(x.shape[:2], -1)
     found = 0
     for place in range(x.shape[1]):
-        there = np.arange(len(x)) if where is None else np.flatnonzero(where[:, place])
+        there = np.flatnonzero(where[:, place])
         if not len(there):
             continue
         some = np.ascontiguousarray(np.round(x[there, place, :DISTINCT], 4) + np.float32(0))  # -0 becomes 0

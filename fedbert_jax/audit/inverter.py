@@ -54,7 +54,7 @@ def embedded(
         drawn = rng.random(tokens.shape) < SYNTHETIC
         tokens[drawn] = random[drawn]
     places = np.argsort(rng.random(tokens.shape), axis=1)[:, :masked]
-    np.put_along_axis(tokens, places, mask_id, axis=1)
+    np.put_along_axis(tokens, places, mask_id, axis=1)  # none when fine-tuning
 
     @jax.jit
     def embed(tokens: jax.Array) -> jax.Array:

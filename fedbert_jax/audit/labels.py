@@ -13,31 +13,33 @@ from fedbert_jax.models.bert import ClientParams, Segments
 
 
 def read_labels(segments: Segments, params: ClientParams, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
-    """Returns the likeliest labels, int [R, M, 5], by a client segment.
+    """Returns the likeliest labels, int [R, M, 5], by a client segment: tokens, or a classifier's classes.
 
     With logits W x(z) + b and probabilities p, dL/dz is in the direction of J'W'(p - e_y) for label y, where J = dx/dz. So
     each label's direction is compared with the one that came; its length, which also depends on how many positions are
     predicted, doesn't matter.
     """
+    head = lambda params, z: segments.predict(params, z[None, None].astype(segments.dtype))[0, 0]  # noqa: E731
     table = params["embeddings"]["word"]["embedding"]
-    size = table.shape[1]
-    # With the unit matrix for a word table and no bias, the logits are x(z) itself.
-    plain: Any = {
-        **params,
-        "embeddings": {**params["embeddings"], "word": {"embedding": jnp.eye(size, dtype=table.dtype)}},
-        "head": {**params["head"], "bias": jnp.zeros(size, table.dtype)},
-    }
-
-    def features(z: jax.Array) -> jax.Array:
-        return segments.predict(plain, z[None, None].astype(segments.dtype))[0, 0]
+    classes = "classifier" in params
+    if not classes:
+        # With the unit matrix for a word table and no bias, the logits are x(z) itself.
+        unit = jnp.eye(table.shape[1], dtype=table.dtype)
+        plain: Any = {
+            **params,
+            "embeddings": {**params["embeddings"], "word": {"embedding": unit}},
+            "head": {**params["head"], "bias": jnp.zeros(len(unit), table.dtype)},
+        }
 
     def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         z, dz = pair
-        moves = table @ jax.jacrev(features)(z)  # [V, D]: J'W'e_y for each y
-        p = jax.nn.softmax(segments.predict(params, z[None, None].astype(segments.dtype))[0, 0])
+        # [V, D]: J'W'e_y for each y
+        moves = jax.jacrev(lambda z: head(params, z))(z) if classes else table @ jax.jacrev(lambda z: head(plain, z))(z)
+        p = jax.nn.softmax(head(params, z))
         directions = (p @ moves)[None] - moves
         likeness = (directions @ dz) / (jnp.linalg.norm(directions, axis=1) + 1e-30)
-        return jax.lax.top_k(likeness, GUESSES)[1]
+        found = jax.lax.top_k(likeness, min(GUESSES, len(likeness)))[1]
+        return jnp.pad(found, (0, GUESSES - len(found)), mode="edge")
 
     flat = (jnp.asarray(z).reshape(-1, z.shape[-1]), jnp.asarray(dz).reshape(-1, z.shape[-1]))
     return np.asarray(jax.jit(lambda pairs: jax.lax.map(one, pairs))(flat)).reshape(*z.shape[:2], GUESSES)

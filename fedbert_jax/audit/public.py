@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fedbert_jax.audit.source import Source
 from fedbert_jax.config import Config, DataConfig
 from fedbert_jax.data.blocks import pack
 from fedbert_jax.data.corpus import read_documents
 from fedbert_jax.data.duplicates import kept_spans
 from fedbert_jax.data.tokenizer import encode
-from fedbert_jax.experiment import Run
 
 FAR = 0.2  # bits between the word frequencies of public text and of the clients', from which on it is of another domain
 
@@ -26,7 +26,7 @@ def default_source(config: Config) -> str:
     return f"docs:{','.join(others)}" if kind == "docs" and others else ""
 
 
-def read(run: Run, source: str, warn: Callable[[str], None]) -> np.ndarray:
+def read(run: Source, source: str, warn: Callable[[str], None]) -> np.ndarray:
     """Returns public text as token blocks, int [P, T], without the windows of 32 tokens that the run's own text has, too.
 
     Args:
@@ -41,7 +41,7 @@ def read(run: Run, source: str, warn: Callable[[str], None]) -> np.ndarray:
     tokenizer, length = run.tokenizer, run.config.data.seq_len
     texts = [document.text for document in read_documents(data, warn=warn)]
     found = list(encode(tokenizer, texts))
-    own = [np.asarray(blocks.tokens).ravel() for blocks in (run.dataset.train, run.dataset.heldout)]
+    own = [tokens.ravel().astype(found[0].dtype) for tokens in run.text]
     tokens = np.concatenate([*own, *found])
     ends = np.cumsum([len(x) for x in (*own, *found)])
     spans = kept_spans(tokens, ends)

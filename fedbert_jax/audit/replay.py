@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedbert_jax.audit.source import Source
 from fedbert_jax.audit.views import Aggregate, Messages, Truth
 from fedbert_jax.data.masking import MaskedBatch
-from fedbert_jax.experiment import Run
 from fedbert_jax.federated.metrics import Recorder
 from fedbert_jax.federated.rounds import make_strategy
+from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import StepResult, client_begin
-from fedbert_jax.federated.state import Cohort, State
+from fedbert_jax.federated.state import Cohort, State, num_steps
 
 
 class Replay(NamedTuple):
@@ -26,44 +27,34 @@ class Replay(NamedTuple):
     state: State  # with which the round ends
 
 
-def replay(run: Run, state: State, round: int) -> Replay:
-    """Runs a round from a state, and keeps what crosses.
-
-    Args:
-      run: with a cut.
-      state: with which the round begins; it is left as it is.
-      round: from 0; it decides who takes part, which blocks, and the masks.
-    """
-    s, cohort = run.simulation.setting, run.simulation.feed.draw(round)
+def replay(source: Source) -> Replay:
+    """Runs the round once more, and keeps what crosses. The source's state is left as it is."""
+    s, state, cohort = source.setting, source.state, source.cohort(source.replayed)
 
     def program(state: State, cohort: Cohort) -> Any:
-        return make_strategy(s, _recorder(run)).round(state, cohort)
+        return make_strategy(s, _recorder(s)).round(state, cohort)
 
-    with jax.set_mesh(run.simulation.mesh):
+    with jax.set_mesh(source.mesh):
         end, metrics = jax.jit(program)(state, cohort)
     seen, ended = jax.device_get((metrics.seen, metrics.ended))
     there, clients = np.asarray(cohort.weights) > 0, np.asarray(cohort.clients)
-    side_by_side = s.how.clients in ("together", "pooled")  # [K, C, B, ...]; otherwise [C, K, B, ...]
-    if side_by_side:
+    if s.how.clients in ("together", "pooled"):  # [K, C, B, ...]
         seen = jax.tree.map(lambda x: np.swapaxes(x, 0, 1), seen)
-    seen = jax.tree.map(lambda x: x[there], seen)  # [C, K, B, ...]
-    clients = clients[there]
-    aggregate = _aggregate(run, state, seen, jax.tree.map(lambda x: x[there], ended))
+    seen, ended = jax.tree.map(lambda x: x[there], (seen, ended))  # [C, K, B, ...]
     # By step, then client, so that the first rows are of every client.
-    rows = {name: np.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:]) for name, x in seen["rows"].items() if x is not None}
-    count, steps, size = seen["rows"]["h"].shape[:3]
-    owner = np.broadcast_to(clients[None, :, None], (steps, count, size)).reshape(-1)
-    return Replay(_messages(rows, owner), _truth(run, rows), aggregate, end)
+    parts = {name: np.swapaxes(x, 0, 1) for name, x in seen["rows"].items() if x is not None}
+    length = source.config.data.seq_len
+    rows = {name: _padded(name, x, length) for name, x in _flat(parts, clients[there]).items()}
+    return Replay(_messages(rows), _truth(source, rows), _aggregate(source, seen, ended), end)
 
 
-def log(run: Run, state: State, round: int, blocks: int) -> tuple[Messages, Truth]:
-    """Returns message 1 of the last `blocks` blocks that crossed before a round.
+def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
+    """Returns message 1 of the last `blocks` blocks that crossed before the round.
 
-    All are embedded by the round's segment, as if it had not changed meanwhile: that is a little easier than what the server
-    has logged.
+    All are embedded by the round's segment, as if it had not changed meanwhile: that is a little easier to read than what
+    the server has logged.
     """
-    s, feed = run.simulation.setting, run.simulation.feed
-    cut = s.cut()
+    s, cut = source.setting, source.setting.cut()
 
     def begin(params: Any, cohort: Cohort) -> Any:
         def step(k: jax.Array, rows: Any) -> Any:
@@ -72,37 +63,47 @@ def log(run: Run, state: State, round: int, blocks: int) -> tuple[Messages, Trut
             up = jax.vmap(lambda b, k: client_begin(cut, params, b, k)[0], (0, 0))(batch, mine)
             return _rows(batch) | {"h": _received(cut, up.h), "positions": up.positions}
 
-        return jax.lax.map(lambda x: step(*x), (jnp.arange(jax.tree.leaves(cohort.rows)[0].shape[0]), cohort.rows))
+        return jax.lax.map(lambda x: step(*x), (jnp.arange(num_steps(cohort.rows)), cohort.rows))
 
-    program, parts, owners, found = jax.jit(begin), [], [], 0
-    with jax.set_mesh(run.simulation.mesh):
+    program, parts, found, back = jax.jit(begin), [], 0, 0
+    with jax.set_mesh(source.mesh):
         while found < blocks:
-            round -= 1
-            cohort = feed.draw(round % max(run.config.federated.rounds, 1))
+            back += 1
+            cohort = source.cohort(source.before(back))
             there = np.asarray(cohort.weights) > 0
-            seen = jax.device_get(program(state.model.client, cohort))  # [K, C, B, ...]
+            seen = jax.device_get(program(source.state.model.client, cohort))  # [K, C, B, ...]
             seen = {name: x[:, there] for name, x in seen.items() if x is not None}
-            steps, count, size = seen["h"].shape[:3]
-            owners.append(
-                np.broadcast_to(np.asarray(cohort.clients)[there][None, :, None], (steps, count, size)).reshape(-1)
-            )
-            parts.append({name: x.reshape(-1, *x.shape[3:]) for name, x in seen.items()})
-            found += len(owners[-1])
-    rows = {name: np.concatenate([part[name] for part in parts])[:blocks] for name in parts[0]}
-    owner = np.concatenate(owners)[:blocks]
-    return _messages(rows, owner), _truth(run, rows)
+            parts.append(_flat(seen, np.asarray(cohort.clients)[there]))
+            found += len(parts[-1]["h"])
+    length = source.config.data.seq_len
+    rows = {name: np.concatenate([_padded(name, part[name], length) for part in parts])[:blocks] for name in parts[0]}
+    return _messages(rows), _truth(source, rows)
+
+
+def _flat(rows: dict[str, np.ndarray], clients: np.ndarray) -> dict[str, np.ndarray]:
+    """Lays rows [K, C, B, ...] one after another, [R, ...], and adds whose they are."""
+    steps, count, size = rows["h"].shape[:3]
+    owner = np.broadcast_to(clients[None, :, None], (steps, count, size)).reshape(-1)
+    return {name: x.reshape(-1, *x.shape[3:]) for name, x in rows.items()} | {"client": owner}
+
+
+def _padded(name: str, x: np.ndarray, length: int) -> np.ndarray:
+    """Returns rows of tokens or of h with T = `length`: batches of examples are padded to several lengths."""
+    if name not in ("h", "tokens") or x.shape[1] == length:
+        return x
+    return np.pad(x, [(0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
 
 
 def _rows(batch: MaskedBatch) -> dict[str, jax.Array]:
-    return {"tokens": batch.tokens, "labels": batch.labels, "weights": batch.weights, "places": batch.positions}
+    rows = {"tokens": batch.tokens, "labels": batch.labels, "weights": batch.weights, "places": batch.positions}
+    return rows if batch.lengths is None else rows | {"lengths": batch.lengths}
 
 
 def _received(cut: Any, payload: Any) -> jax.Array:
     return cut.channels.activations.receive(payload).astype(jnp.float32)
 
 
-def _recorder(run: Run) -> Recorder:
-    s = run.simulation.setting
+def _recorder(s: Setting) -> Recorder:
     cut = s.cut()
 
     def step(batch: MaskedBatch, out: StepResult) -> Any:
@@ -135,9 +136,9 @@ def _moments(opt: Any) -> jax.Array | None:
     return None
 
 
-def _aggregate(run: Run, start: State, seen: Any, ended: Any) -> Aggregate | None:
+def _aggregate(source: Source, seen: Any, ended: Any) -> Aggregate | None:
     """Returns what whoever adds up, or stands on both sides of a turn, sees; None if nothing is averaged or handed on."""
-    how, f = run.config.federated.arrangement, run.config.federated
+    how, config, start = source.setting.how, source.config, source.state
     rows, views = seen["rows"], {}
     if how.averages_gradients:
         views["gradient"] = seen["gradient"].sum(axis=1)  # over steps
@@ -148,32 +149,33 @@ def _aggregate(run: Run, start: State, seen: Any, ended: Any) -> Aggregate | Non
         if how.clients == "in turn":
             before = np.concatenate([before[None], words[:-1]])
         views["move"] = np.linalg.norm(words - before, axis=-1)
-        if moments is not None and was is not None and f.client_optimizer_state == "average":
+        if moments is not None and was is not None and config.federated.client_optimizer_state == "average":
             was = np.asarray(was)
             if how.clients == "in turn":
                 was = np.concatenate([was[None], moments[:-1]])
-            b2 = run.config.client_optimizer.b2
+            b2 = config.client_optimizer.b2
             views["moments"] = moments - (0.999 if b2 is None else b2) ** rows["tokens"].shape[1] * was
     if not views:
         return None
-    held = np.zeros((len(rows["tokens"]), run.dataset.vocab_size), bool)
-    for c, (tokens, labels, real) in enumerate(zip(rows["tokens"], rows["labels"], rows["weights"] > 0, strict=True)):
-        held[c, tokens[_is_text(run, tokens, rows["places"][c])]] = True
-        held[c, labels[real]] = True
+    held = np.zeros((len(rows["tokens"]), source.vocab_size), bool)
+    for c, (tokens, places) in enumerate(zip(rows["tokens"], rows["places"], strict=True)):
+        held[c, tokens[_is_text(source, tokens, places)]] = True
+        if config.task != "finetune":
+            held[c, rows["labels"][c][rows["weights"][c] > 0]] = True
     return Aggregate(views, held)
 
 
-def _is_text(run: Run, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+def _is_text(source: Source, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Returns where tokens [..., T] are a client's text: not at predicted places [..., M], nor special tokens."""
-    text = ~np.isin(tokens, run.dataset.special_ids)
+    text = ~np.isin(tokens, source.special_ids)
     np.put_along_axis(text, places.astype(np.int64), False, axis=-1)
     return text
 
 
-def _messages(rows: dict[str, np.ndarray], owner: np.ndarray) -> Messages:
-    return Messages(rows["h"], owner, rows.get("positions"), rows.get("z"), rows.get("dz"))
+def _messages(rows: dict[str, np.ndarray]) -> Messages:
+    return Messages(*(rows.get(name) for name in Messages._fields))  # type: ignore[arg-type]
 
 
-def _truth(run: Run, rows: dict[str, np.ndarray]) -> Truth:
+def _truth(source: Source, rows: dict[str, np.ndarray]) -> Truth:
     tokens = rows["tokens"].astype(np.int64)
-    return Truth(tokens, _is_text(run, tokens, rows["places"]), rows["labels"].astype(np.int64), rows["weights"] > 0)
+    return Truth(tokens, _is_text(source, tokens, rows["places"]), rows["labels"].astype(np.int64), rows["weights"] > 0)

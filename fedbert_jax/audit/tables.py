@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -18,9 +19,12 @@ GUESSES = 5
 TOKENS = 1024  # that are embedded at a time
 
 
-def clipped_rows(segments: Segments, params: ClientParams, tokens: jax.Array, clip: float | None) -> jax.Array:
-    """Returns what a segment makes of tokens [R, T], clipped as `wire.clip` says: float32 [R, T, D]."""
-    h = segments.embed(params, MaskedBatch(tokens, tokens, tokens, tokens)).astype(jnp.float32)
+def clipped_rows(
+    segments: Segments, params: ClientParams, tokens: jax.Array, clip: float | None, kind: jax.Array | int = 0
+) -> jax.Array:
+    """Returns what a segment makes of tokens [R, T] of one kind, clipped as `wire.clip` says: float32 [R, T, D]."""
+    batch = MaskedBatch(tokens, tokens, tokens, tokens, jnp.full_like(tokens, kind))
+    h = segments.embed(params, batch).astype(jnp.float32)
     return h if clip is None else wire.clip(clip).send(h, None)
 
 
@@ -33,22 +37,31 @@ class Table:
       length: T.
       size: V.
       clip: the norm to which rows are clipped before they leave (`wire.clip`).
+      kinds: of tokens: 2 where there are sentence pairs.
     """
 
-    def __init__(self, segments: Segments, params: ClientParams, length: int, size: int, clip: float | None = None):
-        self._length, self._size = length, size
-        self._embed = jax.jit(lambda tokens: clipped_rows(segments, params, tokens, clip))
+    def __init__(
+        self,
+        segments: Segments,
+        params: ClientParams,
+        length: int,
+        size: int,
+        clip: float | None = None,
+        kinds: int = 1,
+    ):
+        self._length, self._size, self._kinds = length, size, kinds
+        self._embed = jax.jit(lambda tokens, kind: clipped_rows(segments, params, tokens, clip, kind))
 
-    def rows(self, tokens: np.ndarray) -> np.ndarray:
+    def rows(self, tokens: np.ndarray, kind: int = 0) -> np.ndarray:
         """Returns the rows of tokens [..., T], float32 [..., T, D]."""
-        flat = np.asarray(self._embed(tokens.reshape(-1, self._length).astype(np.int32)))
+        flat = np.asarray(self._embed(tokens.reshape(-1, self._length).astype(np.int32), kind))
         return flat.reshape(*tokens.shape, flat.shape[-1])
 
-    def _parts(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _parts(self, kind: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Yields some tokens' rows [n, T, D] at a time, and the first of these tokens."""
         for start in range(0, self._size, TOKENS):
             ids = np.minimum(np.arange(start, start + TOKENS), self._size - 1)  # always as many
-            yield start, self.rows(np.repeat(ids[:, None], self._length, axis=1))[: self._size - start]
+            yield start, self.rows(np.repeat(ids[:, None], self._length, axis=1), kind)[: self._size - start]
 
     @functools.cached_property
     def words(self) -> np.ndarray:
@@ -58,12 +71,13 @@ class Table:
     def nearest(self, h: np.ndarray, count: int = GUESSES, prior: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens whose rows lie nearest to each row of h [R, T, D], best first, int [R, T, count].
 
-        The scores beside them are minus half the squared distances, plus a `prior` [V] of tokens.
+        The scores beside them are minus half the squared distances, plus a `prior` [V] of tokens. With two kinds of
+        tokens, a token may be there twice.
         """
         prior = np.zeros(self._size) if prior is None else prior
         ids = np.zeros((*h.shape[:2], 0), np.int64)
         scores = np.zeros(ids.shape, np.float32)
-        for start, rows in self._parts():
+        for start, rows in itertools.chain.from_iterable(map(self._parts, range(self._kinds))):
             bias = prior[start : start + len(rows)][:, None] - 0.5 * np.sum(rows**2, axis=-1)  # [n, T]
             few = min(count, len(rows))
             found = [best(h[:, t], rows[:, t], few, bias[:, t]) for t in range(self._length)]

@@ -20,6 +20,7 @@ class Messages(NamedTuple):
     positions: np.ndarray | None = None  # int [R, M], the positions asked for, which are those that are predicted
     z: np.ndarray | None = None  # float32 [R, M, D], the hidden states that came back
     dz: np.ndarray | None = None  # float32 [R, M, D], their gradient
+    lengths: np.ndarray | None = None  # int [R], where a block ends and padding begins; None: nothing is padded
 
     def pick(self, rows: np.ndarray) -> Messages:
         """Returns these rows."""
@@ -27,9 +28,16 @@ class Messages(NamedTuple):
         return Messages(**some)  # type: ignore[arg-type]
 
     @property
+    def present(self) -> np.ndarray:
+        """Where there is no padding, bool [R, T]."""
+        if self.lengths is None:
+            return np.ones(self.h.shape[:2], bool)
+        return np.arange(self.h.shape[1]) < self.lengths.astype(np.int64)[:, None]
+
+    @property
     def unasked(self) -> np.ndarray:
-        """Where no position is asked for, bool [R, T]: everywhere, if positions don't cross."""
-        where = np.ones(self.h.shape[:2], bool)
+        """Where there is no padding and no position is asked for, bool [R, T]; if positions don't cross, none is."""
+        where = self.present
         if self.positions is not None:
             np.put_along_axis(where, self.positions.astype(np.int64), False, axis=1)
         return where
@@ -71,7 +79,8 @@ class Public:
     vocab_size: int
     special_ids: tuple[int, ...]
     mask_id: int
-    masked: int  # positions of a block that are predicted
+    masked: int  # positions of a block at which [MASK] stands
+    kinds: int  # of tokens: 2 where there are sentence pairs, otherwise 1
     clip: float | None
     noise: float
 
@@ -96,4 +105,4 @@ class View:
     @functools.cached_property
     def geometry(self) -> Geometry:
         """Of the log."""
-        return describe(self.log.h)
+        return describe(self.log.h, self.log.present)

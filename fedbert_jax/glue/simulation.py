@@ -185,7 +185,7 @@ class Finetuning:
 
     def check_round(self, round: int, metrics: RoundMetrics) -> None:
         """Requires every seed's loss and gradients in a round, from 0, to be finite."""
-        loss, client_norm, server_norm, failed = (np.asarray(values) for values in metrics)  # [S], the last [S, C]
+        loss, client_norm, server_norm, failed = map(np.asarray, metrics[:4])  # [S], the last [S, C]
         for s, seed in enumerate(self.seeds):
             places = finite.first_to_fail(failed[s], self.config.federated.arrangement)
             first = [str(self.order(round)[place]) for place in places]
