@@ -62,8 +62,12 @@ def _classes(view: View) -> bool:
     return view.segment is None or "classifier" not in view.segment or view.segment["classifier"]["bias"].shape[0] > 1
 
 
+def _noisy(view: View) -> bool:
+    return view.public.noise > 0
+
+
 def _blurred(view: View) -> bool:
-    return view.public.noise > 0 or _deep(view)
+    return _noisy(view) or _deep(view)
 
 
 def _table(view: View) -> Table:
@@ -71,6 +75,11 @@ def _table(view: View) -> Table:
     assert view.segment is not None
     length = view.messages.h.shape[1]
     return Table(public.segments, view.segment, length, public.vocab_size, public.clip, public.kinds)
+
+
+def _words(view: View) -> np.ndarray:
+    """Returns each token's mean row by the segment, [V, D]."""
+    return _table(view).words if _flat(view) else inverter.Discriminant(_pairs(view), view.public.vocab_size).means
 
 
 def _pairs(view: View) -> inverter.Pairs:
@@ -95,11 +104,15 @@ def nearest(view: View) -> np.ndarray:
 
 def likeness(view: View) -> np.ndarray:
     """The token whose direction is most alike, when what all words have in common has been taken out."""
-    if _flat(view):
-        means = _table(view).words
-    else:
-        means = inverter.Discriminant(_pairs(view), view.public.vocab_size).means
-    return alike(means, view.messages.h, view.geometry)
+    h, geometry = view.messages.h, view.geometry
+    rows = (geometry.centred(h) - geometry.middle).reshape(-1, h.shape[-1])
+    return alike(_words(view), rows, geometry.white).reshape(*h.shape[:2], -1)
+
+
+def by_groups(view: View) -> np.ndarray:
+    """The token whose direction is most like that of the mean row of a group, in which noise has averaged out."""
+    names = alike(_words(view), view.groups.means)
+    return names[view.groups.nearest(view.geometry.centred(view.messages.h))]
 
 
 def discriminant(view: View) -> np.ndarray:
@@ -140,8 +153,8 @@ def by_known_text(view: View) -> np.ndarray:
 def by_public_text(view: View) -> np.ndarray:
     """A substitution cipher, solved with public text."""
     assert view.text is not None
-    clusters = cipher.gather(view.log.h, view.geometry, view.log.unasked)
-    return cipher.read_by_public_text(view.messages.h, view.geometry, clusters, view.text, view.public.vocab_size)
+    names = cipher.solve(view.groups.of, view.text, view.public.vocab_size)
+    return names[view.groups.nearest(view.geometry.centred(view.messages.h))]
 
 
 TABLES = ("segment", "old_segment", "seed", "checkpoint")
@@ -149,6 +162,7 @@ TABLES = ("segment", "old_segment", "seed", "checkpoint")
 ATTACKS = (
     Attack("nearest", TABLES, nearest, fits=_flat),
     Attack("likeness", TABLES[1:], likeness),
+    Attack("groups", TABLES[1:], by_groups, fits=_noisy),
     Attack("discriminant", ("segment",), discriminant, fits=_deep),
     Attack("decoded", ("segment",), decoded, needs_text=True, fits=_blurred),
     Attack("transformer", ("segment",), transformer, needs_text=True, fits=_blurred),

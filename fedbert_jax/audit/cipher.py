@@ -1,71 +1,35 @@
 """Reading message 1 with public text alone: rows of the same word lie together, so the log is a substitution cipher.
 
-Rows are gathered into one cluster for each word; clusters are matched with words by how often they stand beside one another
-(a graph matching, Vogelstein et al. 2015), and the match is then extended, and mended, by the contexts of what is matched.
+Groups of rows (`groups`) are matched with words by how often they stand beside one another (a graph matching, Vogelstein et
+al. 2015), and the match is then extended, and mended, by the contexts of what is matched.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy.optimize import linear_sum_assignment, quadratic_assignment
 
-from fedbert_jax.audit.geometry import Geometry, best, distinct, unit
 from fedbert_jax.audit.tables import GUESSES
 
-ALIKE = 0.8  # cosine from which on two rows are the same word's (in the demo, those of different words stay below .78)
-MOST = 8192  # clusters that are looked for
-ROWS = 4096  # that are gathered at a time
 GAPS = (1, 2)  # words to the right whose company is counted
-WORDS = 4096  # the most frequent words, and clusters, that are matched
-CORE = 400  # those that are matched as a graph
-ANCHORS = 400  # matched clusters whose company describes the others
+WORDS = 4096  # the most frequent words, and groups, that are matched
+CORE = 400  # of them, those that are matched as a graph
+ANCHORS = 400  # matched groups whose company describes the others
 SWEEPS = 7
 SPREAD = 0.3  # of the logarithm of a word's frequency between two texts
 RARE = 0.02  # how much a difference of frequency, squared and in nats, counts against a match
 
 
-class Clusters(NamedTuple):
-    """Words without names."""
-
-    centres: np.ndarray  # float32 [K, D], unit vectors
-    of: np.ndarray  # int [R, T], the cluster of each row; -1 where it is left out
-
-
-def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, alike: float = ALIKE) -> Clusters:
-    """Gathers the rows h [R, T, D] of a log into clusters; rows that are not at `where` [R, T] are left out."""
-    rows, which = distinct(geometry.centred(h), where)
-    rows = geometry.whiten(rows - geometry.middle)
-    counts = np.bincount(which[which >= 0], minlength=len(rows))
-    centres = np.zeros((0, rows.shape[1]), np.float32)
-    order = np.argsort(-counts, kind="stable")  # a frequent word's row is a better centre
-    for start in range(0, len(order), ROWS):
-        left = rows[order[start : start + ROWS]]
-        if len(centres):
-            left = left[best(left, centres, 1)[1][:, 0] <= alike]
-        new: list[np.ndarray] = []
-        while len(left) and len(centres) + len(new) < MOST:
-            mine = left @ left[0] > alike
-            mine[0] = True
-            centre = unit(left[mine].mean(axis=0))
-            new.append(centre)
-            left = left[~(mine | (left @ centre > alike))]
-        centres = np.concatenate([centres, np.array(new, np.float32).reshape(-1, rows.shape[1])])
-    of = best(rows, centres, 1)[0][:, 0]
-    return Clusters(centres, np.where(which >= 0, of[which], -1))
-
-
 def solve(of: np.ndarray, public: np.ndarray, size: int) -> np.ndarray:
-    """Names clusters with words, by the company that both keep.
+    """Names groups with words, by the company that both keep.
 
     Args:
-      of: int [R, T], the clusters of a log; -1 where a row is left out.
+      of: int [R, T], the groups of a log; -1 where a row is left out.
       public: int [P, T], public text; -1 where a token is left out.
       size: V.
 
     Returns:
-      The likeliest words of each cluster, int [K, 5]. Clusters that were not matched have those of the nearest frequency.
+      The likeliest words of each group, int [K, 5]. Groups that were not matched have those of the nearest frequency.
     """
     theirs, ours = _Company(of, int(of.max()) + 1), _Company(public, size)
     core = min(CORE, len(theirs.order), len(ours.order))
@@ -83,15 +47,9 @@ def solve(of: np.ndarray, public: np.ndarray, size: int) -> np.ndarray:
     near = np.abs(theirs.logs[:, None] - ours.logs[ours.order][None, :WORDS])
     guesses[:] = ours.order[np.argsort(near, axis=1, kind="stable")[:, :GUESSES]]
     ranked = words[np.argsort(-alike, axis=1, kind="stable")[:, :GUESSES]]
-    for cluster, name, others in zip(mine, names, ranked, strict=True):
-        guesses[cluster] = np.concatenate([[name], others[others != name]])[:GUESSES]
+    for group, name, others in zip(mine, names, ranked, strict=True):
+        guesses[group] = np.concatenate([[name], others[others != name]])[:GUESSES]
     return guesses
-
-
-def read_by_public_text(h: np.ndarray, geometry: Geometry, clusters: Clusters, public: np.ndarray, size: int) -> np.ndarray:
-    """Returns the likeliest tokens of rows h [R, T, D], int [R, T, 5]; see `solve`."""
-    names = solve(clusters.of, public, size)
-    return names[best(geometry.words(h), clusters.centres, 1)[0][..., 0]]
 
 
 class _Company:
@@ -127,7 +85,7 @@ class _Company:
 
 
 def _match_core(theirs: _Company, ours: _Company, count: int) -> np.ndarray:
-    """Matches the most frequent clusters with the most frequent words: the word's place for each cluster, int [count]."""
+    """Matches the most frequent groups with the most frequent words: the word's place for each group, int [count]."""
     graphs = []
     for side in (theirs, ours):
         words = side.order[:count]

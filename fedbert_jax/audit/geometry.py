@@ -22,12 +22,8 @@ class Geometry(NamedTuple):
         """Takes the position out of rows h [R, T, D]."""
         return h - self.places
 
-    def words(self, h: np.ndarray) -> np.ndarray:
-        """Maps rows h [R, T, D] to unit vectors that depend on the word, hardly on the position."""
-        return self.whiten(self.centred(h) - self.middle)
-
     def whiten(self, x: np.ndarray) -> np.ndarray:
-        """Returns x [..., D], centred, as unit vectors in which frequent words and common drifts weigh no more than others.
+        """Returns x [..., D], about the middle, as unit vectors in which no direction weighs more than another.
 
         Training moves all rare words in the same few directions, by far more than they lie apart; scaled to the same spread,
         these directions no longer hide the differences.
@@ -45,10 +41,14 @@ def describe(h: np.ndarray, where: np.ndarray) -> Geometry:
     places = np.sum(h * where[..., None], axis=0) / np.maximum(where.sum(axis=0), 1)[:, None]
     rows = distinct(h - places, where)[0]
     middle = rows.mean(axis=0)
-    spread = np.cov((rows - middle).T.astype(np.float64))
+    return Geometry(places, middle, whitening(rows - middle))
+
+
+def whitening(rows: np.ndarray) -> np.ndarray:
+    """Returns the matrix [D, D] that scales the spread of rows [N, D], about their mean, to 1 in every direction."""
+    spread = np.cov(rows.T.astype(np.float64))
     size = len(spread)
-    white = np.linalg.cholesky(np.linalg.inv(spread + SHRINK * np.trace(spread) / size * np.eye(size)))
-    return Geometry(places, middle, white.astype(np.float32))
+    return np.linalg.cholesky(np.linalg.inv(spread + SHRINK * np.trace(spread) / size * np.eye(size))).astype(np.float32)
 
 
 def distinct(x: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

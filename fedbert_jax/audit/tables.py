@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedbert_jax.audit.geometry import Geometry, best
+from fedbert_jax.audit.geometry import best, unit, whitening
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.federated import wire
 from fedbert_jax.models.bert import ClientParams, Segments
@@ -88,14 +88,18 @@ class Table:
         return ids, scores - 0.5 * np.sum(h**2, axis=-1, keepdims=True)
 
 
-def alike(means: np.ndarray, h: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Returns the tokens whose directions, among all words', are most like those of h [R, T, D]: int [R, T, 5].
+def alike(words: np.ndarray, rows: np.ndarray, white: np.ndarray | None = None) -> np.ndarray:
+    """Returns the tokens whose directions, among all words', are most like those of rows [N, D]: int [N, 5].
 
-    A table that training has moved since is still told apart by it.
+    A table that training has moved since is still told apart by it: directions in which words have moved together, or which
+    frequent words take, weigh no more than others.
 
     Args:
-      means: float32 [V, D], each token's row without its position.
-      h: to be read.
-      geometry: of a log.
+      words: float32 [V, D], each token's row without its position.
+      rows: without their position, about their middle.
+      white: [D, D], scales the spread of distinct rows to 1 in every direction; None: it is that of `rows`.
     """
-    return best(geometry.words(h), geometry.whiten(means - means.mean(axis=0)), GUESSES)[0]
+    if white is None:
+        rows = rows - rows.mean(axis=0)
+        white = whitening(rows)
+    return best(unit(rows @ white), unit((words - words.mean(axis=0)) @ white), GUESSES)[0]

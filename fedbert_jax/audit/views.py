@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedbert_jax.audit.geometry import Geometry, describe
+from fedbert_jax.audit.groups import Groups, gather
 from fedbert_jax.models.bert import ClientParams, Segments, ServerParams
 
 
@@ -106,3 +107,8 @@ class View:
     def geometry(self) -> Geometry:
         """Of the log."""
         return describe(self.log.h, self.log.present)
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The log's rows, gathered by word."""
+        return gather(self.log.h, self.geometry, self.log.unasked, self.public.noise)
