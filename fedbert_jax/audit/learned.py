@@ -44,11 +44,11 @@ def read_by_transformer(config: ModelConfig, pairs: Pairs, start: Discriminant, 
         "directions": jnp.asarray(start.directions),
         "bias": jnp.asarray(start.bias),
     }
-    places = jnp.asarray(start.places)
+    places = jnp.asarray(start.places)[None]
 
     def logits(params: Any, h: jax.Array) -> jax.Array:
         x = h - places
-        return (x + net.transform(params["body"], x) @ params["out"]) @ params["directions"].T + params["bias"]
+        return (x + net.transform(params["body"], x) @ params["out"]) @ params["directions"].T + params["bias"][None, None]
 
     def loss(params: Any, h: jax.Array, tokens: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits(params, h), tokens).mean()

@@ -39,6 +39,7 @@ class Source:
     setting: Setting
     mesh: Mesh
     tokenizer: Any
+    vocab_size: int  # V, of the tokenizer
     special_ids: tuple[int, ...]
     text: tuple[np.ndarray, ...]  # its own, as tokens [n, T]
     state: State  # with which the round begins
@@ -48,11 +49,6 @@ class Source:
     before: Callable[[int], int]  # the n-th round before that, from 1
     segments: dict[str, Segment]  # those that somebody may know, by kind of knowledge
     clients: tuple[str, ...]  # their names
-
-    @property
-    def vocab_size(self) -> int:
-        """V, of the tokenizer."""
-        return vocab_size(self.tokenizer)
 
     def counts(self) -> np.ndarray:
         """Returns how often each word is in the run's text, float64 [V]; 0 for special tokens."""
@@ -108,6 +104,7 @@ def _pretrained(root: Path, round: int | None, supposed: dict[str, Any]) -> Sour
         setting=setting,
         mesh=run.simulation.mesh,
         tokenizer=run.tokenizer,
+        vocab_size=run.dataset.vocab_size,
         special_ids=run.dataset.special_ids,
         text=(np.asarray(run.dataset.train.tokens), np.asarray(run.dataset.heldout.tokens)),
         state=state,
@@ -147,6 +144,7 @@ def _finetuned(root: Path, round: int | None, supposed: dict[str, Any]) -> Sourc
         setting=tuning.setting,
         mesh=tuning.mesh,
         tokenizer=tokenizer,
+        vocab_size=vocab_size(tokenizer),
         special_ids=tuple(special_ids(tokenizer)),
         text=(tuning.data.train.tokens,),
         state=make_strategy(tuning.setting).init(Pair(client, server)),

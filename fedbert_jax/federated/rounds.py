@@ -59,7 +59,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         carry, head = step((model, opt), (jnp.int32(0), pick(cohort.rows, 0)), *own)
         later = (jnp.arange(1, num_steps(cohort.rows)), jax.tree.map(lambda x: x[1:], cohort.rows))
         (model, opt), tail = jax.lax.scan(lambda c, x: step(c, x, True, True), carry, later)
-        return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([b, a[None]]), head, tail)
+        return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
 
     def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, unsent: Any = ()) -> Any:
         """All clients train one model: each step updates it with the weighted mean of their gradients. Metrics are [K]."""

@@ -1,0 +1,340 @@
+"""Attacks find what messages hold and guessing finds what it finds; each is checked against numbers from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from tiny import LENGTH, VOCAB, random_blocks, tiny_config
+
+from fedbert_jax.audit import cipher, decoder, inverter, labels, learned, words
+from fedbert_jax.audit.attacks import ATTACKS, KINDS
+from fedbert_jax.audit.geometry import best, describe, distinct, unit
+from fedbert_jax.audit.groups import gather
+from fedbert_jax.audit.score import floors, score
+from fedbert_jax.audit.tables import Table, alike
+from fedbert_jax.audit.views import Aggregate, Known, Messages, Public, Truth, View
+from fedbert_jax.data.masking import MaskedBatch
+from fedbert_jax.federated import wire
+from fedbert_jax.models.bert import make_segments
+
+CONFIG = tiny_config().model
+SPECIAL = (0, 1, 2, 3, 4)
+EVERYWHERE = np.ones((40, LENGTH), bool)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """The tiny segments, a client's parameters that differ as after training, and a body's."""
+    segments = make_segments(CONFIG)
+    client, server = segments.init(jax.random.key(1), jax.random.key(2))
+    client = jax.tree.map(lambda x: x * 20 if x.ndim == 2 else x, client)  # initial tables are small
+    return segments, client, server
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return np.asarray(random_blocks(3, 40), np.int64)
+
+
+@pytest.fixture(scope="module")
+def h(bert, blocks):
+    segments, client, _ = bert
+    tokens = jnp.asarray(blocks)
+    return np.asarray(segments.embed(client, MaskedBatch(tokens, tokens, tokens, tokens)))
+
+
+def view_of(bert, h, **more) -> View:
+    segments, _, server = bert
+    public = Public(segments, VOCAB, SPECIAL, 4, 3, 1, None, more.pop("noise", 0.0))
+    messages = Messages(h, np.zeros(len(h), int))
+    return View(public, messages, more.pop("log", messages), server, **more)
+
+
+def attack(name: str):
+    return next(a for a in ATTACKS if a.name == name)
+
+
+def share(guesses, truth) -> float:
+    return float((guesses[..., 0] == truth)[:, 1:5].mean())
+
+
+# --- a table ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
+def test_the_segment_reads_every_token_through_every_codec(bert, h, blocks, codec):
+    channel = wire.codec(codec, jnp.float32)
+    sent = np.asarray(channel.receive(channel.send(jnp.asarray(h), None)), np.float32)
+    guesses = attack("nearest").guess(view_of(bert, sent, segment=bert[1]))
+    assert guesses.shape == (40, LENGTH, 5) and (guesses[..., 0] == blocks).all()
+
+
+def test_nearest_is_the_smallest_of_all_distances(bert, h):
+    segments, client, _ = bert
+    every = np.stack(
+        [np.asarray(segments.embed(client, MaskedBatch(*[jnp.full((1, LENGTH), v)] * 4)))[0] for v in range(VOCAB)]
+    )
+    distances = ((h[:3, :, None] - every.swapaxes(0, 1)[None]) ** 2).sum(-1)  # [3, T, V]
+    ids, scores = Table(segments, client, LENGTH, VOCAB).nearest(h[:3] + 0.5, 5)
+    distances = ((h[:3, :, None] + 0.5 - every.swapaxes(0, 1)[None]) ** 2).sum(-1)
+    np.testing.assert_array_equal(ids, np.argsort(distances, axis=-1)[..., :5])
+    np.testing.assert_allclose(scores, -0.5 * np.sort(distances, axis=-1)[..., :5], rtol=1e-4, atol=1e-4)
+
+
+def test_a_clipped_row_is_compared_with_clipped_rows(bert, h, blocks):
+    clipped = np.asarray(wire.clip(0.5).send(jnp.asarray(h), None))
+    view = view_of(bert, clipped, segment=bert[1])
+    view = dataclasses.replace(view, public=dataclasses.replace(view.public, clip=0.5))
+    assert (attack("nearest").guess(view)[..., 0] == blocks).all()
+
+
+def test_another_seeds_table_reads_nothing(bert, h, blocks):
+    segments, _, _ = bert
+    other = segments.init(jax.random.key(5), jax.random.key(6))[0]
+    for name in ("nearest", "likeness"):
+        assert share(attack(name).guess(view_of(bert, h, segment=other)), blocks) < 0.1
+
+
+def test_a_table_that_training_has_moved_is_still_told_apart(bert, h, blocks):
+    """All words but the frequent ones drift together, by more than they lie apart: distances fail, directions don't."""
+    segments, client, _ = bert
+    drift = 4 * np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    moved = np.asarray(client["embeddings"]["word"]["embedding"]) + drift * (np.arange(VOCAB) > 20)[:, None]
+    after = {**client, "embeddings": {**client["embeddings"], "word": {"embedding": jnp.asarray(moved)}}}
+    tokens = jnp.asarray(blocks)
+    now = np.asarray(segments.embed(after, MaskedBatch(tokens, tokens, tokens, tokens)))
+    view = view_of(bert, now, segment=client)
+    near, like = (share(attack(name).guess(view), blocks) for name in ("nearest", "likeness"))
+    assert like > near + 0.2 and like > 0.6
+
+
+def test_pairs_are_read_whichever_sentence_a_token_is_in(bert, blocks):
+    segments, client, _ = bert
+    tokens, types = jnp.asarray(blocks[:4]), jnp.asarray(np.arange(LENGTH) > 6, jnp.int32)[None].repeat(4, 0)
+    h = np.asarray(segments.embed(client, MaskedBatch(tokens, tokens, tokens, tokens, types)))
+    one, two = (Table(segments, client, LENGTH, VOCAB, None, kinds).nearest(h)[0][..., 0] for kinds in (1, 2))
+    assert (two == blocks[:4]).all() and (one != blocks[:4])[:, 7:].any()
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
+def test_labels_are_read_off_the_gradient_that_jax_computes(bert, codec):
+    segments, client, _ = bert
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.standard_normal((6, 3, 16)), jnp.float32)
+    asked = jnp.asarray(rng.integers(5, VOCAB, (6, 3)))
+    batch = MaskedBatch(asked, asked, asked, jnp.ones((6, 3)))
+    dz = jax.grad(lambda z: segments.loss(client, z, batch))(z)
+    channel = wire.codec(codec, jnp.float32)
+    dz = channel.receive(channel.send(dz, None))
+    found = labels.read_labels(segments, client, np.asarray(z), np.asarray(dz))
+    assert found.shape == (6, 3, 5)
+    assert (found[..., 0] == np.asarray(asked)).mean() > (0.99 if codec == "float32" else 0.9)
+
+
+def test_classes_are_read_off_the_gradient(bert):
+    segments = make_segments(CONFIG, outputs=3)
+    client, _ = segments.init(jax.random.key(1), jax.random.key(2))
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((9, 1, 16)), jnp.float32)
+    classes = jnp.arange(9)[:, None] % 3
+    batch = MaskedBatch(classes, classes, classes, jnp.ones((9, 1)))
+    dz = jax.grad(lambda z: segments.loss(client, z, batch))(z)
+    found = labels.read_labels(segments, client, np.asarray(z), np.asarray(dz))
+    np.testing.assert_array_equal(found[..., 0], np.asarray(classes))
+
+
+# --- without a table --------------------------------------------------------------------------------------------------
+
+
+def test_equal_words_are_gathered_without_a_name(h, blocks):
+    groups = gather(h, describe(h, EVERYWHERE), EVERYWHERE, 0.0)
+    pairs = {(g, t) for g, t in zip(groups.of[:, 1:5].ravel(), blocks[:, 1:5].ravel(), strict=True)}
+    assert len(pairs) < 1.4 * len(np.unique(blocks[:, 1:5]))
+    np.testing.assert_array_equal(groups.nearest(describe(h, EVERYWHERE).centred(h[:3])), groups.of[:3])
+
+
+def far_apart(words: int, rows: int, seed: int = 0):
+    """Rows [rows, 8, 32] of words that lie far apart, and the words: a Markov chain, in which company tells words apart."""
+    rng = np.random.default_rng(seed)
+    follow = rng.dirichlet(np.full(words, 0.08), words) * 0.9 + 0.1 * np.arange(words, 0, -1) / np.arange(words + 1).sum()
+    text = np.zeros((rows, 8), np.int64)
+    for t in range(8):
+        for r in range(rows):
+            text[r, t] = (
+                rng.choice(words, p=follow[text[r, t - 1]] / follow[text[r, t - 1]].sum()) if t else rng.integers(words)
+            )
+    return text, rng
+
+
+def test_noise_averages_out_in_groups():
+    text, rng = far_apart(30, 400)
+    rows = 2 * rng.standard_normal((30, 32)).astype(np.float32)
+    noisy = rows[text] + rng.standard_normal((*text.shape, 32)).astype(np.float32)
+    where = np.ones(text.shape, bool)
+    where[:, 0] = False
+    groups = gather(noisy, describe(noisy, where), where, 1.0)
+    assert (groups.of[:, 0] == -1).all()
+    table = np.zeros((len(groups.means), 30), int)
+    np.add.at(table, (groups.of[where], text[where]), 1)
+    assert table.max(axis=1).sum() / where.sum() > 0.97 and table.max(axis=0).sum() / where.sum() > 0.9
+    named = alike(rows, groups.means)[:, 0]
+    assert (named[groups.of[where]] == text[where]).mean() > 0.9
+
+
+def test_a_cipher_is_solved_by_text_of_the_same_kind_alone():
+    text, rng = far_apart(40, 1500)
+    public = text[750:]
+    secret = rng.permutation(40)
+    names = cipher.solve(secret[text[:750]], public, 40)
+    right = (names[secret[text[:750]]][..., 0] == text[:750]).mean()
+    assert right > 0.8
+    shuffled = rng.permuted(public.ravel()).reshape(public.shape)  # the frequencies stay, the company goes
+    assert (cipher.solve(secret[text[:750]], shuffled, 40)[secret[text[:750]]][..., 0] == text[:750]).mean() < right - 0.3
+
+
+def test_left_out_rows_are_no_company():
+    company = cipher._Company(np.array([[0, 1, -1, 2], [1, 0, 2, 0]]), 3)
+    np.testing.assert_array_equal(company.beside(np.arange(3), np.arange(3), 0), [[0, 1, 1], [1, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(company.beside(np.arange(3), np.arange(3), 1), [[1, 0, 0], [0, 0, 2], [0, 0, 0]])
+
+
+def test_known_text_reads_the_words_that_it_has(bert, h, blocks):
+    where = (blocks > 4)[:2]
+    known = Known(h[:2], blocks[:2], where)
+    guesses = attack("known words").guess(view_of(bert, h, known=known))
+    has = np.isin(blocks, blocks[:2][where])
+    assert (guesses[..., 0] == blocks)[has].mean() > 0.9 and not (guesses[..., 0] == blocks)[~has].any()
+
+
+# --- deeper cuts and whole blocks ---------------------------------------------------------------------------------------
+
+
+def test_rows_that_depend_on_their_context_are_read_by_statistics(bert):
+    segments = make_segments(dataclasses.replace(CONFIG, client_layers=1))
+    client, _ = segments.init(jax.random.key(1), jax.random.key(2))
+    client = jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, client)
+    pairs = inverter.embedded(segments, client, None, np.arange(5, VOCAB), 4, 3, LENGTH, blocks=200)
+    assert ((pairs.tokens == 4).sum(axis=1) == 3).all() and pairs.tokens.min() == 4
+    reader = inverter.Discriminant(inverter.Pairs(pairs.h[:150], pairs.tokens[:150]), VOCAB)
+    found = reader.likeliest(pairs.h[150:])[0][..., 0]
+    assert (found == pairs.tokens[150:]).mean() > 0.95
+    log_prior = np.full(VOCAB, -20.0)
+    log_prior[7] = 1e6
+    assert (inverter.Discriminant(pairs, VOCAB, 0.1, log_prior).likeliest(pairs.h[:2])[0][..., 0] == 7).all()
+
+
+def test_a_transformer_begins_as_the_discriminant_and_gets_no_worse(bert, h, blocks):
+    rng = np.random.default_rng(1)
+    pairs = inverter.Pairs(h[:30], blocks[:30])
+    noisy = (h[30:] + 0.7 * rng.standard_normal(h[30:].shape)).astype(np.float32)
+    start = inverter.Discriminant(pairs, VOCAB, 0.7)
+    before = (start.likeliest(noisy)[0][..., 0] == blocks[30:]).mean()
+    after = (learned.read_by_transformer(CONFIG, pairs, start, noisy, 0.7)[..., 0] == blocks[30:]).mean()
+    assert after > before - 0.08 and after > 0.2
+
+
+def test_bigrams_are_probabilities():
+    public = np.random.default_rng(0).integers(0, 9, (30, 10))
+    bigrams = decoder.Bigrams(public, 9)
+    np.testing.assert_allclose(np.exp(bigrams.log_prior).sum(), 1)
+    for first in range(9):
+        np.testing.assert_allclose(np.exp(bigrams.after(np.full(9, first), np.arange(9))).sum(), 1, rtol=0.06)
+
+
+def test_decoding_is_what_adding_up_all_sentences_gives():
+    rng = np.random.default_rng(0)
+    bigrams = decoder.Bigrams(rng.integers(0, 6, (40, 10)), 6)
+    ids, scores = np.sort(rng.permuted(np.tile(np.arange(6), (4, 1)), axis=1)[:, :5])[None], rng.standard_normal((1, 4, 5))
+    chance = np.zeros((4, 5))
+    for path in itertools.product(range(5), repeat=4):
+        words_ = [ids[0, t, c] for t, c in enumerate(path)]
+        log = bigrams.log_prior[words_[0]] + sum(scores[0, t, c] for t, c in enumerate(path))
+        log += sum(bigrams.after(np.array(a), np.array(b)) for a, b in itertools.pairwise(words_))
+        for t, c in enumerate(path):
+            chance[t, c] += np.exp(log)
+    expected = np.take_along_axis(ids[0], np.argsort(-chance, axis=1), axis=1)
+    np.testing.assert_array_equal(decoder.decode(ids, scores, bigrams)[0], expected)
+
+
+def test_decoding_reads_noisy_rows_at_least_as_well_as_single_rows(bert, h, blocks):
+    rng = np.random.default_rng(1)
+    noisy = (h + 0.6 * rng.standard_normal(h.shape)).astype(np.float32)
+    view = view_of(bert, noisy, segment=bert[1], text=blocks, noise=0.6)
+    near, whole = (share(attack(name).guess(view), blocks) for name in ("nearest", "decoded"))
+    assert 0.2 < near < 0.98 and whole > near - 0.05
+
+
+# --- words, scores, views -----------------------------------------------------------------------------------------------
+
+
+def test_an_auc_is_sklearns_and_a_view_is_relative_to_other_clients():
+    rng = np.random.default_rng(0)
+    truth, scores = rng.random(50) < 0.3, rng.integers(0, 6, 50).astype(float)
+    assert words.auc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
+    frequencies = np.arange(1, 41) / np.arange(1, 41).sum()
+    held = rng.random((3, 40)) < 0.4
+    common = rng.random(40) * 100  # moves all clients' words alike
+    found = words.guess(Aggregate({"move": common * (1 + held)}, held), "move", frequencies)
+    rare = frequencies <= np.quantile(frequencies, 0.5)
+    assert found.auc > 0.95 and found.clients == 3
+    assert found.floor == pytest.approx(np.mean([roc_auc_score(mine[rare], frequencies[rare]) for mine in held]))
+    assert words.guess(Aggregate({"move": common * (1 + held)}, held * False), "move", frequencies) is None
+
+
+def test_a_score_by_hand():
+    truth = np.array([[1, 2, 3, 1], [1, 1, 2, 2]])
+    where = np.array([[True, True, True, False], [True, True, False, False]])
+    first = np.array([[1, 2, 9, 1], [1, 1, 9, 9]])
+    guesses = np.stack([first, np.full_like(first, 3), *[np.full_like(first, 8)] * 3], axis=-1)
+    frequencies = np.array([0, 0.5, 0.25, 0.25])
+    found = score(guesses, truth, where, frequencies)
+    assert found.top1 == 0.8 and found.top5 == 1.0 and found.exact == 0.5 and found.tokens == 5
+    assert found.low <= 2 / 3 and found.high == 1.0  # of the first block alone, of the second alone
+    # Alone: (3 * 1 + 2 * 2) / 5 = 1.4 bits. With guesses: whether the first or the second is right.
+    assert found.bits == pytest.approx(1.4 + 0.8 * np.log2(0.8) + 0.2 * np.log2(0.2))
+    floor = floors(truth, where, frequencies, 3)
+    assert floor == (1 / 3, 0.6, 1.0)
+
+
+def test_shuffled_truth_gives_the_floor(bert, h, blocks):
+    guesses = attack("nearest").guess(view_of(bert, h, segment=bert[1]))
+    wrong = np.roll(blocks, 1, axis=0)
+    frequencies = np.bincount(blocks.ravel(), minlength=VOCAB) * (np.arange(VOCAB) > 4)
+    frequencies = frequencies / frequencies.sum()
+    found, floor = score(guesses, wrong, wrong > 4, frequencies), floors(wrong, wrong > 4, frequencies, VOCAB - 5)
+    assert found.top1 < floor.unigram + 0.03 and found.bits < 0.3
+
+
+def test_a_view_holds_no_token_of_what_is_read():
+    """An attack is given a view and nothing else; what of it may be tokens is text that is known or public."""
+    fields = {f.name for f in dataclasses.fields(View)}
+    assert fields == {"public", "messages", "log", "body", "segment", "known", "text"}
+    assert set(Messages._fields) & set(Truth._fields) == set()
+    assert set(Messages._fields) == {"h", "client", "positions", "z", "dz", "lengths"}
+
+
+def test_every_attack_has_a_kind_of_knowledge():
+    assert {kind for a in ATTACKS for kind in a.knows} | {"aggregator", "neighbour"} == set(KINDS)
+
+
+def test_best_is_a_sort_and_distinct_rows_are_told_apart():
+    rng = np.random.default_rng(0)
+    q, of, bias = rng.standard_normal((2, 3, 5)), rng.standard_normal((7, 5)), rng.standard_normal(7)
+    ids, values = best(q, of, 3, bias)
+    scores = q @ of.T + bias
+    np.testing.assert_array_equal(ids, np.argsort(-scores, axis=-1)[..., :3])
+    np.testing.assert_allclose(values, -np.sort(-scores, axis=-1)[..., :3], rtol=1e-6)
+    x = np.zeros((3, 2, 8), np.float32)
+    x[2, 1] = 1
+    where = np.array([[True, True], [True, False], [False, True]])
+    rows, which = distinct(x, where)
+    assert len(rows) == 3 and which.tolist() == [[0, 1], [0, -1], [-1, 2]]
+    np.testing.assert_allclose(np.linalg.norm(unit(q), axis=-1), 1, rtol=1e-6)
