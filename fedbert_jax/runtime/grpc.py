@@ -58,9 +58,8 @@ CLIENT_OPTIONS = [
 
 def chunks_of(data: bytes) -> Iterator[bytes]:
     """Cuts a frame into chunks."""
-    view = memoryview(data)
     for start in range(0, len(data), CHUNK):
-        yield bytes(view[start : start + CHUNK])
+        yield data[start : start + CHUNK]
 
 
 def joined(chunks: Iterable[bytes], limit: int) -> bytes:
