@@ -174,7 +174,7 @@ class Client:
         self.member.compile()
         folder = spec["credentials"] and Path(spec["credentials"]) / self.name
         who = load_credentials(folder, self.name) if folder else None
-        transport, self.echo = (grpc.Client("127.0.0.1", port, self.name, who, LIMIT) for port in spec["ports"])
+        transport, self.echo = (grpc.Client("127.0.0.1", p, self.name, who, LIMIT, self.parts) for p in spec["ports"])
         self.gate, self.done = threading.Semaphore(0), queue.Queue[float | BaseException]()
         per_step = 2 * self.parts + self.b.setting.how.averages_gradients
         self.line = clocked(transport, self.parts, per_step)

@@ -108,9 +108,9 @@ class Joining:
 
     def run(self, given: Transport | None, interrupts: Interrupts) -> int:
         """Joins, trains and exports."""
-        n = self.config.network
-        transport = given or Client(n.host, n.port, self.name, self.credentials, LIMIT)
-        self.where, parts, timeout = transport.where, self.config.wire.microbatches, max(2 * n.deadline, 60.0)
+        n, parts = self.config.network, self.config.wire.microbatches
+        transport = given or Client(n.host, n.port, self.name, self.credentials, LIMIT, parts)
+        self.where, timeout = transport.where, max(2 * n.deadline, 60.0)
         stop = lambda: interrupts.received is not None  # noqa: E731
         line = Line(transport, parts, LIMIT, n.patience, timeout, self._warn, stop=stop)
         try:

@@ -47,6 +47,8 @@ def upload(round: int) -> None:
 
     def posts(self: Line, id: Id, tensors: Any) -> Any:
         now[:] = [id]
+        if (id.round, id.at) == (round, 2 * STEPS):
+            grpc.CHUNK = 1000  # a frame of one chunk would leave whole
         return post(self, id, tensors)
 
     def chunks(data: bytes) -> Iterator[bytes]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedbert_jax.data.sampling import client_weights
@@ -210,11 +209,10 @@ class Engine:
 
     def _forward(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
-        like = self.shapes.up
-        given = {c: from_tensors("up", like, m) for c, m in what.messages.items()}
+        given = {c: from_tensors("up", self.shapes.up, m) for c, m in what.messages.items()}
         lengths = {c: jax.tree.leaves(up.h)[0].shape[1] for c, up in given.items()}
-        fit = lambda up: up._replace(h=fitted(up.h, max(lengths.values())))  # noqa: E731
-        ups = self.slots.fill({c: fit(up) for c, up in given.items()}, jax.eval_shape(fit, like))
+        longest = max(lengths.values())
+        ups = self.slots.fill({c: up._replace(h=fitted(up.h, longest)) for c, up in given.items()})
         weights = self._weights_of(what.messages)
         ids = np.array([self.roster.index(c) for c in self.slots.names(what.barrier.who)], np.int32)
         z, kept = self.programs.forward(self.work.body, ups, weights, np.int32(self.round), np.int32(what.barrier.step), ids)
@@ -231,7 +229,7 @@ class Engine:
         (kept, lengths), like = self._kept[0], self.shapes.gradient
         longest = max(lengths.values())
         given = {c: self._hidden(from_tensors("dz", like, m), longest) for c, m in what.messages.items()}
-        dz = self.slots.fill(given, jax.eval_shape(lambda x: self._hidden(x, longest), like))
+        dz = self.slots.fill(given)
         weights = self._weights_of(what.messages)
         grads, dh = self.programs.backward(kept, dz, weights)
         if self._grads is not None:
@@ -239,9 +237,7 @@ class Engine:
         dh = jax.tree.map(np.asarray, dh)
         replies = {c: to_tensors("dh", fitted(self.slots.of(dh, c), lengths[c])) for c in what.messages}
         last = what.barrier.part == self.parts - 1
-        body, opt, norm = self.work.body, self.work.body_opt, jnp.zeros(())
-        if last:
-            body, opt, norm = self.programs.update(grads, opt, body, self._step(what))
+        after = self.programs.update(grads, self.work.body_opt, self.work.body, self._step(what)) if last else None
 
         def keep() -> None:
             assert self.work is not None
@@ -252,7 +248,8 @@ class Engine:
                     self._losses[c][-1] += float(m["loss"])
                 else:
                     self._losses[c].append(float(m["loss"]))
-            if last:
+            if after is not None:
+                body, opt, norm = after
                 self.work = self.work._replace(body=body, body_opt=opt)
                 self._norms.append(norm)
 
@@ -261,7 +258,7 @@ class Engine:
     def _contribute(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
         like = self.shapes.contribution
-        given = self.slots.fill({c: from_tensors("gradient", like, m) for c, m in what.messages.items()}, like)
+        given = self.slots.fill({c: from_tensors("gradient", like, m) for c, m in what.messages.items()})
         mean = self.programs.gradient(given, self.slots.at({c: self._share[c] for c in what.messages}))
         crossing = to_tensors("mean", mean)
         channel = self.s.cut().channels.mean
@@ -278,12 +275,12 @@ class Engine:
     def _upload(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
         like, shares = self.shapes.upload, self.slots.at({c: self._share[c] for c in what.messages})
-        given = self.slots.fill({c: from_tensors("segment", like, m) for c, m in what.messages.items()}, like)
+        given = self.slots.fill({c: from_tensors("segment", like, m) for c, m in what.messages.items()})
         segment, outer = self.programs.average(self.work.segment, given, shares, self.work.outer)
         opt = self.work.segment_opt
         if self.opt_travels:
             states = {c: from_tensors("opt", self.shapes.segment_opt, m) for c, m in what.messages.items()}
-            opt = self.programs.average_states(self.slots.fill(states, self.shapes.segment_opt), shares)
+            opt = self.programs.average_states(self.slots.fill(states), shares)
         answer = to_tensors("segment", segment) | (to_tensors("opt", opt) if self.opt_travels else {})
 
         def keep() -> None:

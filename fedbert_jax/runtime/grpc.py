@@ -58,9 +58,8 @@ CLIENT_OPTIONS = [
 
 def chunks_of(data: bytes) -> Iterator[bytes]:
     """Cuts a frame into chunks."""
-    view = memoryview(data)
     for start in range(0, len(data), CHUNK):
-        yield bytes(view[start : start + CHUNK])
+        yield data[start : start + CHUNK]
 
 
 def joined(chunks: Iterable[bytes], limit: int) -> bytes:
@@ -206,12 +205,13 @@ class Client:
       name: the client's; the server believes it only on the loopback, where there are no certificates.
       credentials: the client's.
       limit: bytes that an answer may have.
+      at_once: how many frames of a round may be on their way at once.
     """
 
-    def __init__(self, host: str, port: int, name: str, credentials: Credentials | None, limit: int):
+    def __init__(self, host: str, port: int, name: str, credentials: Credentials | None, limit: int, at_once: int = 1):
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.where = f"{host}:{port}"
-        self._limit, self._metadata = limit, (("client", name),) if credentials is None else ()
+        self._at_once, self._limit, self._metadata = at_once, limit, (("client", name),) if credentials is None else ()
         self._leaving, self._left = deque[object](), threading.Condition()
         options = [*OPTIONS, *CLIENT_OPTIONS]
         if credentials is None:
@@ -225,6 +225,7 @@ class Client:
                 address, tls, [*options, ("grpc.ssl_target_name_override", Credentials.SERVER)]
             )
         self._calls = {m: self._channel.stream_stream(f"/{NAME}/{m}") for m in METHODS}
+        self._whole = {m: self._channel.unary_stream(f"/{NAME}/{m}") for m in METHODS}  # the same to the server
 
     def call(self, method: str, data: bytes, timeout: float) -> bytes:
         """Sends a frame and returns the answer's.
@@ -233,9 +234,12 @@ class Client:
           Abort: with gRPC's code and the server's sentence.
         """
         turn = object()
-        with self._left:
-            self._leaving.append(turn)
-        call = self._calls[method](self._in_turn(turn, data), timeout=timeout, metadata=self._metadata)
+        if self._at_once == 1 and len(data) <= CHUNK:  # sent by this thread: gRPC starts another one for a stream
+            call = self._whole[method](data, timeout=timeout, metadata=self._metadata)
+        else:
+            with self._left:
+                self._leaving.append(turn)
+            call = self._calls[method](self._in_turn(turn, data), timeout=timeout, metadata=self._metadata)
         try:
             return joined(call, self._limit)
         except grpc.RpcError as error:

@@ -198,8 +198,8 @@ class Member:
                 grads, at = p.mean_gradient(from_tensors("mean", self.shapes.mean, answer)), at + 1
             segment, opt, norm = p.update(grads, opt, segment, step)
             losses.append(loss)
-            norms.append(float(norm))
-        norm = np.asarray(np.mean(norms), np.float32)
+            norms.append(norm)  # read at the end: whoever waits for an update begins no other step
+        norm = np.asarray(np.mean([float(norm) for norm in norms]), np.float32)
         own = () if f.client_optimizer_state == "reset" else opt
         state = to_tensors("opt", opt) if self.opt_travels else {}
         if in_turn:

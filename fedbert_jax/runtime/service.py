@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from fedbert_jax.runtime import frames
-from fedbert_jax.runtime.calls import HEADER, METHODS, POLL, Abort, Hello
+from fedbert_jax.runtime.calls import HEADER, METHODS, Abort, Hello
+from fedbert_jax.runtime.changes import Changes
 from fedbert_jax.runtime.frames import FrameError, Schema, Tensors, TensorSpec
 from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.turns import DONE, Barrier, Compute, Id, Refused, Reply, Turn
 from fedbert_jax.runtime.work import Work
+
+WORK, TURN = "work", "turn"  # what a thread waits for, beside the answer to a message
 
 
 class Service:
@@ -62,9 +64,8 @@ class Service:
         # It stays when there is a segment: another client may be on its way with one, or the same one for the second time.
         self._largest_segment = 4 * HEADER + (frames.size_of(segment) if segment else 0)
         self._in_turn, self._body, self._run = in_turn, body, run
-        self._changed = threading.Condition()
-        self._secret = hello.secret
-        self._epoch = -1  # that the work has begun
+        self._changed = Changes()
+        self._secret, self._epoch = hello.secret, -1  # the epoch that the work has begun
         self._stop = self._over = False
         self._dismissed: set[str] = set()
         self.received = self.sent = 0  # bytes of frames
@@ -134,7 +135,7 @@ class Service:
                 raise Abort("FAILED_PRECONDITION", "privacy.client_seed differs from the other clients': all need the same")
             self._secret = theirs.secret
             refused = self.session.join(client, str(meta["incarnation"]), blocks, self.clock())
-            self._changed.notify_all()
+            self._changed.tell()
             if refused:
                 raise Abort(*refused)
             answer = {"epoch": self.session.epoch, "round": self.session.round, "bring": self._segment is not None}
@@ -151,7 +152,7 @@ class Service:
                 if self._segment is not None:
                     self._take_segment({name: x.copy() for name, x in tensors.items()})
                     self._segment = None
-                self._changed.notify_all()
+                self._changed.tell()
         return frames.encode({})
 
     def _on_turn(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
@@ -168,7 +169,7 @@ class Service:
                     turn = Turn("enrolling", turn.epoch, turn.round, missing=("the server's last checkpoint",))
                 if turn.state != "enrolling" or self.clock() >= end or not alive() or self._stop:
                     break
-                self._changed.wait(POLL)
+                self._changed.wait(TURN)
             if turn.state == DONE and turn.round < self.session.rounds:
                 self._dismissed.add(client)  # it comes back when the server does, and has nothing to fetch
             shares = self.work.weights(turn.members, self.session.blocks()) if turn.members else ()
@@ -183,11 +184,11 @@ class Service:
             if self.session.state == DONE:
                 return frames.encode({}, self.work.segment())
             while self._in_turn and self.session.at < id.at and (id.epoch, id.round) == self._place() and alive():
-                self._wait()
+                self._wait(TURN)
             if (id.epoch, id.round) != self._place():
                 raise Abort("ABORTED", f"round {id.round + 1} (epoch {id.epoch}) is over, or was begun again")
             while self._epoch != id.epoch and alive() and (id.epoch, id.round) == self._place():
-                self._wait()  # the work hasn't begun it yet
+                self._wait(TURN)  # the work hasn't begun it yet
             found = self.work.segment()
         return frames.encode({}, found)
 
@@ -200,7 +201,7 @@ class Service:
         digest = frames.digest(data)
         with self._changed:
             refused = self.session.message(client, id, tensors, digest, self.clock())
-            self._changed.notify_all()
+            self._changed.tell(WORK)
             if refused:
                 raise Abort(*refused)
             while True:
@@ -211,7 +212,7 @@ class Service:
                     break
                 if not alive():
                     raise Abort("CANCELLED", f"{client} has gone")
-                self._wait()
+                self._wait(id.at)
         return frames.encode({}, answer.payload or {})
 
     def _on_transform(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
@@ -240,7 +241,7 @@ class Service:
         """Goes on without a client whose place here is no more."""
         with self._changed:
             self.session.leave(client, self.clock())
-            self._changed.notify_all()
+            self._changed.tell()
 
     def _on_enrol(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         return frames.encode({"roster": list(self.session.roster), "run": self._run})
@@ -269,7 +270,7 @@ class Service:
     def _on_bye(self, client: str, meta: Any, tensors: Tensors, data: bytes, alive: Any) -> bytes:
         with self._changed:
             self._dismissed.add(client)
-            self._changed.notify_all()
+            self._changed.tell()
         return frames.encode({})
 
     def farewell(self, seconds: float) -> None:
@@ -277,15 +278,15 @@ class Service:
         end = self.clock() + seconds
         with self._changed:
             while set(self.session.roster) - self.session.gone - self._dismissed and self.clock() < end:
-                self._changed.wait(POLL)
+                self._changed.wait(TURN)
 
     def _place(self) -> tuple[int, int]:
         return self.session.epoch, self.session.round
 
-    def _wait(self) -> None:
+    def _wait(self, about: Hashable) -> None:
         if self._stop:
             raise Abort("UNAVAILABLE", "the server is stopping")
-        self._changed.wait(POLL)
+        self._changed.wait(about)
 
     # --- the work ---
 
@@ -301,20 +302,20 @@ class Service:
                 blocks = self.session.blocks()
                 what = None if self._segment is not None or begins else self.session.due()
                 if what is None and not begins:
-                    self._changed.wait(POLL)
+                    self._changed.wait(WORK)
             watch(self.session)
             if begins:
                 self.work.begin(round, members, blocks)
                 with self._changed:
                     self._epoch = epoch
-                    self._changed.notify_all()
+                    self._changed.tell()
             elif what is not None:
                 self._do(what)
         if not self._stop:
             self._on_end()
             with self._changed:
                 self._over = True
-                self._changed.notify_all()
+                self._changed.tell()
 
     def _do(self, what: Compute) -> None:
         answers, keep = self.work.compute(what)
@@ -323,7 +324,7 @@ class Service:
             if self.session.computed(what, answers, self.clock()):
                 keep()
             over = self.session.round > round
-            self._changed.notify_all()
+            self._changed.tell(*(() if over else (what.id.at, TURN)))
         if over:
             # Clients may be on their way to the next round; it begins when this one is kept.
             self.work.finish_round()
@@ -333,13 +334,13 @@ class Service:
         """Lets the round under way be the last one."""
         with self._changed:
             self.session.drain()
-            self._changed.notify_all()
+            self._changed.tell()
 
     def stop(self) -> None:
         """Ends `run`, and every call that waits."""
         with self._changed:
             self._stop = True
-            self._changed.notify_all()
+            self._changed.tell()
 
 
 PHASES = ("forward", "backward", "contribute", "upload", "hand on", "scores")

@@ -24,11 +24,11 @@ class Slots(NamedTuple):
             return list(turn)
         return [*self.members, *[self.members[0]] * (self.size - len(self.members))]
 
-    def fill(self, given: Mapping[str, Any], like: Any) -> Any:
-        """Stacks payloads at their slots, [C, ...], with zeros where nobody is."""
+    def fill(self, given: Mapping[str, Any]) -> Any:
+        """Stacks payloads, at least one, at their slots, [C, ...], with zeros where nobody is."""
         if self.in_turn:
             return stacked(list(given.values()))
-        zero = zeros_like(like)
+        zero = zeros_like(next(iter(given.values())))
         rows = [given.get(c, zero) for c in self.members]
         return stacked(rows + [zero] * (self.size - len(rows)))
 

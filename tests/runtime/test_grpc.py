@@ -184,6 +184,20 @@ def test_frames_leave_one_after_another_in_the_order_of_their_calls():
     client.close()
 
 
+@pytest.mark.parametrize(("at_once", "size", "streams"), [(1, CHUNK, False), (1, CHUNK + 1, True), (2, CHUNK, True)])
+def test_only_a_long_frame_or_one_of_several_at_once_takes_a_thread_to_be_sent(monkeypatch, at_once, size, streams):
+    service, given = Unread(), []
+    service.may.set()
+    server = Server(service, "127.0.0.1", 0)  # type: ignore[arg-type]
+    client = Client("127.0.0.1", server.port, "adams", None, LIMIT, at_once)
+    in_turn = client._in_turn
+    monkeypatch.setattr(client, "_in_turn", lambda turn, data: given.append(data) or in_turn(turn, data))
+    assert client.call("message", bytes(size), 20) == str(size).encode()
+    assert bool(given) == streams and not client._leaving
+    client.close()
+    server.stop(0)
+
+
 def test_a_frame_that_gets_stuck_holds_up_nobody_for_longer_than_its_call():
     service = Unread()
     server = Server(service, "127.0.0.1", 0)
