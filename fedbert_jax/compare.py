@@ -14,8 +14,13 @@ from pathlib import Path
 from fedbert_jax import cli
 from fedbert_jax.console.output import make_console, print_table, shown
 from fedbert_jax.errors import UserError
-from fedbert_jax.report import compare_plot, comparison
+from fedbert_jax.report import audits, compare_plot, comparison
 from fedbert_jax.workdir.log import to_json
+
+PRICED = (
+    "Audited: by kind of knowledge, what the strongest attack recovers (python -m fedbert_jax.audit); of words, the AUC. "
+    "Bytes and time are those of training."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,20 +40,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.out:
             compare_plot.write(groups, flags.out)
         if flags.json:
-            Path(flags.json).write_text(to_json(comparison.to_dict(groups), indent=1) + "\n", encoding="utf-8")
+            numbers = comparison.to_dict(groups) | audits.to_dict(groups)
+            Path(flags.json).write_text(to_json(numbers, indent=1) + "\n", encoding="utf-8")
     except OSError as e:
         raise UserError(f"{e.filename or flags.out} can't be written ({e.strerror}).") from e
     warnings = comparison.warn(groups)
     if flags.markdown:
         scope = [said] if (said := comparison.scope(groups)) else []
         warned = [f"> Warning: {shown(sentence)}" for sentence in warnings]
-        print("\n\n".join([comparison.to_markdown(groups), *scope, *warned]))
+        priced = [f"{table}\n\n{PRICED}"] if (table := audits.to_markdown(groups)) else []
+        print("\n\n".join([comparison.to_markdown(groups), *scope, *priced, *warned]))
         return 0
     console = make_console()
     console.width = max(console.width, 112)  # a narrower terminal folds whole lines; rich would drop columns
     print_table(console, comparison.to_table(groups))
     if said := comparison.scope(groups):
         console.print(said, style="dim")
+    if (prices := audits.to_table(groups)) is not None:
+        console.print()
+        print_table(console, prices)
+        console.print(PRICED, style="dim")
     for sentence in warnings:
         console.print(f"Warning: {shown(sentence)}", style="yellow")
     return 0

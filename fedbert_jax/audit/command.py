@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--known_blocks", type=int, default=sizes.known, help=f"of known text (default: {sizes.known})")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where audit.json and audit.png go (default: DIR/audit)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where audit.json and audit.png go (default: in DIR/audit)")
     flags, more = parser.parse_known_args(arguments)
     flags.supposed = _supposed(more)
     flags.knows = _chosen("--knows", flags.knows, tuple(KINDS))
@@ -172,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         truth, owners = case.replay.truth, case.replay.messages.client
     if not rows:
         raise UserError(f"{flags.workdir}: no attack fits what was asked for.")
-    out = flags.out or flags.workdir / "audit"
+    # What is only supposed is not taken for the run's own by `compare` and the report.
+    own = flags.workdir / "audit"
+    out = flags.out or own.joinpath(*(f"{key}={value}" for key, value in flags.supposed.items()))
     written = to_json([row.to_dict() for row in rows], indent=1) + "\n"
     with disk.writing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedbert_jax.report import plots
+from fedbert_jax.report import audits, plots
 from fedbert_jax.report.runs import percent
 
 if TYPE_CHECKING:
@@ -38,11 +38,6 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold."""
         return asdict(self)
-
-    @property
-    def strength(self) -> float:
-        """What attacks on the same thing are ordered by."""
-        return self.auc if self.top1 is None and self.auc is not None else self.top1 or 0.0
 
 
 def to_table(rows: Sequence[Row], words: dict[str, str]) -> Table:
@@ -87,15 +82,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def strongest(rows: Sequence[Row]) -> str:
     """Names the strongest attack for each kind of knowledge, and what it recovers."""
-    best: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        key = (row.knows, row.of)
-        if key not in best or row.strength > best[key].strength:
-            best[key] = row
     said = []
-    for (knows, of), row in best.items():
-        number = f"AUC {row.auc:.3f} of rare words" if row.top1 is None else f"{percent(row.top1)} of {of}"
-        said.append(f"{knows} {number} ({row.attack})")
+    for (knows, of), row in audits.strongest([row.to_dict() for row in rows]).items():
+        found = f"AUC {row['auc']:.3f} of rare words" if row["top1"] is None else f"{percent(row['top1'])} of {of}"
+        said.append(f"{knows} {found} ({row['attack']})")
     return "strongest: " + ", ".join(said)
 
 

@@ -22,6 +22,7 @@ from fedbert_jax.console.output import shown
 from fedbert_jax.errors import UserError
 from fedbert_jax.report import plots
 from fedbert_jax.report.alt_texts import alt_texts
+from fedbert_jax.report.audits import read_audit
 from fedbert_jax.report.plots import accuracy_figure, bytes_figure, clients_figure, loss_figure, partition_figure, to_png
 from fedbert_jax.report.runs import BYTE_UNITS, Run, duration, load_run, number, percent, quantity
 
@@ -180,7 +181,7 @@ def _page(run: Run, images: dict[str, bytes]) -> str:
         subtitle=_escape(f"{words['strategy']}. {_verdict(run)}{unfinished}"),
         key="".join(f'<div class="soft">{name}<b>{_escape(value)}</b></div>' for name, value in key.items()),
         plots="".join(plots),
-        sections=_fill_mask(run) + _clients(run) + _config(run),
+        sections=_audit(run) + _fill_mask(run) + _clients(run) + _config(run),
         threat_model=_escape(THREAT_MODEL),
     )
 
@@ -226,6 +227,20 @@ def _fill_mask(run: Run) -> str:
         guesses = [f"{token} ({probability:.0%})" for token, probability in sentence.get("predictions") or []]
         rows.append((str(sentence.get("text", "")), ", ".join(guesses)))
     return "<h2>Filled in by the model</h2>" + _table(rows, ("sentence", "guesses"), "") if rows else ""
+
+
+def _audit(run: Run) -> str:
+    """Returns what an audit has read off the run's messages, if there was one."""
+    rows = []
+    for row in read_audit(run.workdir):
+        found = f"AUC {number(row.get('auc'))}" if row.get("top1") is None else percent(row["top1"])
+        floor = number(row.get("floor_unigram")) if row.get("top1") is None else percent(row.get("floor_unigram"))
+        rows.append((str(row["knows"]).replace("_", " "), str(row["attack"]), str(row["of"]), found, floor))
+    if not rows:
+        return ""
+    said = "The floor is what guessing gives: always the commonest word, or, of words, how frequent they are."
+    table = _table(rows, ("who knows", "attack", "of", "recovered", "floor"), "numbers")
+    return f'<h2>Read off what crossed</h2>{table}<p class="soft">{said}</p>'
 
 
 def _config(run: Run) -> str:

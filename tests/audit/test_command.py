@@ -1,0 +1,165 @@
+"""The audit's command, on runs of a few seconds: rows, files, what is left out, and mistakes in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from corpus import write_corpus
+from rich.console import Console
+from sentences import make_config, write_glue, write_tokenizer
+from test_main import load
+
+from fedbert_jax import compare
+from fedbert_jax.audit.command import main
+from fedbert_jax.audit.public import default_source
+from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.glue.finetune import finetune
+from fedbert_jax.report.audits import read_audit, strongest
+from fedbert_jax.report.page import write_report
+from fedbert_jax.train import train
+
+SMALL = ("--blocks", "12", "--log", "60", "--known_blocks", "3")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("audit"))
+
+
+@pytest.fixture(scope="module")
+def trained(corpus):
+    """A run with two checkpoints, whose clients have a secret of their own; and what is public."""
+    config = load(corpus, federated__rounds=6, privacy__client_seed=77)
+    assert train(config, corpus.parent / "run", Console(quiet=True)) == 0
+    (corpus.parent / "public.txt").write_text((corpus.parent / "text" / "client_0" / "all.txt").read_text()[::-1])
+    return corpus.parent / "run", f"text:{corpus.parent / 'public.txt'}"
+
+
+@pytest.fixture(scope="module")
+def audited(trained):
+    """The run's audit, and what it has printed."""
+    workdir, public = trained
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr("rich.console.Console.print", lambda self, *a, **k: said.append(str(a[0]) if a else ""))
+        assert main([str(workdir), "--public", public, *SMALL, "--markdown"]) == 0
+    return workdir, json.loads((workdir / "audit" / "audit.json").read_text()), "\n".join(said)
+
+
+def test_every_row_says_what_it_is_of_and_what_guessing_gives(audited):
+    workdir, rows, said = audited
+    by = {(row["knows"], row["attack"]): row for row in rows}
+    asked = {"knows", "attack", "top1", "top5", "low", "high", "bits_per_token", "floor_random", "floor_unigram", "seconds"}
+    assert all(asked <= row.keys() and row["round"] == 6 for row in rows)
+    assert by["segment", "nearest"]["top1"] == 1.0 == by["segment", "nearest"]["exact"]
+    assert by["segment", "gradient"]["top1"] > 0.98 and by["segment", "gradient"]["of"] == "labels"
+    assert by["old_segment", "nearest"]["top1"] > 0.95
+    # The server has the seed, and not the clients' secret.
+    assert by["seed", "nearest"]["top1"] < 0.05 and by["seed", "likeness"]["top1"] < 0.05
+    words = [row for row in rows if row["of"] == "words"]
+    assert {row["attack"] for row in words} == {"words by move", "words by moments"}
+    assert all(row["top1"] is None and 0 <= row["low"] <= row["auc"] <= row["high"] <= 1 for row in words)
+    assert by["public_text", "cipher"]["floor_unigram"] == by["segment", "nearest"]["floor_unigram"] > 0
+    for left_out in ("checkpoint: left out, since training began with random numbers", "neighbour: left out"):
+        assert left_out in said
+    assert (
+        "strongest: segment 100.0 % of tokens (nearest)" in said and (workdir / "audit" / "audit.png").stat().st_size > 5000
+    )
+    assert "12 blocks of 3 clients" in said and "weak" in said
+
+
+def test_the_same_numbers_when_repeated(audited, trained, tmp_path):
+    workdir, public = trained
+    assert main([str(workdir), "--public", public, *SMALL, "--out", str(tmp_path), "--json", str(tmp_path / "x")]) == 0
+    without = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    again = json.loads((tmp_path / "x").read_text())
+    assert without(again) == without(audited[1])
+
+
+def test_a_seed_that_everybody_knows_reads_the_text(corpus):
+    """The same run without a secret of the clients'."""
+    workdir = corpus.parent / "open"
+    assert train(load(corpus, federated__rounds=6), workdir, Console(quiet=True)) == 0
+    assert main([str(workdir), "--knows", "seed", "--attacks", "nearest", *SMALL]) == 0
+    (row,) = read_audit(workdir)
+    assert row["top1"] > 0.8
+
+
+def test_what_is_supposed_stays_apart(audited, capsys):
+    workdir, rows, _ = audited
+    assert main([str(workdir), "--knows", "segment", "--config.wire.noise=3", "--attacks", "nearest", *SMALL]) == 0
+    assert read_audit(workdir) == rows
+    (noisy,) = json.loads((workdir / "audit" / "wire.noise=3.0" / "audit.json").read_text())
+    assert noisy["top1"] < 0.9 and "supposing wire.noise=3.0" in capsys.readouterr().out
+
+
+def test_a_report_and_a_comparison_have_it(audited, tmp_path, capsys):
+    workdir, rows, _ = audited
+    page = write_report(workdir).read_text()
+    assert "Read off what crossed" in page and "old segment" in page
+    other = shutil.copytree(workdir, tmp_path / "other", ignore=shutil.ignore_patterns("audit"))
+    assert compare.main([str(workdir), "--json", str(tmp_path / "c.json"), "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "segment, tokens" in printed and "bytes a token" in printed and "1 of 1" in printed
+    (found,) = json.loads((tmp_path / "c.json").read_text())["audits"]
+    assert found["runs"] == [list(strongest(rows).values())]
+    best = strongest(rows)["seed", "tokens"]
+    assert best["top1"] == max(row["top1"] for row in rows if row["knows"] == "seed")
+    assert compare.main([str(other)]) == 0
+    assert "segment" not in capsys.readouterr().out
+    assert "Read off what crossed" not in write_report(other).read_text()
+
+
+def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
+    tokenizer, glue = (write(tmp_path_factory.mktemp("glue")) for write in (write_tokenizer, write_glue))
+    config = make_config(
+        tokenizer,
+        glue,
+        federated=dict(strategy="parallel", num_clients=2, batch_size=4),
+        data=dict(partition=dict(kind="iid")),
+    )
+    assert finetune(config, tmp_path, Console(quiet=True)) == 0
+    assert main([str(tmp_path), "--knows", "segment,known_text,old_segment,seed", *SMALL]) == 0
+    by = {(row["knows"], row["attack"]): row for row in read_audit(tmp_path)}
+    assert by["segment", "nearest"]["exact"] == 1.0 and by["segment", "gradient"]["top1"] > 0.9
+    assert by["segment", "gradient"]["floor_unigram"] >= 0.5 and by["seed", "nearest"]["top1"] > 0.5
+    with pytest.raises(UserError, match="--round 3: accepted with a fine-tuned task: none"):
+        main([str(tmp_path), "--round", "3"])
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--knows", "nothing"], "--knows nothing: accepted: segment, old_segment"),
+        (["--attacks", "x"], "--attacks x: accepted: nearest"),
+        (["--blocks", "0"], "--blocks 0: accepted: at least 1"),
+        (["--round", "5"], "--round 5: there is no such checkpoint; accepted: 3, 6"),
+        (["--config.model.preset=base"], "accepted: the options of --help and --config.wire.codec=VALUE"),
+        (["--config.wire.noise=-1"], "wire.noise=-1"),
+        (["--knows", "neighbour"], "no attack fits"),
+        (["--public", "text:/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence(given, said, trained):
+    with pytest.raises((UserError, ConfigError)) as error:
+        main([str(trained[0]), *given])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_runs_in_which_nothing_crosses_are_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        main([str(tmp_path)])
+    config = load(corpus, federated__strategy="centralized", federated__rounds=1)
+    assert train(config, tmp_path / "run", Console(quiet=True)) == 0
+    with pytest.raises(UserError, match="in which no activations cross"):
+        main([str(tmp_path / "run")])
+
+
+def test_public_text_of_a_run_on_docstrings_is_that_of_other_packages():
+    from fedbert_jax.config import from_dict
+
+    source = default_source(from_dict({"data": {"source": "docs:numpy,optax"}, "federated": {"rounds": 1}}))
+    assert source.startswith("docs:") and "optax" not in source and "sklearn" in source
+    assert default_source(from_dict({"data": {"source": "text:x"}, "federated": {"rounds": 1}})) == ""
