@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedbert_jax.audit.attacks import KINDS
 from fedbert_jax.audit.replay import Replay, log, replay
 from fedbert_jax.audit.source import Source, num_masked
 from fedbert_jax.audit.views import Aggregate, Known, Messages, Public, Truth, View
+from fedbert_jax.config import Config
 from fedbert_jax.data.partition import js_divergence
 from fedbert_jax.federated.rounds import make_strategy
 
@@ -98,7 +100,7 @@ class Case:
             masked=num_masked(source),
             kinds=min(setting.segments.config.type_vocab_size, 2) if source.config.task == "finetune" else 1,
             clip=source.config.wire.clip,
-            noise=source.config.wire.noise,
+            noise=_noise(source.config),
         )
         model = make_strategy(setting).model_of(source.state, jnp.int32(0))
         return View(facts, self.replay.messages, self.log[0], jax.device_get(model.server), text=self.text)
@@ -125,3 +127,12 @@ class Case:
         """What whoever adds up sees."""
         assert self.replay.aggregate is not None
         return self.replay.aggregate
+
+
+def _noise(config: Config) -> float:
+    """Returns by how much, as a standard deviation, rows of one word differ by what the clients draw.
+
+    Dropout with rate p makes a number x, whose mean square is about 1 after LayerNorm, differ by x * sqrt(p / (1 - p)).
+    """
+    rate = config.model.hidden_dropout
+    return math.sqrt(config.wire.noise**2 + rate / (1 - rate))

@@ -83,7 +83,7 @@ class Public:
     masked: int  # positions of a block at which [MASK] stands
     kinds: int  # of tokens: 2 where there are sentence pairs, otherwise 1
     clip: float | None
-    noise: float
+    noise: float  # standard deviation of what the clients add to rows, dropout included
 
     @functools.cached_property
     def words(self) -> np.ndarray:
