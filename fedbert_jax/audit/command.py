@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,8 +59,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where audit.json and audit.png go (default: in DIR/audit)")
-    flags, more = parser.parse_known_args(arguments)
-    flags.supposed = _supposed(more)
+    given = sys.argv[1:] if arguments is None else arguments
+    flags = parser.parse_args([word for word in given if not word.startswith("--config.")])
+    flags.supposed = _supposed([word for word in given if word.startswith("--config.")])
     flags.knows = _chosen("--knows", flags.knows, tuple(KINDS))
     names = (*dict.fromkeys(attack.name for attack in ATTACKS), WORDS)
     flags.asked_for = flags.attacks is not None
@@ -78,14 +80,14 @@ def _chosen(flag: str, given: str | None, accepted: tuple[str, ...]) -> tuple[st
     return names
 
 
-def _supposed(more: Sequence[str]) -> dict[str, Any]:
+def _supposed(given: Sequence[str]) -> dict[str, Any]:
     """Reads `--config.wire.KEY=VALUE`."""
     found = {}
-    for argument in more:
+    for argument in given:
         key, equals, text = argument.removeprefix("--config.").partition("=")
-        if not argument.startswith("--config.") or not equals or key not in [f"wire.{name}" for name in ASKED]:
+        if not equals or key not in [f"wire.{name}" for name in ASKED]:
             accepted = ", ".join(f"--config.wire.{name}=VALUE" for name in ASKED)
-            raise ConfigError(f"{argument}: accepted: the options of --help and {accepted}.")
+            raise ConfigError(f"{argument}: accepted: {accepted}.")
         found[key] = from_text(key, text)
     return found
 

@@ -136,7 +136,7 @@ def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
         (["--attacks", "x"], "--attacks x: accepted: nearest"),
         (["--blocks", "0"], "--blocks 0: accepted: at least 1"),
         (["--round", "5"], "--round 5: there is no such checkpoint; accepted: 3, 6"),
-        (["--config.model.preset=base"], "accepted: the options of --help and --config.wire.codec=VALUE"),
+        (["--config.model.preset=base"], "--config.model.preset=base: accepted: --config.wire.codec=VALUE"),
         (["--config.wire.noise=-1"], "wire.noise=-1"),
         (["--knows", "neighbour"], "no attack fits"),
         (["--public", "text:/nowhere"], "/nowhere"),
