@@ -37,9 +37,9 @@ class Study:
     changes: Changes = field(default_factory=dict)  # to every arm
     seeds: int = 3
     needs: tuple[str, ...] = ()  # which of --model, --text and --glue
-    tasks: tuple[
-        Tasks, ...
-    ] = ()  # what the first seed's models are fine-tuned on, beside a random start (and the checkpoint)
+    # What the first seed's models are fine-tuned on, beside a random start (and the checkpoint).
+    tasks: tuple[Tasks, ...] = ()
+    audited: bool = False  # whether every run is audited, too
 
 
 QUIET = {"fill_mask": "()"}
@@ -119,6 +119,24 @@ TURNS = {
     for key, value in (("warmup_steps", 8000), ("learning_rate", 3e-4))
 }
 
+# What may keep text from whoever receives activations: each alone and in combinations, on the demo's data and tokens. The
+# clients' secret is the same number in all runs: what it hides is what the server can't compute, whatever the number is.
+SECRET = {"privacy.client_seed": 271828}
+NOISE = {sigma: SECRET | {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (1.0, 2.0, 4.0)}
+DEEP = SECRET | {"model.client_layers": 1}
+DEFENCES = {
+    "demo": Arm("configs/demo.py"),
+    "secret": Arm("configs/demo.py", SECRET),
+    **{f"noise-{sigma:g}": Arm("configs/demo.py", changes) for sigma, changes in NOISE.items()},
+    "dropout": Arm("configs/demo.py", SECRET | {"model.hidden_dropout": 0.1}),
+    "deep": Arm("configs/demo.py", DEEP),
+    "deep-noise-1": Arm("configs/demo.py", DEEP | NOISE[1.0]),
+    "deep-noise-2": Arm("configs/demo.py", DEEP | NOISE[2.0]),
+    "eight-steps": Arm("configs/parallel.py", SECRET),
+    "eight-steps-reset": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "reset"}),
+    "turns": Arm("configs/sequential.py", SECRET),
+}
+
 STUDIES = {
     "strategies": Study(
         about="Every strategy on the demo's data and tokens.", arms=STRATEGIES, baseline="centralized", changes=QUIET
@@ -139,6 +157,13 @@ STUDIES = {
         baseline="demo-2e-3",
         changes=QUIET,
         seeds=1,
+    ),
+    "defences": Study(
+        about="What may keep text from whoever receives activations, and what it costs, on the demo's data and tokens.",
+        arms=DEFENCES,
+        baseline="demo",
+        changes=QUIET,
+        audited=True,
     ),
     "continued": Study(
         about="A checkpoint, pre-trained further on film reviews by several strategies with equal tokens, and fine-tuned "

@@ -79,6 +79,20 @@ def all_of(jobs: dict[str, list[str]], root: Path, at_once: int, say: Any) -> No
             raise SystemExit(str(error) or "stopped; the same command goes on from there") from None
 
 
+def audits(runs: dict[str, dict[int, Path]], root: Path, at_once: int, say: Any) -> str:
+    """Audits runs, and returns the price list as Markdown."""
+    from fedbert_jax.report import audits, comparison
+
+    workdirs = [path for by_seed in runs.values() for path in by_seed.values()]
+    all_of(
+        {f"audit-{path.name}": [sys.executable, "-m", "fedbert_jax.audit", str(path)] for path in workdirs},
+        root,
+        at_once,
+        say,
+    )
+    return audits.to_markdown(comparison.load_groups(workdirs))
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text, numbers = pretraining(study, runs)
     result: dict[str, Any] = {"study": args.name, "machine": facts, "changes": more, "pretraining": numbers}
     said = [study.about, text]
+    if study.audited:
+        said.append(audits(runs, root, args.jobs, console.print))
     if study.tasks:
         any_model = places.get("model", runs[study.baseline][0] / "hf")
         starts = {RANDOM: any_model} | ({CHECKPOINT: places["model"]} if "model" in study.needs else {})
