@@ -577,6 +577,11 @@ def commands(monkeypatch):
 
     def run(command, stdout, **_):
         given.append(command)
+        if "fedbert_jax.audit" in command:
+            row = {"knows": "seed", "attack": "nearest", "of": "tokens", "top1": 0.5 + len(given) / 1000}
+            (Path(command[-1]) / "audit").mkdir()
+            (Path(command[-1]) / "audit" / "audit.json").write_text(json.dumps([row]))
+            return subprocess.CompletedProcess(command, 0)
         workdir = Path(command[command.index("--workdir") + 1])
         if "fedbert_jax.glue" in command:
             for n, task in enumerate(command[command.index("--tasks") + 1].split(",")):
@@ -626,6 +631,14 @@ def test_a_study_runs_every_arm_with_every_seed_once(tmp_path, commands, capsys)
     )
     study.main([*options, "--config.data.seq_len=16"])
     assert len(commands) == 4
+
+
+def test_a_study_audits_what_it_has_trained(tmp_path, commands, capsys):
+    study.main(["defences", "--arms", "demo,deep", "--seeds", "2", "--workdir", str(tmp_path)])
+    audited = [Path(c[-1]).name for c in commands if "fedbert_jax.audit" in c]
+    assert audited == ["demo-0", "demo-1", "deep-0", "deep-1"] and len(commands) == 8
+    text = capsys.readouterr().out
+    assert "| run | audited | seed, tokens |" in text and "4 of 4 | 50.6 % ± 0.1 %" in text
 
 
 def test_a_study_stops_with_a_command_that_fails(tmp_path, commands):

@@ -104,15 +104,15 @@ def nearest(view: View) -> np.ndarray:
 
 def likeness(view: View) -> np.ndarray:
     """The token whose direction is most alike, when what all words have in common has been taken out."""
-    h, geometry = view.messages.h, view.geometry
+    h, geometry = view.messages.h, view.log.geometry
     rows = (geometry.centred(h) - geometry.middle).reshape(-1, h.shape[-1])
     return alike(_words(view), rows, geometry.white).reshape(*h.shape[:2], -1)
 
 
 def by_groups(view: View) -> np.ndarray:
     """The token whose direction is most like that of the mean row of a group, in which noise has averaged out."""
-    names = alike(_words(view), view.groups.means)
-    return names[view.groups.nearest(view.geometry.centred(view.messages.h))]
+    names = alike(_words(view), view.log.groups.means)
+    return names[view.log.groups.nearest(view.log.geometry.centred(view.messages.h))]
 
 
 def discriminant(view: View) -> np.ndarray:
@@ -147,14 +147,14 @@ def predicted(view: View) -> np.ndarray:
 def by_known_text(view: View) -> np.ndarray:
     """The word whose rows, in blocks of known text, are nearest."""
     assert view.known is not None
-    return known.read_by_known_text(view.messages.h, view.geometry, view.known)
+    return known.read_by_known_text(view.messages.h, view.log.geometry, view.known)
 
 
 def by_public_text(view: View) -> np.ndarray:
     """A substitution cipher, solved with public text."""
     assert view.text is not None
-    names = cipher.solve(view.groups.of, view.text, view.public.vocab_size)
-    return names[view.groups.nearest(view.geometry.centred(view.messages.h))]
+    names = cipher.solve(view.log.groups.of, view.text, view.public.vocab_size)
+    return names[view.log.groups.nearest(view.log.geometry.centred(view.messages.h))]
 
 
 TABLES = ("segment", "old_segment", "seed", "checkpoint")

@@ -16,7 +16,7 @@ from fedbert_jax.audit import public
 from fedbert_jax.audit.attacks import KINDS
 from fedbert_jax.audit.replay import Replay, log, replay
 from fedbert_jax.audit.source import Source, num_masked
-from fedbert_jax.audit.views import Aggregate, Known, Messages, Public, Truth, View
+from fedbert_jax.audit.views import Aggregate, Known, Log, Messages, Public, Truth, View
 from fedbert_jax.config import Config
 from fedbert_jax.data.partition import js_divergence
 from fedbert_jax.federated.rounds import make_strategy
@@ -103,7 +103,8 @@ class Case:
             noise=_noise(source.config),
         )
         model = make_strategy(setting).model_of(source.state, jnp.int32(0))
-        return View(facts, self.replay.messages, self.log[0], jax.device_get(model.server), text=self.text)
+        log = Log(self.log[0], facts.noise)
+        return View(facts, self.replay.messages, log, jax.device_get(model.server), text=self.text)
 
     def granted(self, kind: str) -> dict[str, Any] | str:
         """Returns the fields of a view that a kind of knowledge adds, or in words why nobody has it here."""

@@ -92,23 +92,31 @@ class Public:
 
 
 @dataclass(frozen=True)
+class Log:
+    """Message 1 of earlier blocks, and what anybody can work out about it."""
+
+    messages: Messages
+    noise: float  # `Public.noise`
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """Where its rows lie."""
+        return describe(self.messages.h, self.messages.present)
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """Its rows, gathered by word."""
+        return gather(self.messages.h, self.geometry, self.messages.unasked, self.noise)
+
+
+@dataclass(frozen=True)
 class View:
     """What an attacker holds: what is public, what it received, and what its row grants."""
 
     public: Public
     messages: Messages  # to be read
-    log: Messages  # message 1 of earlier blocks
+    log: Log
     body: ServerParams  # the server's layers
     segment: ClientParams | None = None  # a client segment: the one in use, an old one, an initial one
     known: Known | None = None
     text: np.ndarray | None = None  # public text, int [P, T]
-
-    @functools.cached_property
-    def geometry(self) -> Geometry:
-        """Of the log."""
-        return describe(self.log.h, self.log.present)
-
-    @functools.cached_property
-    def groups(self) -> Groups:
-        """The log's rows, gathered by word."""
-        return gather(self.log.h, self.geometry, self.log.unasked, self.public.noise)

@@ -18,7 +18,7 @@ from fedbert_jax.audit.geometry import best, describe, distinct, unit
 from fedbert_jax.audit.groups import gather
 from fedbert_jax.audit.score import floors, score
 from fedbert_jax.audit.tables import Table, alike
-from fedbert_jax.audit.views import Aggregate, Known, Messages, Public, Truth, View
+from fedbert_jax.audit.views import Aggregate, Known, Log, Messages, Public, Truth, View
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.federated import wire
 from fedbert_jax.models.bert import make_segments
@@ -53,7 +53,7 @@ def view_of(bert, h, **more) -> View:
     segments, _, server = bert
     public = Public(segments, VOCAB, SPECIAL, 4, 3, 1, None, more.pop("noise", 0.0))
     messages = Messages(h, np.zeros(len(h), int))
-    return View(public, messages, more.pop("log", messages), server, **more)
+    return View(public, messages, Log(messages, public.noise), server, **more)
 
 
 def attack(name: str):
