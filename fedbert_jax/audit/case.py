@@ -114,7 +114,11 @@ class Case:
             return found if isinstance(found, str) else {"segment": jax.device_get(found)}
         if kind == "known_text":
             messages, truth = self.log
-            rows = slice(0, self.sizes.known)
+            read = {block.tobytes() for block in self.replay.truth.original}
+            others = [n for n, block in enumerate(truth.original) if block.tobytes() not in read]
+            rows = others[: self.sizes.known]
+            if not rows:
+                return "every earlier block is one of those attacked"
             return {"known": Known(messages.h[rows], truth.tokens[rows], truth.text[rows])}
         if kind == "public_text":
             return {} if self.text is not None else "there is none (--public)"

@@ -177,5 +177,9 @@ def _messages(rows: dict[str, np.ndarray]) -> Messages:
 
 
 def _truth(source: Source, rows: dict[str, np.ndarray]) -> Truth:
-    tokens = rows["tokens"].astype(np.int64)
-    return Truth(tokens, _is_text(source, tokens, rows["places"]), rows["labels"].astype(np.int64), rows["weights"] > 0)
+    tokens, labels, real = rows["tokens"].astype(np.int64), rows["labels"].astype(np.int64), rows["weights"] > 0
+    original, places = tokens.copy(), rows["places"].astype(np.int64)
+    if source.config.task != "finetune":  # where labels are the tokens that were hidden
+        there = np.take_along_axis(tokens, places, axis=1)
+        np.put_along_axis(original, places, np.where(real, labels, there), axis=1)
+    return Truth(tokens, _is_text(source, tokens, rows["places"]), labels, real, original)

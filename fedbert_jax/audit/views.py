@@ -51,6 +51,7 @@ class Truth(NamedTuple):
     text: np.ndarray  # bool [R, T], where that is a client's text: not at predicted positions, nor at special tokens
     labels: np.ndarray  # int [R, M], the tokens to be predicted
     real: np.ndarray  # bool [R, M], whether a position is one: padding is not
+    original: np.ndarray  # int [R, T], the blocks before anything was hidden
 
     def pick(self, rows: np.ndarray) -> Truth:
         """Returns these rows."""

@@ -61,6 +61,7 @@ def test_what_is_kept_is_what_the_clients_sent(case):
     first = range(size) if name == "sequential" else range(count)  # later turns begin with another segment
     expected = sim.setting.segments.embed(source.state.model.client, jax.tree.map(lambda x: x.reshape(count, -1), batch))
     np.testing.assert_array_equal(found.truth.tokens[:count], tokens)
+    np.testing.assert_array_equal(found.truth.original[:count], np.asarray(cohort.rows[0]).reshape(count, -1))
     np.testing.assert_array_equal(found.truth.labels[:count], np.asarray(batch.labels).reshape(count, -1))
     np.testing.assert_allclose(found.messages.h[list(first)], np.asarray(expected)[list(first)], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.messages.client[:count], np.repeat(np.asarray(cohort.clients), size))
@@ -92,7 +93,7 @@ def test_whoever_adds_up_sees_moves_moments_or_gradients(case):
     for seen in views.values():
         assert seen.shape == (3, VOCAB) and np.isfinite(seen).all() and (seen > -1e-9).all() and (seen > 0).any()
     held = np.zeros((3, VOCAB), bool)
-    for client, tokens, text, labels, real in zip(found.messages.client, *found.truth, strict=True):
+    for client, tokens, text, labels, real in zip(found.messages.client, *found.truth[:4], strict=True):
         held[client, tokens[text]] = True
         held[client, labels[real]] = True
     order = np.asarray(source.cohort(2).clients)
