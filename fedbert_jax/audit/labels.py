@@ -11,6 +11,8 @@ import numpy as np
 from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.models.bert import ClientParams, Segments
 
+LIKELY = 256  # labels whose direction is compared exactly
+
 
 def read_labels(segments: Segments, params: ClientParams, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
     """Returns the likeliest labels, int [R, M, 5], by a client segment: tokens, or a classifier's classes.
@@ -33,12 +35,19 @@ def read_labels(segments: Segments, params: ClientParams, z: np.ndarray, dz: np.
 
     def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         z, dz = pair
-        # [V, D]: J'W'e_y for each y
-        moves = jax.jacrev(lambda z: head(params, z))(z) if classes else table @ jax.jacrev(lambda z: head(plain, z))(z)
         p = jax.nn.softmax(head(params, z))
-        directions = (p @ moves)[None] - moves
-        likeness = (directions @ dz) / (jnp.linalg.norm(directions, axis=1) + 1e-30)
-        found = jax.lax.top_k(likeness, min(GUESSES, len(likeness)))[1]
+        if classes:
+            jacobian = jax.jacrev(lambda z: head(params, z))(z)  # [V, D]
+            rows, likely = (p @ jacobian)[None] - jacobian, jnp.arange(len(p))
+        else:
+            jacobian = jax.jacrev(lambda z: head(plain, z))(z)  # [D, D]
+            apart = (p @ table)[None] - table  # W'(p - e_y), for each y
+            # All products with dz, but lengths for the likeliest alone: these take a product with J each.
+            near = (apart @ (jacobian @ dz)) / (jnp.linalg.norm(apart, axis=1) + 1e-30)
+            likely = jax.lax.top_k(near, min(LIKELY, len(p)))[1]
+            rows = apart[likely] @ jacobian
+        likeness = (rows @ dz) / (jnp.linalg.norm(rows, axis=1) + 1e-30)
+        found = likely[jax.lax.top_k(likeness, min(GUESSES, len(likeness)))[1]]
         return jnp.pad(found, (0, GUESSES - len(found)), mode="edge")
 
     flat = (jnp.asarray(z).reshape(-1, z.shape[-1]), jnp.asarray(dz).reshape(-1, z.shape[-1]))
