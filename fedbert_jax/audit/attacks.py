@@ -25,7 +25,8 @@ class Attack:
       guess: the attack.
       of: what it guesses: the `tokens` of message 1, or the `labels` of predicted positions.
       needs_text: whether it needs public text.
-      fits: whether it can do anything for a view.
+      works: whether it can do anything for a view.
+      adds: whether it can find more than the others; if not, it runs where it is asked for.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Attack:
     guess: Guess
     of: Literal["tokens", "labels"] = "tokens"
     needs_text: bool = False
-    fits: Callable[[View], bool] = lambda view: True
+    works: Callable[[View], bool] = lambda view: True
+    adds: Callable[[View], bool] = lambda view: True
 
 
 # What a party may know, beside the messages and what is public, and in which words.
@@ -160,13 +162,13 @@ def by_public_text(view: View) -> np.ndarray:
 TABLES = ("segment", "old_segment", "seed", "checkpoint")
 
 ATTACKS = (
-    Attack("nearest", TABLES, nearest, fits=_flat),
+    Attack("nearest", TABLES, nearest, works=_flat),
     Attack("likeness", TABLES[1:], likeness),
-    Attack("groups", TABLES[1:], by_groups, fits=_noisy),
-    Attack("discriminant", ("segment",), discriminant, fits=_deep),
-    Attack("decoded", ("segment",), decoded, needs_text=True, fits=_blurred),
-    Attack("transformer", ("segment",), transformer, needs_text=True, fits=_blurred),
-    Attack("gradient", ("segment",), predicted, of="labels", fits=_classes),
+    Attack("groups", TABLES[1:], by_groups, adds=_noisy),
+    Attack("discriminant", ("segment",), discriminant, adds=_deep),
+    Attack("decoded", ("segment",), decoded, needs_text=True, adds=_blurred),
+    Attack("transformer", ("segment",), transformer, needs_text=True, adds=_blurred),
+    Attack("gradient", ("segment",), predicted, of="labels", works=_classes),
     Attack("known words", ("known_text",), by_known_text),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),
 )

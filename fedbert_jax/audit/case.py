@@ -116,9 +116,10 @@ class Case:
             messages, truth = self.log
             read = {block.tobytes() for block in self.replay.truth.original}
             others = [n for n, block in enumerate(truth.original) if block.tobytes() not in read]
-            rows = others[: self.sizes.known]
-            if not rows:
+            if not others:
                 return "every earlier block is one of those attacked"
+            spread = np.linspace(0, len(others) - 1, min(self.sizes.known, len(others))).astype(int)
+            rows = np.array(others)[np.unique(spread)]  # of all clients, as far as they go
             return {"known": Known(messages.h[rows], truth.tokens[rows], truth.text[rows])}
         if kind == "public_text":
             return {} if self.text is not None else "there is none (--public)"
@@ -137,7 +138,10 @@ class Case:
 def _noise(config: Config) -> float:
     """Returns by how much, as a standard deviation, rows of one word differ by what the clients draw.
 
-    Dropout with rate p makes a number x, whose mean square is about 1 after LayerNorm, differ by x * sqrt(p / (1 - p)).
+    Dropout with rate p makes a number x, whose mean square is about 1 after LayerNorm, differ by x * sqrt(p / (1 - p)). A
+    row of D numbers that is clipped afterwards has a mean square of clip**2 / D.
     """
-    rate = config.model.hidden_dropout
-    return math.sqrt(config.wire.noise**2 + rate / (1 - rate))
+    rate, clip, size = config.model.hidden_dropout, config.wire.clip, config.model.hidden_size
+    assert size is not None
+    square = 1.0 if clip is None else min(1.0, clip**2 / size)
+    return math.sqrt(config.wire.noise**2 + square * rate / (1 - rate))

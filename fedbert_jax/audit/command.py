@@ -117,10 +117,15 @@ def audit(
         if aggregated:
             rows += _words(case, kind)
         view = dataclasses.replace(case.view, **facts)
+        if kind == "seed" and case.source.config.wire.noise and case.source.config.privacy.client_seed is None:
+            say("seed: the noise follows from it, too, since privacy.client_seed is not set; these rows don't subtract it")
         for attack in mine:
             if attack.needs_text and view.text is None:
                 say(f"{kind}, {attack.name}: left out, since it needs public text (--public)")
-            elif attack.fits(view) or not (all_that_fit or attack.name in ("nearest", "discriminant")):
+            elif not attack.works(view):
+                if not all_that_fit:
+                    say(f"{kind}, {attack.name}: left out, since it can't read what this run sends")
+            elif attack.adds(view) or not all_that_fit:
                 rows.append(_attacked(case, kind, attack, view))
     return rows
 
@@ -166,7 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
     console = make_console()
     say = lambda text: console.print(shown(text), style="dim")  # noqa: E731
+    # What is only supposed is not taken for the run's own by `compare` and the report.
+    own = flags.workdir / "audit"
+    out = flags.out or own.joinpath(*(f"{key}={value}" for key, value in flags.supposed.items()))
     source = open_source(flags.workdir, flags.round, flags.supposed)
+    for folder in (out, *([Path(flags.json).parent] if flags.json else [])):
+        if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+            raise UserError(f"{folder} is no directory; give another place.")
+        with disk.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     text = public.default_source(source.config) if flags.public is None else flags.public
     case = Case(source, Sizes(flags.blocks, flags.log, flags.known_blocks), text, say)
     with waiting(console, f"auditing {shown(flags.workdir)}"):
@@ -174,12 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         truth, owners = case.replay.truth, case.replay.messages.client
     if not rows:
         raise UserError(f"{flags.workdir}: no attack fits what was asked for.")
-    # What is only supposed is not taken for the run's own by `compare` and the report.
-    own = flags.workdir / "audit"
-    out = flags.out or own.joinpath(*(f"{key}={value}" for key, value in flags.supposed.items()))
-    written = to_json([row.to_dict() for row in rows], indent=1) + "\n"
+    given = {"blocks": len(truth.tokens), "log": len(case.log[1].tokens), "known_blocks": flags.known_blocks}
+    given |= {"public": text, "divergence": case.divergence} | flags.supposed
+    written = to_json([row.to_dict() | {"given": given} for row in rows], indent=1) + "\n"
     with disk.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
         (out / "audit.json").write_text(written, encoding="utf-8")
         (out / "audit.png").write_bytes(to_png(results.figure(rows, KINDS)))
     if flags.json:

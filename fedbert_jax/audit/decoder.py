@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedbert_jax.audit.groups import scale
 from fedbert_jax.audit.tables import GUESSES, Table
 from fedbert_jax.audit.views import View
 
@@ -15,7 +16,7 @@ CANDIDATES = 32
 SWEEPS = 2  # over all positions, in which the model predicts each from the others
 MASKED = 16  # positions of a block that it predicts at a time
 HALF = 0.5  # of what the model says counts where its words and public text's are taken together
-LEAST = 0.1  # the standard deviation of rows that are taken to be exact
+LEAST = 0.1  # the standard deviation of rows that are taken to be exact, in root mean squares of rows
 SMOOTH = 20.0  # how many sightings of a word count as much as its followers' plain frequency
 
 
@@ -72,13 +73,13 @@ def read_with_model(table: Table, h: np.ndarray, view: View) -> np.ndarray:
     public, (blocks, length) = view.public, h.shape[:2]
     assert view.text is not None and view.segment is not None
     bigrams = Bigrams(view.text, public.vocab_size)
-    spread = max(public.noise, LEAST) ** 2
-    ids, nearness = table.nearest(h, CANDIDATES, spread * bigrams.log_prior)
+    spread, few = max(public.noise, LEAST * float(scale(h, public.noise))) ** 2, min(CANDIDATES, public.vocab_size)
+    ids, nearness = table.nearest(h, few, spread * bigrams.log_prior)
     scores = nearness / spread - bigrams.log_prior[ids]  # log-likelihoods
     asked = ~view.messages.unasked
-    common = np.argsort(-bigrams.log_prior)[:CANDIDATES]
+    common = np.argsort(-bigrams.log_prior)[:few]
     ids[asked], scores[asked] = common, 0.0  # nothing is known of what [MASK] hides
-    rows = np.stack([table.rows(ids[..., c]) for c in range(CANDIDATES)], axis=2)  # [R, T, C, D]
+    rows = np.stack([table.rows(ids[..., c]) for c in range(few)], axis=2)  # [R, T, C, D]
     hidden = jnp.asarray(table.rows(np.full(length, public.mask_id)))
 
     @jax.jit
@@ -89,7 +90,8 @@ def read_with_model(table: Table, h: np.ndarray, view: View) -> np.ndarray:
         return jnp.take_along_axis(found, ids, axis=-1)
 
     prior, rng = bigrams.log_prior[ids], np.random.default_rng(0)
-    for _ in range(SWEEPS):
+    # A classifier's segment predicts no words.
+    for _ in range(0 if "classifier" in view.segment else SWEEPS):
         chance: Any = np.exp(scores + prior - (scores + prior).max(axis=-1, keepdims=True))
         mean = np.einsum("rtc,rtcd->rtd", chance / chance.sum(axis=-1, keepdims=True), rows).astype(np.float32)
         order = np.argsort(rng.random((blocks, length)), axis=1)

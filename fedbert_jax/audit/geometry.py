@@ -9,6 +9,7 @@ import numpy as np
 SHRINK = 1e-3  # of the mean variance, added to every direction's before it is scaled to 1
 AT_ONCE = 8192  # rows that are compared at a time
 DISTINCT = 8  # numbers of a row that tell it from another one
+LEAST = 1e-12  # variance added in any case, so that rows that are all the same can be described, too
 
 
 class Geometry(NamedTuple):
@@ -47,8 +48,8 @@ def describe(h: np.ndarray, where: np.ndarray) -> Geometry:
 def whitening(rows: np.ndarray) -> np.ndarray:
     """Returns the matrix [D, D] that scales the spread of rows [N, D], about their mean, to 1 in every direction."""
     spread = np.cov(rows.T.astype(np.float64))
-    size = len(spread)
-    return np.linalg.cholesky(np.linalg.inv(spread + SHRINK * np.trace(spread) / size * np.eye(size))).astype(np.float32)
+    spread += (SHRINK * np.trace(spread) / len(spread) + LEAST) * np.eye(len(spread))
+    return np.linalg.cholesky(np.linalg.inv(spread)).astype(np.float32)
 
 
 def distinct(x: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,13 +59,14 @@ def distinct(x: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     frequent it is. Rows that are not at `where` [R, T] are left out, and are number -1.
     """
     rows: list[np.ndarray] = []
+    size = np.float32(np.sqrt(np.mean(x**2)) + 1e-12)
     which = np.full(x.shape[:2], -1)
     found = 0
     for place in range(x.shape[1]):
         there = np.flatnonzero(where[:, place])
         if not len(there):
             continue
-        some = np.ascontiguousarray(np.round(x[there, place, :DISTINCT], 4) + np.float32(0))  # -0 becomes 0
+        some = np.ascontiguousarray(np.round(x[there, place, :DISTINCT] / size, 4) + np.float32(0))  # -0 becomes 0
         names = some.view(np.dtype((np.void, some.dtype.itemsize * some.shape[1]))).ravel()
         _, first, number = np.unique(names, return_index=True, return_inverse=True)
         rows.append(x[there[first], place])

@@ -10,7 +10,7 @@ from fedbert_jax.audit.geometry import Geometry, best, distinct, unit, whitening
 
 ALIKE = 0.8  # cosine from which on two exact rows are one word's (in the demo, those of different words stay below .78)
 MERGED = 0.6  # the same for the mean rows of two groups, under noise
-WITHIN = 1.0  # variance, in any direction, that rows of one word may have without noise: a word differs a little by position
+WITHIN = 1.0  # variance, in mean squares of rows, that rows of one word may have without noise: by position
 EDGE = 1.15  # how far beyond the largest variance that noise alone makes a group is divided
 FEW = 4  # rows that are not divided
 MOST = 8192  # groups
@@ -39,7 +39,8 @@ def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, noise: float) -
       where: bool [R, T], which rows are gathered.
       noise: the standard deviation of the noise that they have.
     """
-    x = geometry.centred(h).astype(np.float32)
+    size = scale(h[where], noise)
+    x, noise = (geometry.centred(h) / size).astype(np.float32), noise / float(size)
     if noise > 0:
         rows, which = x[where], np.full(where.shape, -1)
         of = _merged(rows, _divided(rows, noise), noise)
@@ -47,11 +48,16 @@ def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, noise: float) -
     else:
         rows, which = distinct(x, where)
         counts = np.bincount(which[where], minlength=len(rows))
-        of = _alike(geometry.whiten(rows - geometry.middle), counts)
+        of = _alike(geometry.whiten(rows * size - geometry.middle), counts)
     counts = np.bincount(which[where], minlength=len(rows))
-    means, sizes = _means(rows, of, counts)
-    bias = -0.5 * np.sum(means**2, axis=1) + noise**2 * np.log(np.maximum(sizes, 1) / sizes.sum())
+    means, sizes = _means(rows * size, of, counts)
+    bias = -0.5 * np.sum(means**2, axis=1) + (noise * size) ** 2 * np.log(np.maximum(sizes, 1) / sizes.sum())
     return Groups(means, np.where(which >= 0, of[which], -1), bias.astype(np.float32))
+
+
+def scale(h: np.ndarray, noise: float) -> np.float32:
+    """Returns the root mean square of rows [..., D], without their noise: 1 after LayerNorm, less where they are clipped."""
+    return np.float32(np.sqrt(max(float(np.mean(h**2)) - noise**2, 1e-12)))
 
 
 def _means(rows: np.ndarray, of: np.ndarray, counts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

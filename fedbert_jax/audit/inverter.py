@@ -14,7 +14,7 @@ from fedbert_jax.models.bert import ClientParams, Segments
 BLOCKS = 900  # of text that are embedded
 AT_ONCE = 50
 SYNTHETIC = 0.25  # of the tokens are drawn at random, so that every word occurs in some context
-FLOOR = 1e-3  # variance added in every direction
+FLOOR = 1e-3  # variance added in every direction, in mean squares of rows
 
 
 class Pairs(NamedTuple):
@@ -83,7 +83,7 @@ class Discriminant:
         np.add.at(means, y, x)
         self.means = means / np.maximum(counts, 1)[:, None]
         inner = x - self.means[y]
-        spread = inner.T @ inner / len(x) + (FLOOR + noise**2) * np.eye(x.shape[1], dtype=np.float32)
+        spread = inner.T @ inner / len(x) + (FLOOR * np.mean(pairs.h**2) + noise**2) * np.eye(x.shape[1], dtype=np.float32)
         self.directions = np.linalg.solve(spread, self.means.T).T.astype(np.float32)
         self.bias = (-0.5 * np.sum(self.directions * self.means, axis=1)).astype(np.float32)
         if log_prior is not None:

@@ -16,6 +16,7 @@ from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import StepResult, client_begin
 from fedbert_jax.federated.state import Cohort, State, num_steps
+from fedbert_jax.models.layers import take_positions
 
 
 class Replay(NamedTuple):
@@ -52,7 +53,7 @@ def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
     """Returns message 1 of the last `blocks` blocks that crossed before the round.
 
     All are embedded by the round's segment, as if it had not changed meanwhile: that is a little easier to read than what
-    the server has logged.
+    the server has logged. They are fewer if the run has had fewer.
     """
     s, cut = source.setting, source.setting.cut()
 
@@ -61,15 +62,16 @@ def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
             batch, keys = s.draw(rows, cohort.round, k, cohort.clients)
             mine = jax.tree.map(lambda x: x.reshape(len(cohort.clients), -1), keys._replace(server=None))
             up = jax.vmap(lambda b, k: client_begin(cut, params, b, k)[0], (0, 0))(batch, mine)
-            return _rows(batch) | {"h": _received(cut, up.h), "positions": up.positions}
+            return _rows(batch) | {"h": _received(cut, up.h), "positions": _asked(s, batch)}
 
         return jax.lax.map(lambda x: step(*x), (jnp.arange(num_steps(cohort.rows)), cohort.rows))
 
-    program, parts, found, back = jax.jit(begin), [], 0, 0
+    program, parts, found = jax.jit(begin), [], 0
     with jax.set_mesh(source.mesh):
-        while found < blocks:
-            back += 1
-            cohort = source.cohort(source.before(back))
+        for round in source.before:
+            if found >= blocks:
+                break
+            cohort = source.cohort(round)
             there = np.asarray(cohort.weights) > 0
             seen = jax.device_get(program(source.state.model.client, cohort))  # [K, C, B, ...]
             seen = {name: x[:, there] for name, x in seen.items() if x is not None}
@@ -99,6 +101,12 @@ def _rows(batch: MaskedBatch) -> dict[str, jax.Array]:
     return rows if batch.lengths is None else rows | {"lengths": batch.lengths}
 
 
+def _asked(s: Setting, batch: MaskedBatch) -> jax.Array | None:
+    """Returns the predicted positions, if a server knows them: they cross, or dz is 0 everywhere else."""
+    wire = s.config.wire
+    return batch.positions if wire.downlink == "masked" or not wire.gradient_noise else None
+
+
 def _received(cut: Any, payload: Any) -> jax.Array:
     return cut.channels.activations.receive(payload).astype(jnp.float32)
 
@@ -108,11 +116,14 @@ def _recorder(s: Setting) -> Recorder:
 
     def step(batch: MaskedBatch, out: StepResult) -> Any:
         sent, channels = out.messages, cut.channels
+        z, dz = channels.hidden_states.receive(sent["hidden_states"]), channels.head_gradient.receive(sent["head_gradient"])
+        if not cut.masked_only:  # elsewhere dz is 0, or noise
+            z, dz = take_positions(z, batch.positions), take_positions(dz, batch.positions)
         rows = _rows(batch) | {
             "h": _received(cut, sent["activations"]),
-            "positions": sent.get("positions"),
-            "z": channels.hidden_states.receive(sent["hidden_states"]).astype(jnp.float32),
-            "dz": channels.head_gradient.receive(sent["head_gradient"]).astype(jnp.float32),
+            "positions": _asked(s, batch),
+            "z": z.astype(jnp.float32),
+            "dz": dz.astype(jnp.float32),
         }
         norms = jnp.linalg.norm(_word(out.client_grads), axis=-1) if s.how.averages_gradients else None
         return {"rows": rows, "gradient": norms}
@@ -158,10 +169,9 @@ def _aggregate(source: Source, seen: Any, ended: Any) -> Aggregate | None:
     if not views:
         return None
     held = np.zeros((len(rows["tokens"]), source.vocab_size), bool)
-    for c, (tokens, places) in enumerate(zip(rows["tokens"], rows["places"], strict=True)):
-        held[c, tokens[_is_text(source, tokens, places)]] = True
-        if config.task != "finetune":
-            held[c, rows["labels"][c][rows["weights"][c] > 0]] = True
+    for c, tokens in enumerate(_original(source, rows)):
+        held[c, tokens.ravel()] = True
+    held[:, list(source.special_ids)] = False
     return Aggregate(views, held)
 
 
@@ -178,8 +188,12 @@ def _messages(rows: dict[str, np.ndarray]) -> Messages:
 
 def _truth(source: Source, rows: dict[str, np.ndarray]) -> Truth:
     tokens, labels, real = rows["tokens"].astype(np.int64), rows["labels"].astype(np.int64), rows["weights"] > 0
-    original, places = tokens.copy(), rows["places"].astype(np.int64)
-    if source.config.task != "finetune":  # where labels are the tokens that were hidden
-        there = np.take_along_axis(tokens, places, axis=1)
-        np.put_along_axis(original, places, np.where(real, labels, there), axis=1)
-    return Truth(tokens, _is_text(source, tokens, rows["places"]), labels, real, original)
+    return Truth(tokens, _is_text(source, tokens, rows["places"]), labels, real, _original(source, rows))
+
+
+def _original(source: Source, rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns tokens [..., T] before anything was hidden."""
+    original = rows["tokens"].astype(np.int64)
+    if source.config.task != "finetune":  # where labels are classes
+        np.put_along_axis(original, rows["places"].astype(np.int64), rows["labels"].astype(np.int64), axis=-1)
+    return original

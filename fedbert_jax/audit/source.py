@@ -46,7 +46,7 @@ class Source:
     round: int  # the checkpoint's
     cohort: Callable[[int], Cohort]  # a round's data, from 0
     replayed: int  # the round to replay
-    before: Callable[[int], int]  # the n-th round before that, from 1
+    before: tuple[int, ...]  # the rounds before that, the last one first; if there is none, that one
     segments: dict[str, Segment]  # those that somebody may know, by kind of knowledge
     clients: tuple[str, ...]  # their names
 
@@ -84,7 +84,7 @@ def open_source(root: Path, round: int | None, supposed: dict[str, Any]) -> Sour
 
 def _pretrained(root: Path, round: int | None, supposed: dict[str, Any]) -> Source:
     run, checkpoints, at = reopen(root, round, supposed)
-    setting, rounds = run.simulation.setting, run.config.federated.rounds
+    setting = run.simulation.setting
     state, _ = restore(run, checkpoints, at)
 
     def old() -> ClientParams | str:
@@ -111,7 +111,7 @@ def _pretrained(root: Path, round: int | None, supposed: dict[str, Any]) -> Sour
         round=at,
         cohort=run.simulation.feed.draw,
         replayed=at,
-        before=lambda n: (at - n) % rounds,
+        before=tuple(range(at - 1, -1, -1)),
         segments=(none if own else known) | {"checkpoint": checkpoint, "seed": lambda: _drawn(run.config, setting)},
         clients=run.dataset.client_names,
     )
@@ -151,7 +151,7 @@ def _finetuned(root: Path, round: int | None, supposed: dict[str, Any]) -> Sourc
         round=tuning.rounds,
         cohort=cohort,
         replayed=whole,
-        before=lambda n: (whole - n) % max(tuning.rounds - 1, 1),
+        before=tuple(range(whole - 1, -1, -1)) or (whole,),
         segments={
             "segment": lambda: client,
             "old_segment": lambda: "a fine-tuned task keeps none",

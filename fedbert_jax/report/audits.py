@@ -24,7 +24,13 @@ def read_audit(workdir: Path) -> list[Found]:
         rows = json.loads((workdir / "audit" / "audit.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [row for row in rows if isinstance(row, dict) and {"knows", "attack", "of"} <= row.keys()]
+    numbers = ("top1", "auc", "floor_unigram")
+
+    def whole(row: Any) -> bool:
+        said = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("knows", "attack", "of"))
+        return said and all(isinstance(row.get(name), int | float | None) for name in numbers)
+
+    return rows if isinstance(rows, list) and all(map(whole, rows)) else []
 
 
 def share(row: Found) -> float:

@@ -189,6 +189,18 @@ def test_noise_averages_out_in_groups():
     assert (named[groups.of[where]] == text[where]).mean() > 0.9
 
 
+@pytest.mark.parametrize("size", [1.0, 0.05])
+def test_what_is_gathered_does_not_depend_on_how_large_rows_are(size):
+    text, rng = far_apart(30, 300)
+    rows = 2 * rng.standard_normal((30, 32)).astype(np.float32)
+    noisy = size * (rows[text] + rng.standard_normal((*text.shape, 32)).astype(np.float32))
+    where = np.ones(text.shape, bool)
+    groups = gather(noisy, describe(noisy, where), where, size)
+    named = alike(rows, groups.means)[:, 0]
+    assert (named[groups.of] == text).mean() > 0.9
+    assert (groups.nearest(describe(noisy, where).centred(noisy)) == groups.of).mean() > 0.95
+
+
 def test_a_cipher_is_solved_by_text_of_the_same_kind_alone():
     text, rng = far_apart(40, 1500)
     public = text[750:]

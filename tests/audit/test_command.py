@@ -95,6 +95,23 @@ def test_what_is_supposed_stays_apart(audited, capsys):
     assert noisy["top1"] < 0.9 and "supposing wire.noise=3.0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["5", "[5]", '[{"knows": "x", "attack": "y", "of": "z", "top1": "abc"}]', "{"])
+def test_a_damaged_audit_is_no_audit(content, tmp_path):
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "audit.json").write_text(content)
+    assert read_audit(tmp_path) == []
+
+
+def test_all_hidden_states_sent_back_are_read_too(corpus, tmp_path):
+    config = load(corpus, federated__rounds=1, wire__downlink="all")
+    assert train(config, tmp_path, Console(quiet=True)) == 0
+    assert main([str(tmp_path), "--knows", "segment", *SMALL]) == 0
+    labels = next(row for row in read_audit(tmp_path) if row["of"] == "labels")
+    assert labels["top1"] > 0.98 and labels["given"] == {
+        "blocks": 12, "log": 12, "known_blocks": 3, "public": "", "divergence": None,
+    }  # fmt: skip
+
+
 def test_a_report_and_a_comparison_have_it(audited, tmp_path, capsys):
     workdir, rows, _ = audited
     page = write_report(workdir).read_text()
@@ -140,9 +157,14 @@ def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
         (["--config.wire.noise=-1"], "wire.noise=-1"),
         (["--knows", "neighbour"], "no attack fits"),
         (["--public", "text:/nowhere"], "/nowhere"),
+        (["--public", "own"], "less than a block of 16 tokens is left without what the run has, too"),
+        (["--out", "file"], "is no directory; give another place"),
     ],
 )
-def test_a_mistake_is_one_sentence(given, said, trained):
+def test_a_mistake_is_one_sentence(given, said, trained, corpus, tmp_path):
+    (tmp_path / "file").touch()
+    places = {"own": f"text:{corpus.parent / 'text' / 'client_0' / 'all.txt'}", "file": str(tmp_path / "file")}
+    given = [places.get(word, word) for word in given]
     with pytest.raises((UserError, ConfigError)) as error:
         main([str(trained[0]), *given])
     assert said in str(error.value) and "\n" not in str(error.value)

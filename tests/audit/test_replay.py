@@ -30,7 +30,7 @@ def source_of(rounds: int = 2, **changes) -> tuple[Source, Simulation]:
     return Source(
         config=config, setting=sim.setting, mesh=sim.mesh, tokenizer=None, vocab_size=VOCAB, special_ids=(0, 1, 2, 3, 4),
         text=(np.asarray(sim.train.tokens),), state=state, round=2, cohort=sim.feed.draw, replayed=2,
-        before=lambda n: (2 - n) % 4, segments={"segment": lambda: state.model.client}, clients=("a", "b", "c"),
+        before=(1, 0), segments={"segment": lambda: state.model.client}, clients=("a", "b", "c"),
     ), sim  # fmt: skip
 
 
@@ -65,11 +65,10 @@ def test_what_is_kept_is_what_the_clients_sent(case):
     np.testing.assert_array_equal(found.truth.labels[:count], np.asarray(batch.labels).reshape(count, -1))
     np.testing.assert_allclose(found.messages.h[list(first)], np.asarray(expected)[list(first)], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.messages.client[:count], np.repeat(np.asarray(cohort.clients), size))
-    if name == "parameters":
-        assert found.messages.positions is None and found.messages.z.shape[1] == tokens.shape[1]
-    else:
-        np.testing.assert_array_equal(found.messages.positions[:count], np.asarray(batch.positions).reshape(count, -1))
-        assert found.messages.z.shape == found.messages.dz.shape == (len(found.truth.labels), 3, 16)
+    # Where all hidden states come back, the zeros of dz show which were asked for.
+    np.testing.assert_array_equal(found.messages.positions[:count], np.asarray(batch.positions).reshape(count, -1))
+    assert found.messages.z.shape == found.messages.dz.shape == (len(found.truth.labels), 3, 16)
+    assert (np.abs(found.messages.dz).sum(axis=-1) > 0)[found.truth.real].all()
 
 
 def test_text_is_what_is_neither_predicted_nor_special(case):
