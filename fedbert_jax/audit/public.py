@@ -49,7 +49,7 @@ def read(run: Source, source: str, warn: Callable[[str], None]) -> np.ndarray:
     special = np.array(run.special_ids)
     own = [row[~np.isin(row, special)] for tokens in run.text for row in tokens]
     grams = np.unique(_grams(np.concatenate([*own, special[:1]]).astype(np.int64)))
-    theirs = [x for x in encode(tokenizer, texts) if np.isin(_grams(x.astype(np.int64)), grams).mean() <= SHARED]
+    theirs = [x for x in encode(tokenizer, texts) if _shared(_grams(x.astype(np.int64)), grams) <= SHARED]
     tokens = np.concatenate([*(x.astype(np.int64) for x in (*own, *theirs)), np.zeros(0, np.int64)])
     spans = kept_spans(tokens, np.cumsum([len(x) for x in (*own, *theirs)]))
     pieces = (tokens[first:last] for _, first, last in spans[spans[:, 0] >= len(own)])
@@ -57,6 +57,12 @@ def read(run: Source, source: str, warn: Callable[[str], None]) -> np.ndarray:
     if not blocks:
         raise UserError(f"--public {source}: less than a block of {length} tokens is left without what the run has, too.")
     return np.concatenate(blocks).astype(np.int64)
+
+
+def _shared(some: np.ndarray, of: np.ndarray) -> float:
+    """Returns the share of hashes that are among others, which are sorted."""
+    places = np.minimum(np.searchsorted(of, some), len(of) - 1)
+    return float(np.mean(of[places] == some))
 
 
 def _grams(tokens: np.ndarray) -> np.ndarray:
