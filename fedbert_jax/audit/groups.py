@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ MERGED = 0.6  # the same for the mean rows of two groups, under noise
 WITHIN = 1.0  # variance, in mean squares of rows, that rows of one word may have without noise: by position
 EDGE = 1.15  # how far beyond the largest variance that noise alone makes a group is divided
 FEW = 4  # rows that are not divided
-MOST = 8192  # groups
+MOST = 12_000  # groups
 ROWS = 4096  # that are gathered at a time
 SWEEPS = 2
 
@@ -96,15 +97,18 @@ def _divided(rows: np.ndarray, noise: float) -> np.ndarray:
     Noise alone gives n rows in D dimensions a largest variance of at most noise**2 * (1 + sqrt(D / n))**2 (Marchenko and
     Pastur 1967).
     """
-    of, waiting, groups = np.zeros(len(rows), np.int64), [np.arange(len(rows))], 0
+    of, groups = np.zeros(len(rows), np.int64), 0
+    # The largest first: where there may be no more groups, small ones stay undivided.
+    waiting: list[tuple[int, int, np.ndarray]] = [(-len(rows), 0, np.arange(len(rows)))]
     while waiting:
-        mine = waiting.pop()
+        _, number, mine = heapq.heappop(waiting)
         side = _sides(rows[mine], noise) if len(mine) >= FEW and groups + len(waiting) < MOST else None
         if side is None:
             of[mine] = groups
             groups += 1
         else:
-            waiting += [mine[side], mine[~side]]
+            for n, part in enumerate((mine[side], mine[~side])):
+                heapq.heappush(waiting, (-len(part), 2 * number + n + 1, part))
     return of
 
 
