@@ -37,9 +37,8 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as Ctrl-C does
 
-    from fedbert_jax.config import from_dict, to_dict
     from fedbert_jax.experiment import export, restore
-    from fedbert_jax.finished import elsewhere, find_checkpoint, reopen
+    from fedbert_jax.finished import changed, elsewhere, find_checkpoint, reopen
     from fedbert_jax.models import huggingface
     from fedbert_jax.workdir.paths import Workdir
 
@@ -59,14 +58,14 @@ def main() -> None:
         check_place(out, workdir.root)
         huggingface.check_target(out)
     given = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
-    config = from_dict(to_dict(config) | {"export": to_dict(config)["export"] | given})
+    said = {f"export.{name}": value for name, value in given.items()}
     cli.raise_on_interrupt()
     if config.task == "serve":
         checkpoints, round = find_checkpoint(args.workdir, args.round)
         name = ""
-        export_served(elsewhere(config), workdir, checkpoints, round, out)
+        export_served(elsewhere(changed(config, said)), workdir, checkpoints, round, out)
     else:
-        run, checkpoints, round = reopen(args.workdir, args.round, {f"export.{key}": value for key, value in given.items()})
+        run, checkpoints, round = reopen(args.workdir, args.round, said)
         state, meta = restore(run, checkpoints, round)
         name = export(run, state, out, meta, args.client)
     whose = f" of client {shown(name)}" if name else ", the model that all clients share," if args.client else ""

@@ -35,7 +35,7 @@ def reopen(root: Path, round: int | None, changes: dict[str, Any] | None = None)
     """
     workdir, (checkpoints, round) = Workdir(root), find_checkpoint(root, round)
     config = elsewhere(workdir.read_config())
-    if config.task != "serve" and not (workdir.data / "meta.json").is_file():
+    if not (workdir.data / "meta.json").is_file():
         raise UserError(f"{root} has no prepared text in {workdir.data}, where the tokenizer is.")
     config = changed(config, changes or {})
     return Reopened(build(config, workdir, begun=True), checkpoints, round)

@@ -12,8 +12,10 @@ from sentences import make_config, write_glue, write_tokenizer
 from test_main import load
 
 from fedbert_jax import compare
+from fedbert_jax.audit.case import Case, Sizes
 from fedbert_jax.audit.command import main
 from fedbert_jax.audit.public import default_source
+from fedbert_jax.audit.source import open_source
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.glue.finetune import finetune
 from fedbert_jax.report.audits import read_audit, strongest
@@ -68,6 +70,18 @@ def test_every_row_says_what_it_is_of_and_what_guessing_gives(audited):
         "strongest: segment 100.0 % of tokens (nearest)" in said and (workdir / "audit" / "audit.png").stat().st_size > 5000
     )
     assert "12 blocks of 3 clients" in said and "weak" in said
+
+
+def test_the_log_lies_before_the_round_and_known_text_is_not_what_is_read(trained):
+    source = open_source(trained[0], 3, {})
+    assert source.replayed == 3 and source.before == (2, 1, 0)
+    case = Case(source, Sizes(blocks=12, log=60, known=30), "", print)
+    known = case.granted("known_text")["known"]
+    read = {block.tobytes() for block in case.replay.truth.original}
+    _, logged = case.log
+    of_known = [n for n, h in enumerate(case.log[0].h) if (h == known.h).all(axis=(1, 2)).any()]
+    assert len(known.h) == 30 and not read & {logged.original[n].tobytes() for n in of_known}
+    assert len(set(case.log[0].client[of_known].tolist())) == 3
 
 
 def test_the_same_numbers_when_repeated(audited, trained, tmp_path):
