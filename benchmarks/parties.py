@@ -75,7 +75,8 @@ class Server:
         from fedbert_jax.runtime.credentials import load_credentials, load_roster
         from fedbert_jax.runtime.engine import Engine
         from fedbert_jax.runtime.payloads import schema_of
-        from fedbert_jax.runtime.service import EVALUATION, Service
+        from fedbert_jax.runtime.script import questions
+        from fedbert_jax.runtime.service import Service
         from fedbert_jax.runtime.session import Session
         from fedbert_jax.runtime.turns import Rules
 
@@ -88,7 +89,7 @@ class Server:
             lambda members, round: engine.script(members, round, False),
         )  # fmt: skip
         service = Service(
-            session, engine, Hello({}, "", "", ""), EVALUATION(1, 1, 1, 1),
+            session, engine, Hello({}, "", "", ""), questions(1, 1, 1, 1),
             segment=schema_of("segment", b.shapes.segment), on_segment=engine.begin_with,
         )  # fmt: skip
         folder = spec["credentials"] and Path(spec["credentials"]) / "server"

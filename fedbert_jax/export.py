@@ -51,6 +51,11 @@ def main() -> None:
             f"--workdir {args.workdir} is a client's in a federation, which writes the trained model itself, to "
             f"{workdir.hf}; the server's workdir has checkpoints to export."
         )
+    if config.task == "serve" and config.privacy.averaging == "blinded":
+        raise UserError(
+            f"--workdir {args.workdir} is a server's that never had the clients' segment (privacy.averaging='blinded'): it "
+            "has no model to export; each client's workdir has one in hf/."
+        )
     if not args.out:
         raise UserError("--out is empty; accepted: a directory.")
     out = Path(args.out)

@@ -26,6 +26,7 @@ from fedbert_jax.federated import optim
 from fedbert_jax.jobs import open_job
 from fedbert_jax.jobs.job import Verdict, settled
 from fedbert_jax.models import huggingface
+from fedbert_jax.privacy.pads import Pads
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.agreement import hello_of
 from fedbert_jax.runtime.calls import Abort
@@ -192,7 +193,9 @@ class Joining:
         f, parts = config.federated, config.wire.microbatches
         self.setting = setting = job.setting(clients, min(f.clients_per_round or clients, clients))
         shard = job.shard(index)
-        member = Member(setting, index, shard.rows, shapes_of(setting, job.batch(), parts), shard.exam, parts, shard.trials)
+        pads = Pads(seeds_of(config).client, self.workdir.read_facts()["run"]) if setting.blinded else None
+        shapes = shapes_of(setting, job.batch(), parts)
+        member = Member(setting, index, shard.rows, shapes, shard.exam, parts, shard.trials, pads)
         with progress.waiting(self.console, "compiling a step"), Compiling() as compiling:
             member.compile()
         compiling.tell(self.console, "a step")
@@ -272,13 +275,13 @@ class Joining:
         if self.checkpoints is not None:
             held = ended.held
             stamp = {"config": resume.stamp(self._shown(self.config))}
-            self.checkpoints.save(self.done, {"opt": held.opt, "unsent": held.unsent, "segment": held.segment}, stamp)
+            self.checkpoints.save(self.done, {"opt": held.opt, "unsent": held.outer, "segment": held.segment}, stamp)
 
     def _recall(self, round: int) -> Held | None:
         """Returns what the client held at the beginning of a round, if it kept it."""
         if self.checkpoints is None or round not in self.checkpoints.rounds():
             return None
-        like = {"opt": self.shape.opt, "unsent": self.shape.unsent, "segment": self.shape.segment}
+        like = {"opt": self.shape.opt, "unsent": self.shape.outer, "segment": self.shape.segment}
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         found, _ = self.checkpoints.restore(round, like, jax.tree.map(lambda _: here, like))
         return Held(found["segment"], found["opt"], found["unsent"], round)

@@ -30,7 +30,7 @@ from fedbert_jax.runtime.credentials import SERVER, load_credentials, load_roste
 from fedbert_jax.runtime.gathering import Gathering, Listening
 from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.news import line_of
-from fedbert_jax.runtime.payloads import schema_of
+from fedbert_jax.runtime.payloads import schema_of, zeros_like
 from fedbert_jax.runtime.prometheus import Exporter
 from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.session import Session
@@ -200,7 +200,7 @@ class Serving:
             hello_of(config, job.tokenizer, None, job.agreed),
             job.questions(),
             self._evaluates,
-            segment=None if self.engine.state is not None else schema_of("segment", self.engine.shapes.segment),
+            segment=None if self.engine.state is not None else schema_of("segment", self.engine.first_segment),
             on_segment=self._begin_with,
             on_round=self._on_round,
             on_end=self._on_end,
@@ -235,7 +235,8 @@ class Serving:
         self.engine.begin_with(tensors)
         if self.config.model.init_from:
             assert self.engine.state is not None
-            _, body, _ = self.job.fill(self.engine.state.segment, self.engine.state.body)
+            like = self.engine.shapes.segment  # the clients fill theirs
+            _, body, _ = self.job.fill(zeros_like(like), self.engine.state.body)
             self.engine.state = self.engine.state._replace(body=body)
 
     def _evaluates(self, round: int) -> bool:

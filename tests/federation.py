@@ -16,13 +16,15 @@ from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.federated.evaluation import masked_exam, plan_evaluation
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.jobs.job import Shard
+from fedbert_jax.privacy.pads import Pads
 from fedbert_jax.runtime.calls import Hello
 from fedbert_jax.runtime.engine import Engine
 from fedbert_jax.runtime.frames import Schema
 from fedbert_jax.runtime.member import Ended, Member
 from fedbert_jax.runtime.participant import Line, Participant
 from fedbert_jax.runtime.payloads import schema_of
-from fedbert_jax.runtime.service import EVALUATION, Service
+from fedbert_jax.runtime.script import questions
+from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.runtime.turns import Rules
@@ -63,7 +65,7 @@ class Federation:
         self.rounds: list[tuple[int, dict[str, float]]] = []
         self.service = Service(
             self.session, self.engine, HELLO._replace(secret=""), questions, evaluates=lambda round: evaluates,
-            segment=None if state else schema_of("segment", self.shapes.segment),
+            segment=None if state else schema_of("segment", self.engine.first_segment),
             on_segment=self.engine.begin_with,
             on_round=self._on_round, in_turn=self.engine.in_turn,
         )  # fmt: skip
@@ -74,8 +76,8 @@ class Federation:
         self.simulation = make_simulation(config)
         rows = jax.ShapeDtypeStruct((config.federated.batch_size, config.data.seq_len), np.uint16)
         batch, masked = min(config.eval.batch_size, config.eval.max_blocks), mask_spec(config).num_masked
-        questions = EVALUATION(batch, config.data.seq_len, masked, config.model.hidden_size)
-        return self.simulation.setting, rows, questions, self.simulation.feed.cohort_of
+        asked = questions(batch, config.data.seq_len, masked, config.model.hidden_size)
+        return self.simulation.setting, rows, asked, self.simulation.feed.cohort_of
 
     def _on_round(self, round: int, members: tuple[str, ...]) -> None:
         self.rounds.append((round, self.engine.metrics() | {"scores": self.engine.scores}))
@@ -101,8 +103,12 @@ class Federation:
     def participant(self, name: str, transport: Any = None, **options: Any) -> Participant:
         line = Line(transport or Local(self.service, name), self.parts, 1 << 26, patience=5.0, timeout=60.0)
         own, place = self.shard(name), NAMES.index(name)
-        member = Member(self.setting, place, own.rows, self.shapes, own.exam, self.parts, own.trials)
+        pads = self.pads() if self.setting.blinded else None
+        member = Member(self.setting, place, own.rows, self.shapes, own.exam, self.parts, own.trials, pads)
         return Participant(member, line, name, HELLO, own.size, wait=0.5, **options)
+
+    def pads(self) -> Pads:
+        return Pads(seeds_of(self.config).client, "a run")
 
     def run(
         self,

@@ -100,8 +100,9 @@ def all_end_well(*parties: Party) -> None:
 class Place:
     """A folder with two clients' texts, the tokenizer and the parties' workdirs."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, client_seed: int | None = None, **changes: Any):
+        """`changes` are to every party's config, beside the `client_seed` of its clients."""
+        self.root, self.changes, self.client_seed = root, changes, client_seed
         write_corpus(root, clients=len(NAMES))
         texts = [d.text for d in read_documents(DataConfig(source=f"text:{root / 'text'}"))]
         save_tokenizer(train_tokenizer(texts, 200, lowercase=True), root / "tokenizer")
@@ -123,7 +124,7 @@ class Place:
             "eval.max_blocks": 8,
             "client_optimizer.warmup_steps": 4,
             "server_optimizer.warmup_steps": 4,
-        } | {key.replace("__", "."): value for key, value in changes.items()}
+        } | {key.replace("__", "."): value for key, value in (self.changes | changes).items()}
 
     def config(self, **changes: Any) -> Config:
         return config_lib.from_dict(config_lib.to_dict(config_lib.replace(Config(), self.values(**changes))))
@@ -133,7 +134,8 @@ class Place:
         return Party(lambda interrupts, console: serve(config, self.root / where / "server", console, listen, interrupts))
 
     def join(self, where: str, name: str, transport: Any, **changes: Any) -> Party:
-        config = self.config(task="join", data__source=f"text:{self.root / 'text' / name}", **changes)
+        own = dict(data__source=f"text:{self.root / 'text' / name}", privacy__client_seed=self.client_seed)
+        config = self.config(task="join", **own | changes)
         return Party(lambda interrupts, console: join(config, self.root / where / name, console, transport, interrupts))
 
     def model(self, where: str, name: str) -> bytes:

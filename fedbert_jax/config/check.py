@@ -191,12 +191,23 @@ def _check_wire(config: Config, need: Need) -> None:
         w.gradient_codec,
         "'float32', unless federated.average='gradients'",
     )
+    _check_blinding(config, need)
+
+
+def _check_blinding(config: Config, need: Need) -> None:
+    """Checks that what is to be blinded is averaged, and travels as numbers that add up."""
+    f, how = config.federated, config.federated.arrangement
+    key, value = "privacy.averaging", config.privacy.averaging
+    plain = value == "plain"
+    need(plain or how.averages or how.averages_gradients, key, value, f"'plain' {_named(f)}, which averages nothing")
     need(
-        config.privacy.averaging == "plain" or how.averages,
-        "privacy.averaging",
-        config.privacy.averaging,
-        f"'plain' {named}, which averages no copies",
+        plain or f.client_optimizer_state != "average" or not how.averages,
+        "federated.client_optimizer_state",
+        f.client_optimizer_state,
+        f"'reset' or 'keep' with {key}={value!r}: Adam's second moments are too small for whole numbers",
     )
+    codec = config.wire.gradient_codec
+    need(plain or codec == "float32", "wire.gradient_codec", codec, f"'float32' with {key}={value!r}")
 
 
 def _check_schedules(config: Config, need: Need) -> None:

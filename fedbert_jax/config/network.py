@@ -83,6 +83,15 @@ def check_network(config: Config, need: Need) -> None:
         "None with task='serve': the server doesn't know the clients' secret",
     )
     need(
+        config.privacy.averaging == "plain"
+        or config.task == "serve"
+        or config.privacy.client_seed is not None
+        or bool(n.credentials),
+        "privacy.client_seed",
+        config.privacy.client_seed,
+        f"an integer that the server doesn't know, or network.credentials, {task} and privacy.averaging='blinded'",
+    )
+    need(
         bool(n.credentials) or config.task == "join" or (f.num_clients or 0) > 0,
         "federated.num_clients",
         f.num_clients,

@@ -211,9 +211,10 @@ class PrivacyConfig:
     # The clients' secret, which decides their segment's initial values, masks, dropout, noise and the order of their text;
     # the server's seed doesn't reveal it. None: it follows from `seed`.
     client_seed: int | None = None
-    # How copies of the client segment and of bodies are averaged. fixed_point: as whole numbers modulo 2**32, which one-time
-    # pads could hide without changing the sum; by itself it hides nothing, and optimizer states are averaged without it.
-    averaging: Literal["plain", "fixed_point"] = "plain"
+    # How what clients send is averaged. blinded: as whole numbers modulo 2**32. With task=serve and join, each client adds a
+    # one-time pad that clients can subtract from the sum and the server can't: it holds no segment, no average and no
+    # gradient of one. In a simulation, whose server is not apart, it is the same arithmetic. Optimizer states don't travel.
+    averaging: Literal["plain", "blinded"] = "plain"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/down/kernel$", P(None, "model", None)),  # [L, F, D]
     (r"layers/(attention/out|down)/bias$", P(None, None)),  # [L, D]
     (r"layers/(attention_norm|output_norm)/norm/(scale|bias)$", P(None, None)),
+    (r"ranges/(client|server)$", P(None)),  # of averaging in fixed point, [L]
     (r"count$", P()),  # an optimizer's step counter
 )
 

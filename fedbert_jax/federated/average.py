@@ -57,7 +57,8 @@ def add_up(channel: Channel | None, stacked: Params, weights: jax.Array) -> Para
     """
     if channel is None:
         return weighted_average(stacked, weights)
-    received = jax.vmap(lambda x, w: channel.receive(channel.send(weighted(x, w), None)))(stacked, weights)
+    part = lambda x, w: channel.receive(channel.send(weighted(channel.bounded(x), w), None))  # noqa: E731
+    received = jax.vmap(part)(stacked, weights)
     return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), received)
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from fedbert_jax.devices.mesh import constrain, constrain_clients
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import add_up, add_up_with_feedback, outer_update, pool, weighted_average, weighted_sum
-from fedbert_jax.federated.holding import only
+from fedbert_jax.federated.fixed_point import Blinding, fixed_point, next_ranges
+from fedbert_jax.federated.holding import only, sent_copies, sides
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, not_finite, of_steps, of_turns
 from fedbert_jax.federated.setting import Setting, over_slices
@@ -25,11 +26,11 @@ from fedbert_jax.federated.state import Cohort, Pair, Rows, State, Strategy, cli
 def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
     """Returns the program of a setting's arrangement, with metrics that hold what `recorder` keeps."""
     how, cut, at_rest = s.how, s.cut(), ("own", "one")
-    segment, mean = cut.channels.segment, cut.channels.mean
-    coded = segment if how.averages_gradients else None  # the channel of gradients; copies go through `segment`
+    coded, mean = cut.channels.gradient, cut.channels.mean
+    each_sends = how.averages_gradients and (coded is not None or s.blinded)  # a gradient of its own, through a channel
     # A client clips its own dL/dz and adds noise to it; that can't be done to the pooled one, which contains its weight.
     wire = s.config.wire
-    own_gradients = coded is not None or wire.gradient_clip is not None or wire.gradient_noise > 0 or recorder is not NOTHING
+    own_gradients = each_sends or wire.gradient_clip is not None or wire.gradient_noise > 0 or recorder is not NOTHING
     held = hold.holding(how, s.config.federated.client_optimizer_state)
 
     def train_together(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
@@ -61,11 +62,14 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         (model, opt), tail = jax.lax.scan(lambda c, x: step(c, x, True, True), carry, later)
         return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
 
-    def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, unsent: Any = ()) -> Any:
+    def train_one(
+        model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, unsent: Any = (), ranges: Any = ()
+    ) -> tuple[Pair, Pair, RoundMetrics, Any, Any]:
         """All clients train one model: each step updates it with the weighted mean of their gradients. Metrics are [K]."""
 
         def step(carry: Any, x: Any) -> Any:
-            (model, opt, unsent), (k, rows) = carry, x
+            (model, opt, unsent, ranges), (k, rows) = carry, x
+            channel = fixed_point(ranges) if s.blinded else coded
 
             def gradients(part: Any) -> Any:
                 rows, ids, weights, unsent = part
@@ -73,7 +77,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
                 if not how.cut:
                     loss = lambda m: joined_loss(s.segments, m.client, m.server, pick(batch, 0), keys)  # noqa: E731
                     return (unsent, ()), jax.value_and_grad(loss)(model)
-                if (len(cohort.weights) == 1 and coded is None) or not own_gradients:
+                if (len(cohort.weights) == 1 and not each_sends) or not own_gradients:
                     # Only the sum is needed, so the clients are treated as one, and none has a gradient of its own.
                     if len(cohort.weights) > 1:
                         batch, weights = pool(batch, weights), jnp.ones(1)
@@ -81,26 +85,28 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
                     grads = Pair(pick(out.client_grads, 0), out.server_grads)
                     return (unsent, recorder.step(batch, out)), (out.loss[0], grads)
                 out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
-                client, unsent = add_up_with_feedback(coded, out.client_grads, weights, unsent)
+                client, unsent = add_up_with_feedback(channel, out.client_grads, weights, unsent)
                 return (unsent, recorder.step(batch, out)), (weighted_sum(weights, out.loss), Pair(client, out.server_grads))
 
             if len(cohort.weights) > 1:
                 rows = constrain(rows, "data")
             (unsent, seen), (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
-            if coded is not None and mean is not None:
-                grads = grads._replace(client=mean.receive(mean.send(coded.total(grads.client), None)))
+            if each_sends and channel is not None:
+                ranges = next_ranges(ranges, grads.client) if s.blinded else ranges
+                total = channel.total(grads.client)
+                grads = grads._replace(client=total if mean is None else mean.receive(mean.send(total, None)))
             model, opt, norms = s.update(model, opt, grads, first + k)
             failed = jnp.broadcast_to(not_finite(loss, norms.client), cohort.weights.shape)
-            return (model, opt, unsent), RoundMetrics(loss, *norms, failed, seen)
+            return (model, opt, unsent, ranges), RoundMetrics(loss, *norms, failed, seen)
 
         steps = (jnp.arange(num_steps(cohort.rows)), cohort.rows)
-        (model, opt, unsent), metrics = jax.lax.scan(step, (model, opt, unsent), steps)
-        return model, opt, metrics, unsent
+        (model, opt, unsent, ranges), metrics = jax.lax.scan(step, (model, opt, unsent, ranges), steps)
+        return model, opt, metrics, unsent, ranges
 
     def train_alone(model: Pair, opt: Pair, rows: Rows, client: jax.Array, round: jax.Array, first: jax.Array) -> Any:
         """One client trains a model on its own rows [K, B, ...]: a cohort of one."""
         alone = Cohort(jax.tree.map(lambda x: x[:, None], rows), client[None], jnp.ones(1), round)
-        model, opt, metrics, _ = train_one(model, opt, alone, first)
+        model, opt, metrics, *_ = train_one(model, opt, alone, first)
         own = jax.tree.map(lambda x: x[:, 0], (metrics.failed, metrics.seen))
         return model, opt, metrics._replace(failed=own[0], seen=own[1], ended=recorder.end(model.client, opt.client))
 
@@ -115,8 +121,12 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
             cohort = Cohort(jax.tree.map(lambda x: x[:, :1], cohort.rows), cohort.clients[:1], jnp.ones(1), cohort.round)
         if len(cohort.weights) == 1:
             cohort = cohort._replace(rows=constrain(cohort.rows, None, None, "data"))
+        if s.blinded:
+            ranges = state.outer.ranges.client
+            model, opt, metrics, _, ranges = train_one(state.model, state.opt, cohort, first, ranges=ranges)
+            return State(model, opt, Blinding(Pair(ranges, ()), state.outer.outer)), of_steps(metrics)
         unsent = pick(state.outer, cohort.clients)  # (), unless the codec is lossy
-        model, opt, metrics, unsent = train_one(state.model, state.opt, cohort, first, unsent)
+        model, opt, metrics, unsent, _ = train_one(state.model, state.opt, cohort, first, unsent)
         there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # absent clients keep theirs
         put = lambda all_, x: all_.at[there].set(x, mode="drop")  # noqa: E731
         return State(model, opt, jax.tree.map(put, state.outer, unsent)), of_steps(metrics)
@@ -154,13 +164,25 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         if s.outer:
             begun = only(("copies",), held.model, state.model)
             ended = jax.tree.map(lambda x, start: x - start[None], ended, begun)
-        sums = (add_up(segment, ended, weights), weighted_average(only(("copies",), held.opt, opt), weights))
+        moved = sides(lambda channel, x: add_up(channel, x, weights), channels_of(state), ended)
+        sums = (moved, weighted_average(only(("copies",), held.opt, opt), weights))
         return (only(at_rest, held.model, model), only(at_rest, held.opt, opt)), sums
+
+    def channels_of(state: State) -> Pair:
+        """Returns the channels through which both sides' copies are averaged; None where they are not sent."""
+        if not s.blinded:
+            return Pair(None, None)
+        ranges = state.outer.ranges
+        return sides(lambda sent, ranges: fixed_point(ranges) if sent else None, sent_copies(held, how.cut), ranges)
 
     def average(state: State, kept: tuple[Pair, Pair], sums: tuple[Pair, Pair]) -> State:
         """Returns the state after the round."""
-        moved = sums[0] if segment is None else segment.total(sums[0])
-        new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, state.outer)
+        moved = sides(lambda channel, x: x if channel is None else channel.total(x), channels_of(state), sums[0])
+        before = state.outer.outer if s.blinded else state.outer
+        new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, before)
+        if s.blinded:
+            after = lambda channel, ranges, x: ranges if channel is None else next_ranges(ranges, x)  # noqa: E731
+            outer = Blinding(sides(after, channels_of(state), state.outer.ranges, sums[0]), outer)
         return State(hold.merge(held.model, new, kept[0]), hold.merge(held.opt, sums[1], kept[1]), outer)
 
     rounds = {"together": together, "pooled": pooled, "apart": apart, "in turn": in_turn}

@@ -38,9 +38,14 @@ class Setting:
     def how(self) -> Arrangement:
         return self.config.federated.arrangement
 
+    @property
+    def blinded(self) -> bool:
+        """Whether averages are those of whole numbers, which pads can hide."""
+        return self.config.privacy.averaging == "blinded"
+
     def cut(self) -> Cut:
         """Returns what clients and server agree on."""
-        return make_cut(self.segments, self.config.wire, self.config.privacy)
+        return make_cut(self.segments, self.config.wire)
 
     @jax.named_scope("mask")
     def draw(self, rows: Rows, round: jax.Array, step: jax.Array, clients: jax.Array) -> tuple[MaskedBatch, StepKeys]:
@@ -91,6 +96,8 @@ def make_setting(
     client_tx = make_optimizer(config.client_optimizer, "client_optimizer", *span)
     server_tx = make_optimizer(config.server_optimizer, "server_optimizer", *span)
     outer = make_aggregator(config.aggregator)
+    if outer is None and config.privacy.averaging == "blinded" and config.federated.arrangement.averages:
+        outer = optax.sgd(1.0)  # FedAvg by clients' moves, which are small and keep their digits
     return Setting(config, segments, prepare, client_tx, server_tx, outer, num_clients, cohort)
 
 

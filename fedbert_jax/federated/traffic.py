@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fedbert_jax.federated.fixed_point import first_ranges, fixed_point
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.state import Rows
@@ -24,6 +25,7 @@ def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
     sizes: dict[str, int] = {}
     cut, zero = s.cut(), jnp.int32(0)
     through = lambda channel, tree: jax.eval_shape(lambda x: channel.send(x, None) if channel else x, tree)  # noqa: E731
+    blind = lambda like: fixed_point(first_ranges(like))  # noqa: E731
     if how.cut:
         steps = s.cohort * f.local_steps
 
@@ -33,11 +35,14 @@ def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
 
         sizes |= {name: num_bytes(shape) * steps for name, shape in jax.eval_shape(messages, rows).items()}
         if how.averages_gradients:
-            up, down = through(cut.channels.segment, model.client), through(cut.channels.mean, model.client)
+            gradient, mean = cut.channels.gradient, cut.channels.mean
+            if s.blinded:
+                gradient = mean = blind(model.client)
+            up, down = through(gradient, model.client), through(mean, model.client)
             sizes |= {"segment_gradient": num_bytes(up) * steps, "mean_gradient": num_bytes(down) * steps}
 
     def travels(name: str, params: object, state: object, back: bool = True) -> None:
-        averaged = cut.channels.segment if how.averages else None
+        averaged = blind(params) if s.blinded else None
         parts = [(name, params, averaged)]
         if f.client_optimizer_state == "average":
             parts.append((f"{name}_optimizer", state, None))
@@ -50,6 +55,9 @@ def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
         travels("segment", model.client, opt.client)
     if how.averages_gradients and s.cohort < s.num_clients:  # absent clients have to be sent what they missed
         travels("segment", model.client, opt.client, back=False)
+    if s.blinded and how.cut:
+        outer = jax.eval_shape(s.outer.init, model.client) if s.outer else ()
+        sizes["snapshot"] = num_bytes((model.client, opt.client if how.averages_gradients else (), outer))
     if how.body == "copies" and not how.cut:  # with a cut, the bodies stay on the server
         travels("body", model.server, opt.server)
     return sizes

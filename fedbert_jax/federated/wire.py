@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fedbert_jax.config import PrivacyConfig, WireConfig
+from fedbert_jax.config import WireConfig
 from fedbert_jax.models.bert import Keys, Segments
 
 Payload = Any  # a pytree of arrays: what crosses, and whose bytes are counted
@@ -31,6 +31,8 @@ MESSAGES: dict[str, Way] = {
     # In each step, if gradients are averaged.
     "segment_gradient": "up",
     "mean_gradient": "down",
+    # In each round, from one client, if averages are blinded: what the next one begins with, sealed, for who comes back.
+    "snapshot": "up",
     # In each round, for the clients that take part: what they begin with, and what they end with.
     "segment": "down",
     "segment_optimizer": "down",
@@ -49,6 +51,7 @@ class Channel(NamedTuple):
     send: Callable[[Any, Keys | None], Payload]  # (x, the sender's keys [G]) -> what crosses
     receive: Callable[[Payload], Any]  # what crossed -> values to compute with, or to sum over senders
     total: Callable[[Any], Any] = lambda x: x  # the sum over senders of what was received -> values to compute with
+    bounded: Callable[[Any], Any] = lambda x: x  # numbers to be weighted and sent -> within what can be
 
 
 class Channels(NamedTuple):
@@ -58,7 +61,7 @@ class Channels(NamedTuple):
     hidden_states: Channel
     head_gradient: Channel
     input_gradient: Channel
-    segment: Channel | None  # a client's weighted part of an average, of parameters or gradients; None: unchanged
+    gradient: Channel | None  # a client's weighted part of the segment's mean gradient; None: unchanged
     mean: Channel | None  # the mean gradient on its way back; None: unchanged
 
 
@@ -150,33 +153,11 @@ def noise(deviation: float, tag: int) -> Channel:
     return Channel(send, lambda payload: payload)
 
 
-def fixed_point(bits: int = 24) -> Channel:
-    """Returns the channel of integers modulo 2**32, in units of 2**-bits.
-
-    Sums over senders are exact, in any order, and remain so if terms are added that sum to 0 modulo 2**32. Their absolute
-    value must stay below 2**(31 - bits); a single number beyond that is clipped to it. A number that is not finite has no
-    integer form: each tensor carries a 0 beside its integers, or a NaN if it holds such a number, which makes the sum NaN.
-    """
-    most = 2.0 ** (31 - bits) - 2.0**-bits * 128  # below 2**31 in units, float32's rounding included
-
-    def send(x: jax.Array) -> Payload:
-        whole = jnp.round(jnp.clip(x.astype(jnp.float32), -most, most) * 2.0**bits).astype(jnp.int32)
-        return {"int32": whole, "finite": jnp.where(jnp.all(jnp.isfinite(x)), 0.0, jnp.nan)}
-
-    def total(payload: Payload) -> jax.Array:
-        return payload["int32"].astype(jnp.float32) * 2.0**-bits + payload["finite"]
-
-    leaf = lambda x: isinstance(x, dict) and "int32" in x  # noqa: E731
-    whole = lambda x: jax.tree.map(total, x, is_leaf=leaf)  # noqa: E731
-    return Channel(lambda x, _: jax.tree.map(send, x), lambda payload: payload, whole)
-
-
-def make_channels(wire: WireConfig, privacy: PrivacyConfig, dtype: DTypeLike) -> Channels:
+def make_channels(wire: WireConfig, dtype: DTypeLike) -> Channels:
     """Returns the channels of a run's messages.
 
     Args:
       wire: the config of the four messages and of gradients that are averaged.
-      privacy: the config of averaging.
       dtype: of activations and their gradients at the receiver.
     """
     plain = codec(wire.codec, dtype)
@@ -185,20 +166,17 @@ def make_channels(wire: WireConfig, privacy: PrivacyConfig, dtype: DTypeLike) ->
         links = ([clip(norm)] if norm is not None else []) + ([noise(deviation, tag)] if deviation else [])
         return chain(*links, plain) if links else plain
 
-    segment = mean = None
+    gradient = mean = None
     if wire.gradient_codec != "float32":
-        segment, mean = codec(wire.gradient_codec, jnp.float32), codec("bfloat16", jnp.float32)
-    if privacy.averaging == "fixed_point":
-        segment = fixed_point()
+        gradient, mean = codec(wire.gradient_codec, jnp.float32), codec("bfloat16", jnp.float32)
     return Channels(
-        guarded(wire.clip, wire.noise, 0), plain, guarded(wire.gradient_clip, wire.gradient_noise, 1), plain, segment, mean
+        guarded(wire.clip, wire.noise, 0), plain, guarded(wire.gradient_clip, wire.gradient_noise, 1), plain, gradient, mean
     )
 
 
-def make_cut(segments: Segments, wire: WireConfig, privacy: PrivacyConfig | None = None) -> Cut:
+def make_cut(segments: Segments, wire: WireConfig) -> Cut:
     """Returns a model's cut with the channels that the config sets."""
-    channels = make_channels(wire, privacy or PrivacyConfig(), segments.dtype)
-    return Cut(segments, channels, wire.downlink == "masked")
+    return Cut(segments, make_channels(wire, segments.dtype), wire.downlink == "masked")
 
 
 def num_bytes(tree: Any) -> int:

@@ -27,7 +27,7 @@ from fedbert_jax.jobs.job import Shard, Verdict
 from fedbert_jax.models import huggingface
 from fedbert_jax.models.bert import ClientParams, ServerParams
 from fedbert_jax.runtime.frames import Schema
-from fedbert_jax.runtime.service import EVALUATION
+from fedbert_jax.runtime.script import questions
 from fedbert_jax.workdir.paths import Workdir
 
 
@@ -64,7 +64,7 @@ class Pretraining:
         e, m = self.config.eval, self.config.model
         assert m.hidden_size is not None
         batch = min(e.batch_size, e.max_blocks)
-        return EVALUATION(batch, self.config.data.seq_len, self.mask.num_masked, m.hidden_size)
+        return questions(batch, self.config.data.seq_len, self.mask.num_masked, m.hidden_size)
 
     def fill(self, client: ClientParams, server: ServerParams) -> tuple[ClientParams, ServerParams, list[str]]:
         """Fills a new model from the checkpoint that it starts from."""

@@ -15,21 +15,21 @@ import numpy as np
 from fedbert_jax.data.sampling import client_weights
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Rows
-from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
+from fedbert_jax.runtime import blinded
+from fedbert_jax.runtime.frames import Schema, Tensors
 from fedbert_jax.runtime.parties import ServerPrograms
-from fedbert_jax.runtime.payloads import fitted, from_tensors, merged, schema_of, to_tensors
+from fedbert_jax.runtime.payloads import fitted, from_tensors, to_tensors
+from fedbert_jax.runtime.script import barriers, expected, opt_travels
 from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.runtime.slots import Slots
-from fedbert_jax.runtime.turns import Barrier, Compute
-
-FORWARD, BACKWARD, CONTRIBUTE, UPLOAD, HAND_ON, SCORES = "forward", "backward", "contribute", "upload", "hand on", "scores"
-NORM = {"norm": TensorSpec("float32", ())}
+from fedbert_jax.runtime.turns import BACKWARD, CONTRIBUTE, FORWARD, HAND_ON, KEEP, SCORES, UPLOAD, Barrier, Compute
+from fedbert_jax.runtime.work import Lost
 
 
 class ServerState(NamedTuple):
     """All that changes from round to round."""
 
-    segment: Any  # the client segment, as far as the server holds it
+    segment: Any  # the client segment, as far as the server holds it: under blinded averaging sealed, uint8 [n]
     segment_opt: Any  # its optimizer state; () where it doesn't travel
     body: Any
     body_opt: Any
@@ -63,7 +63,7 @@ class Engine:
         self.cohort = 1 if self.in_turn else s.cohort
         self.programs = ServerPrograms(s, self.cohort)
         self.shapes, self.lengths, self.sums = shapes_of(s, rows, parts), lengths, sums
-        self.opt_travels = self.f.client_optimizer_state == "average" and not self.how.averages_gradients
+        self.opt_travels = opt_travels(s)
         self.own_update = jax.jit(s.client_tx.update)  # of the server's own copy, where gradients are averaged
         self.state: ServerState | None = None
         self.work: ServerState | None = None
@@ -74,33 +74,11 @@ class Engine:
 
     def script(self, members: tuple[str, ...], round: int, evaluates: bool) -> list[Barrier]:
         """Returns the barriers of a round."""
-        steps, parts = range(self.f.local_steps), range(self.parts)
-        script: list[Barrier] = []
-        for who in [(c,) for c in members] if self.in_turn else [members]:
-            for k in steps:
-                script += [Barrier(FORWARD, k, who, p) for p in parts] + [Barrier(BACKWARD, k, who, p) for p in parts]
-                if self.how.averages_gradients:
-                    script.append(Barrier(CONTRIBUTE, k, who))
-            if self.in_turn:
-                script.append(Barrier(HAND_ON, self.f.local_steps, who))
-        if self.how.client == "copies":
-            script.append(Barrier(UPLOAD, self.f.local_steps, members))
-        return script + ([Barrier(SCORES, self.f.local_steps, members)] if evaluates else [])
+        return barriers(self.s, members, self.parts, evaluates)
 
     def schema(self, barrier: Barrier) -> Schema:
         """Returns what is expected of a message at a barrier."""
-        sh = self.shapes
-        if barrier.phase == FORWARD:
-            return schema_of("up", sh.up, self.lengths)
-        if barrier.phase == BACKWARD:
-            lengths = () if sh.masked_only else self.lengths
-            return merged(schema_of("dz", sh.gradient, lengths), {"loss": TensorSpec("float32", ())})
-        if barrier.phase == CONTRIBUTE:
-            return merged(schema_of("gradient", sh.contribution), NORM)
-        if barrier.phase == SCORES:
-            return {"sums": TensorSpec("float32", self.sums)}
-        state = schema_of("opt", sh.segment_opt) if self.opt_travels else {}
-        return merged(schema_of("segment", sh.upload if barrier.phase == UPLOAD else sh.segment), state, NORM)
+        return expected(self.s, self.shapes, barrier, self.lengths, self.sums)
 
     def weights(self, members: Sequence[str], blocks: Mapping[str, int]) -> Sequence[float]:
         """Returns the shares of the clients of a round, by how much text each has; float32, summing to 1."""
@@ -109,15 +87,20 @@ class Engine:
 
     def state_shape(self) -> ServerState:
         """Returns the shapes of a state: what a checkpoint is restored to."""
+        return jax.eval_shape(self._first_state, self.first_segment)
 
-        def make(segment: Any) -> ServerState:
+    def _first_state(self, segment: Any) -> ServerState:
+        body, opt, outer = self.programs.new_body(), (), ()
+        if not self.s.blinded:
             keeps = self.opt_travels or self.how.averages_gradients
-            body = self.programs.new_body()
-            outer = self.s.outer.init(segment) if self.s.outer else ()
             opt = self.s.client_tx.init(segment) if keeps else ()
-            return ServerState(segment, opt, body, self.programs.new_optimizer(body), outer)
+            outer = self.s.outer.init(segment) if self.s.outer else ()
+        return ServerState(segment, opt, body, self.programs.new_optimizer(body), outer)
 
-        return jax.eval_shape(make, self.shapes.segment)
+    @property
+    def first_segment(self) -> Any:
+        """The shapes of what the first client brings: the segment, or under blinded averaging a snapshot."""
+        return {blinded.SNAPSHOT: blinded.sealed_shape(self.shapes, self.how)} if self.s.blinded else self.shapes.segment
 
     # --- the work ---
 
@@ -150,6 +133,7 @@ class Engine:
             UPLOAD: self._upload,
             HAND_ON: self._hand_on,
             SCORES: self._take_scores,
+            KEEP: self._keep_snapshot,
         }[what.barrier.phase](what)
 
     def finish_round(self) -> None:
@@ -198,12 +182,7 @@ class Engine:
 
     def begin_with(self, tensors: Tensors) -> None:
         """Takes the segment that the clients have drawn, before the first round."""
-        segment = from_tensors("segment", self.shapes.segment, tensors)
-        keeps = self.opt_travels or self.how.averages_gradients
-        opt = jax.jit(self.s.client_tx.init)(segment) if keeps else ()
-        body = self.programs.new_body()
-        outer = self.s.outer.init(segment) if self.s.outer else ()
-        self.state = ServerState(segment, opt, body, self.programs.new_optimizer(body), outer)
+        self.state = self._first_state(from_tensors("segment", self.first_segment, tensors))
 
     # --- barrier by barrier ---
 
@@ -257,6 +236,8 @@ class Engine:
 
     def _contribute(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
+        if self.s.blinded:
+            return self._add_up(what)
         like = self.shapes.contribution
         given = self.slots.fill({c: from_tensors("gradient", like, m) for c, m in what.messages.items()})
         mean = self.programs.gradient(given, self.slots.at({c: self._share[c] for c in what.messages}))
@@ -274,6 +255,8 @@ class Engine:
 
     def _upload(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
+        if self.s.blinded:
+            return self._add_up(what)
         like, shares = self.shapes.upload, self.slots.at({c: self._share[c] for c in what.messages})
         given = self.slots.fill({c: from_tensors("segment", like, m) for c, m in what.messages.items()})
         segment, outer = self.programs.average(self.work.segment, given, shares, self.work.outer)
@@ -289,6 +272,27 @@ class Engine:
             self.work = self.work._replace(segment=segment, segment_opt=opt, outer=outer)
 
         return dict.fromkeys(what.messages, answer), keep
+
+    def _add_up(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        """Adds up numbers under pads, which the server can't take off."""
+        shares = {c: self._share[c] for c in what.messages}
+        like = self.shapes.contribution
+        given = self.slots.fill({c: from_tensors(blinded.HIDDEN, like, m) for c, m in what.messages.items()})
+        total = self.programs.total(given, self.slots.at(shares))
+        answer = blinded.answer(total, what.messages, self.roster, self.cohort, list(shares.values()))
+        return dict.fromkeys(what.messages, answer), lambda: self._note_norms(what)
+
+    def _keep_snapshot(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
+        assert self.work is not None
+        found = [m for m in what.messages.values() if m[blinded.SNAPSHOT].size]
+        if not found:
+            raise Lost("the client that was to leave the segment here has gone")
+        work = self.work._replace(segment={blinded.SNAPSHOT: np.array(found[0][blinded.SNAPSHOT])})
+
+        def keep() -> None:
+            self.work = work
+
+        return {client: {} for client in what.messages}, keep
 
     def _hand_on(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         (message,) = what.messages.values()

@@ -16,9 +16,12 @@ import numpy as np
 
 from fedbert_jax.federated.evaluation import Exam
 from fedbert_jax.federated.setting import Setting
+from fedbert_jax.privacy.pads import Pads
+from fedbert_jax.runtime.blinded import Blinded, kept
 from fedbert_jax.runtime.frames import Tensors
 from fedbert_jax.runtime.parties import ClientPrograms
 from fedbert_jax.runtime.payloads import fitted, from_tensors, to_tensors, zeros_like
+from fedbert_jax.runtime.script import opt_travels
 from fedbert_jax.runtime.shapes import Shapes
 from fedbert_jax.runtime.turns import Id
 
@@ -44,7 +47,7 @@ class Held(NamedTuple):
 
     segment: Any
     opt: Any  # () where it is made anew each round
-    unsent: Any  # what a gradient codec has lost so far; () where it loses nothing
+    outer: Any  # as `State.outer`, where clients have it: what a gradient codec has lost so far, or a `Blinding`; ()
     round: int  # the round that this is the beginning of
 
 
@@ -63,6 +66,10 @@ class Part(Protocol):
 
     def fresh(self) -> Held:
         """Returns what a client holds before the first round."""
+        ...
+
+    def brought(self, held: Held) -> Tensors:
+        """Returns what the server gets of the first segment."""
         ...
 
     def received(self, tensors: Tensors, held: Held | None, round: int) -> Held:
@@ -95,6 +102,7 @@ class Member:
       exam: what its model is asked at an evaluation.
       parts: microbatches of a step.
       trials: rows [B, ...] of each length that comes up, for which steps are compiled; (): those of the first round.
+      pads: what it hides its numbers under, with privacy.averaging=blinded.
     """
 
     def __init__(
@@ -106,12 +114,14 @@ class Member:
         exam: Exam,
         parts: int = 1,
         trials: Sequence[Any] = (),
+        pads: Pads | None = None,
     ):
+        assert s.blinded == (pads is not None)
         self.s, self.index, self.rows, self.shapes, self.parts = s, index, rows, shapes, parts
         self.programs, self.exam, self.trials = ClientPrograms(s, index, parts), exam, trials
-        f = s.config.federated
+        self.blinded = Blinded(pads, self.programs, shapes, index) if pads is not None else None
         self.in_turn = s.how.clients == "in turn"
-        self.opt_travels = f.client_optimizer_state == "average" and not s.how.averages_gradients
+        self.opt_travels = opt_travels(s)
         self._embed = jax.jit(s.segments.embed)
         self._marks = jax.jit(lambda params, z, q, beside: exam.marks(s.segments.predict(params, z), q, beside))
 
@@ -119,17 +129,32 @@ class Member:
         """Returns what a client holds before the first round: the segment that all of them draw."""
         segment = self.programs.new_segment()
         opt = () if self.s.config.federated.client_optimizer_state == "reset" else self.programs.new_optimizer(segment)
-        return Held(segment, opt, self._nothing_unsent(segment), 0)
+        return Held(segment, opt, self._first_outer(segment), 0)
+
+    def brought(self, held: Held) -> Tensors:
+        """Returns what the server gets of the first segment."""
+        if self.blinded is None:
+            return to_tensors("segment", held.segment)
+        found = kept(held.segment, held.opt, held.outer, self.s.how)
+        return to_tensors("segment", self.blinded.sealed(found, held.round))
 
     def received(self, tensors: Tensors, held: Held | None, round: int) -> Held:
         """Returns what a client holds that was sent the segment, as it comes or comes back."""
+        if self.blinded is not None:
+            return self._opened(self.blinded, tensors, held, round)
         segment = from_tensors("segment", self.shapes.segment, tensors)
         if any(name.startswith("opt/") for name in tensors):
             opt = from_tensors("opt", self.shapes.segment_opt, tensors)
         else:
             opt = held.opt if held is not None else self.programs.new_optimizer(segment)
-        unsent = held.unsent if held is not None else self._nothing_unsent(segment)
-        return Held(jax.device_put(segment), jax.device_put(opt), unsent, round)
+        outer = held.outer if held is not None else self._first_outer(segment)
+        return Held(jax.device_put(segment), jax.device_put(opt), outer, round)
+
+    def _opened(self, blinded: Blinded, tensors: Tensors, held: Held | None, round: int) -> Held:
+        segment, opt, outer = jax.device_put(blinded.opened(tensors, self.s.how, round))
+        if not self.s.how.averages_gradients:
+            opt = held.opt if held is not None else self.fresh().opt
+        return Held(segment, opt, outer, round)
 
     def compile(self) -> None:
         """Compiles what a step needs, before anybody waits for it."""
@@ -158,7 +183,7 @@ class Member:
         """Returns how many messages a client sends before an evaluation."""
         how, f = self.s.how, self.s.config.federated
         once = self.in_turn or how.client == "copies"
-        return f.local_steps * (2 * self.parts + how.averages_gradients) + once
+        return f.local_steps * (2 * self.parts + how.averages_gradients) + once + self.s.blinded
 
     def run_round(
         self, held: Held, id: Id, members: Sequence[str], me: str, weight: float, evaluates: bool, wire: Wire
@@ -181,7 +206,7 @@ class Member:
         in_turn = self.in_turn
         at = self.first_message(members, me)
         first = id.round * f.steps_per_round(self.s.cohort) + (members.index(me) * f.local_steps if in_turn else 0)
-        segment, opt, unsent = held.segment, held.opt, held.unsent
+        segment, opt, outer = held[:3]
         if not jax.tree.leaves(opt):
             opt = p.new_optimizer(segment)
         rows, losses, norms = self.rows(id.round), [], []
@@ -191,11 +216,8 @@ class Member:
             at += 2 * self.parts
             step = np.int32(first + k)
             if how.averages_gradients:
-                payload, unsent = p.contribution(grads, unsent, np.float32(weight))
-                norm = np.asarray(_norm(grads), np.float32)
-                tensors = to_tensors("gradient", payload) | {"norm": norm}
-                answer = wire.post(id._replace(at=at), tensors).result()
-                grads, at = p.mean_gradient(from_tensors("mean", self.shapes.mean, answer)), at + 1
+                grads, outer = self._mean(grads, outer, weight, id._replace(at=at), wire)
+                at += 1
             segment, opt, norm = p.update(grads, opt, segment, step)
             losses.append(loss)
             norms.append(norm)  # read at the end: whoever waits for an update begins no other step
@@ -205,10 +227,17 @@ class Member:
         if in_turn:
             wire.post(id._replace(at=at), to_tensors("segment", segment) | state | {"norm": norm}).result()
         elif how.client == "copies":
-            payload = p.upload(segment, held.segment, np.float32(weight))
-            answer = wire.post(id._replace(at=at), to_tensors("segment", payload) | state | {"norm": norm}).result()
-            after = self.received(answer, Held(segment, own, unsent, id.round), id.round + 1)
-            segment, own = after.segment, after.opt
+            upload = p.upload(segment, held.segment)
+            if self.blinded is not None:
+                mean, outer = self.blinded.mean(upload, outer, weight, id._replace(at=at), norm, wire)
+                segment, after_outer = p.moved(held.segment, mean, outer.outer)
+                outer, at = outer._replace(outer=after_outer), at + 1
+            else:
+                answer = wire.post(id._replace(at=at), to_tensors("segment", upload) | state | {"norm": norm}).result()
+                after = self.received(answer, Held(segment, own, outer, id.round), id.round + 1)
+                segment, own = after.segment, after.opt
+        if self.blinded is not None:
+            self.blinded.keep(kept(segment, own, outer, how), id.round + 1, id._replace(at=at), wire)
         sums = None
         if evaluates:
             last = id._replace(at=self.scores_at(members))
@@ -216,7 +245,7 @@ class Member:
             ended = self.received(wire.segment(last), held, id.round + 1).segment if in_turn else segment
             sums = self.score(ended, wire)
             wire.post(last, {"sums": sums}).result()
-        return Ended(Held(segment, own, unsent, id.round + 1), float(np.mean(losses)), sums)
+        return Ended(Held(segment, own, outer, id.round + 1), float(np.mean(losses)), sums)
 
     def score(self, segment: Any, wire: Wire) -> np.ndarray:
         """Asks the model what its exam asks; returns the client's total of the answers, float32."""
@@ -249,7 +278,18 @@ class Member:
             total = grads if total is None else p.add(total, grads)
         return total, loss
 
-    def _nothing_unsent(self, segment: Any) -> Any:
+    def _mean(self, grads: Any, outer: Any, weight: float, id: Id, wire: Wire) -> tuple[Any, Any]:
+        """Returns the clients' mean gradient of a step, and what is carried on to the next one."""
+        p, norm = self.programs, np.asarray(_norm(grads), np.float32)
+        if self.blinded is not None:
+            return self.blinded.mean(grads, outer, weight, id, norm, wire)
+        payload, outer = p.contribution(grads, outer, np.float32(weight))
+        answer = wire.post(id, to_tensors("gradient", payload) | {"norm": norm}).result()
+        return p.mean_gradient(from_tensors("mean", self.shapes.mean, answer)), outer
+
+    def _first_outer(self, segment: Any) -> Any:
+        if self.s.blinded:
+            return self.programs.new_blinding(segment)
         return jax.tree.map(jnp.zeros_like, segment) if self.s.config.wire.gradient_codec == "int8" else ()
 
 

@@ -14,7 +14,6 @@ from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.calls import Abort, Hello
 from fedbert_jax.runtime.frames import FrameError, Tensors
 from fedbert_jax.runtime.member import Ended, Held, Part
-from fedbert_jax.runtime.payloads import to_tensors
 from fedbert_jax.runtime.turns import DONE, ROUND, Id
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries to reach the server
@@ -200,7 +199,7 @@ class Participant:
         try:
             answer, _ = self.line.ask("join", meta)
             if answer["bring"]:
-                self.line.ask("bring", {}, to_tensors("segment", self._first().segment))
+                self.line.ask("bring", {}, self.member.brought(self._first()))
         except Abort as error:
             if error.code in PASSING and self.line.stop():
                 raise

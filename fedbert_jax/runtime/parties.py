@@ -18,6 +18,7 @@ from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.streams import Stream, seeds_of
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import outer_update, weighted_average, weighted_sum
+from fedbert_jax.federated.fixed_point import Blinding, first_ranges, fixed_point, next_ranges
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import Up, client_begin, client_finish, client_head, server_backward, server_forward
 from fedbert_jax.federated.state import Rows, pick
@@ -75,7 +76,7 @@ class ClientPrograms:
 
         def contribution(grads: Params, unsent: Any, weight: jax.Array) -> tuple[Any, Any]:
             """Returns what crosses of a step's weighted gradient, and what the codec has lost of it."""
-            channel, mine = cut.channels.segment, jax.tree.map(lambda g: weight * g, grads)
+            channel, mine = cut.channels.gradient, jax.tree.map(lambda g: weight * g, grads)
             if channel is None:
                 return mine, unsent
             wanted = jax.tree.map(jnp.add, mine, unsent) if jax.tree.leaves(unsent) else mine
@@ -87,20 +88,30 @@ class ClientPrograms:
         def mean_gradient(payload: Any) -> Params:
             return payload if cut.channels.mean is None else cut.channels.mean.receive(payload)
 
-        def upload(params: Params, begun: Params, weight: jax.Array) -> Any:
-            """Returns what crosses of a trained segment: the segment, or its move, or its weighted part of a sum."""
-            ended = jax.tree.map(jnp.subtract, params, begun) if s.outer else params
-            if cut.channels.segment is None:
-                return ended
-            return cut.channels.segment.send(jax.tree.map(lambda x: weight * x, ended), None)
+        def upload(params: Params, begun: Params) -> Params:
+            """Returns what of a trained segment is averaged: the segment, or its move."""
+            return jax.tree.map(jnp.subtract, params, begun) if s.outer else params
+
+        def whole(numbers: Params, ranges: jax.Array, weight: jax.Array) -> Any:
+            """Returns a client's weighted part of a sum, in whole numbers."""
+            channel = fixed_point(ranges)
+            return channel.send(jax.tree.map(lambda x: weight * x, channel.bounded(numbers)), None)
+
+        def mean_of(total: Any, ranges: jax.Array, share: jax.Array) -> tuple[Params, jax.Array]:
+            """Returns the mean of clients with this share of all, from their sum in whole numbers, and the next ranges."""
+            found = fixed_point(ranges).total(total)
+            return jax.tree.map(lambda x: x / share, found), next_ranges(ranges, total)
 
         self.draw, self.begin, self.head = jax.jit(draw), jax.jit(begin), jax.jit(head)
         self.finish, self.update = jax.jit(finish), jax.jit(update)
         self.contribution, self.mean_gradient = jax.jit(contribution), jax.jit(mean_gradient)
-        self.upload = jax.jit(upload)
+        self.upload, self.whole, self.mean_of = jax.jit(upload), jax.jit(whole), jax.jit(mean_of)
+        self.moved = jax.jit(lambda begun, mean, outer: outer_update(s.outer, begun, mean, outer))
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self.new_segment = jax.jit(lambda: s.segments.init(self._segment_key(), jax.random.key(0))[0])
         self.new_optimizer = jax.jit(s.client_tx.init)
+        first_outer = lambda segment: s.outer.init(segment) if s.outer else ()  # noqa: E731
+        self.new_blinding = jax.jit(lambda segment: Blinding(first_ranges(segment), first_outer(segment)))
 
     def _segment_key(self) -> jax.Array:
         of = streams.secrets(seeds_of(self.s.config)) if self.s.secrets is None else self.s.secrets
@@ -118,7 +129,7 @@ class ServerPrograms:
     def __init__(self, s: Setting, slots: int):
         cut, how = s.cut(), s.how
         self.s, self.slots, self.copies = s, slots, how.body == "copies"
-        segment, mean = cut.channels.segment, cut.channels.mean
+        coded, mean = cut.channels.gradient, cut.channels.mean
         self.held = hold.holding(how, s.config.federated.client_optimizer_state)
 
         def keys(round: jax.Array, step: jax.Array, clients: jax.Array) -> StepKeys:
@@ -158,29 +169,23 @@ class ServerPrograms:
                 return s.server_tx.update(grads, opt, body, step)
             return jax.vmap(s.server_tx.update, (0, 0, 0, None))(grads, opt, body, step)
 
-        def gradient(contributions: Any, weights: jax.Array) -> tuple[Any, jax.Array]:
-            """Returns the clients' mean gradient as it crosses back, and the share of them that is there."""
+        def total(parts: Any, weights: jax.Array) -> Any:
+            """Returns the sum of the weighted parts [C, ...] of who is there, in their own type."""
             there = lambda x: (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))  # noqa: E731
-            received = contributions if segment is None else jax.vmap(segment.receive)(contributions)
-            total = jax.tree.map(lambda x: jnp.sum(jnp.where(there(x), x, 0), axis=0, dtype=x.dtype), received)
-            total = total if segment is None else segment.total(total)
-            share = jnp.sum(weights)
-            total = jax.tree.map(lambda x: x / share, total)
-            return total if mean is None else mean.send(total, None)
+            return jax.tree.map(lambda x: jnp.sum(jnp.where(there(x), x, 0), axis=0, dtype=x.dtype), parts)
+
+        def gradient(contributions: Any, weights: jax.Array) -> Any:
+            """Returns the clients' mean gradient as it crosses back."""
+            received = contributions if coded is None else jax.vmap(coded.receive)(contributions)
+            average = jax.tree.map(lambda x: x / jnp.sum(weights), total(received, weights))
+            return average if mean is None else mean.send(average, None)
 
         def average(begun: Params, uploads: Any, weights: jax.Array, outer: Any) -> tuple[Params, Any]:
             """Returns the segment after a round, and the outer optimizer's state; `weights` are those of who is there."""
-            if segment is None:
-                moved = weighted_average(uploads, weights / jnp.sum(weights))
-            else:
-                there = lambda x: (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))  # noqa: E731
-                received = jax.vmap(segment.receive)(uploads)
-                total = jax.tree.map(lambda x: jnp.sum(jnp.where(there(x), x, 0), axis=0, dtype=x.dtype), received)
-                moved = jax.tree.map(lambda x: x / jnp.sum(weights), segment.total(total))
-            return outer_update(s.outer, begun, moved, outer)
+            return outer_update(s.outer, begun, weighted_average(uploads, weights / jnp.sum(weights)), outer)
 
         self.forward, self.backward, self.update = jax.jit(forward), jax.jit(backward), jax.jit(update)
-        self.gradient, self.average = jax.jit(gradient), jax.jit(average)
+        self.gradient, self.average, self.total = jax.jit(gradient), jax.jit(average), jax.jit(total)
         self.average_states = jax.jit(lambda stacked, weights: weighted_average(stacked, weights / jnp.sum(weights)))
         self.mean_of = jax.jit(lambda weights, x: weighted_sum(weights / jnp.sum(weights), x))
         self.transform = jax.jit(s.segments.transform)

@@ -15,10 +15,10 @@ from typing import Any
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.calls import HEADER, METHODS, Abort, Hello
 from fedbert_jax.runtime.changes import Changes
-from fedbert_jax.runtime.frames import FrameError, Schema, Tensors, TensorSpec
+from fedbert_jax.runtime.frames import FrameError, Schema, Tensors
 from fedbert_jax.runtime.session import Session
-from fedbert_jax.runtime.turns import DONE, Barrier, Compute, Id, Refused, Reply, Turn
-from fedbert_jax.runtime.work import Work
+from fedbert_jax.runtime.turns import DONE, PHASES, Barrier, Compute, Id, Refused, Reply, Turn
+from fedbert_jax.runtime.work import Lost, Work
 
 WORK, TURN = "work", "turn"  # what a thread waits for, beside the answer to a message
 
@@ -172,7 +172,7 @@ class Service:
                 self._changed.wait(TURN)
             if turn.state == DONE and turn.round < self.session.rounds:
                 self._dismissed.add(client)  # it comes back when the server does, and has nothing to fetch
-            shares = self.work.weights(turn.members, self.session.blocks()) if turn.members else ()
+            shares = self.work.weights(turn.members, self.session.cast) if turn.members else ()
             share = dict(zip(turn.members, map(float, shares), strict=True))
             evaluates = turn.state == "round" and self._evaluates(turn.round)
         return frames.encode(turn._asdict() | {"weight": share.get(client, 0.0), "evaluates": evaluates})
@@ -298,14 +298,13 @@ class Service:
                 if self.session.state == DONE:
                     break
                 begins = self.session.state == "round" and self._epoch != self.session.epoch and self._segment is None
-                epoch, round, members = self.session.epoch, self.session.round, self.session.members
-                blocks = self.session.blocks()
+                epoch, round, cast = self.session.epoch, self.session.round, self.session.cast
                 what = None if self._segment is not None or begins else self.session.due()
                 if what is None and not begins:
                     self._changed.wait(WORK)
             watch(self.session)
             if begins:
-                self.work.begin(round, members, blocks)
+                self.work.begin(round, tuple(cast), cast)
                 with self._changed:
                     self._epoch = epoch
                     self._changed.tell()
@@ -318,7 +317,13 @@ class Service:
                 self._changed.tell()
 
     def _do(self, what: Compute) -> None:
-        answers, keep = self.work.compute(what)
+        try:
+            answers, keep = self.work.compute(what)
+        except Lost as error:
+            with self._changed:
+                self.session.lost(what, str(error), self.clock())
+                self._changed.tell()
+            return
         with self._changed:
             round = self.session.round
             if self.session.computed(what, answers, self.clock()):
@@ -341,10 +346,3 @@ class Service:
         with self._changed:
             self._stop = True
             self._changed.tell()
-
-
-PHASES = ("forward", "backward", "contribute", "upload", "hand on", "scores")
-EVALUATION = lambda batch, length, masked, hidden: {  # noqa: E731
-    "h": TensorSpec("float32", (batch, length, hidden)),
-    "positions": TensorSpec("uint16", (batch, masked)),
-}

@@ -52,6 +52,7 @@ class Session:
 
     state: str = field(default=ENROLLING, init=False)
     members: tuple[str, ...] = field(default=(), init=False)  # of the round
+    cast: dict[str, int] = field(default_factory=dict, init=False)  # with whom the epoch began: their blocks, in their order
     at: int = field(default=0, init=False)
     draining: bool = field(default=False, init=False)
     events: list[dict[str, Any]] = field(default_factory=list, init=False)  # for the log; whoever reads them clears them
@@ -113,7 +114,7 @@ class Session:
         if self.state == DONE:
             return Turn(DONE, self.epoch, self.round)
         if self.state == ROUND and client in self.members and not self._touched(client):
-            return Turn(ROUND, self.epoch, self.round, self.members)
+            return Turn(ROUND, self.epoch, self.round, tuple(self.cast))  # shares and barriers are theirs, whoever has gone
         return Turn(ENROLLING, self.epoch, self.round, missing=self.missing(), within=self.within(now))
 
     def message(self, client: str, id: Id, payload: Any, digest: str, now: float) -> Refused | None:
@@ -162,7 +163,7 @@ class Session:
             self._drop(late, now, f"late at {self._where()}")
 
     def due(self) -> Compute | None:
-        """Returns what is to be computed now, if anything is; it is under way until `computed` or `failed`."""
+        """Returns what is to be computed now, if anything is; it is under way until `computed` or `lost`."""
         if self.state != ROUND or self._busy or self.at >= len(self._barriers):
             return None
         barrier = self._barriers[self.at]
@@ -198,11 +199,14 @@ class Session:
                 self._begin(now)
         return True
 
+    def lost(self, what: Compute, why: str, now: float) -> None:
+        """Takes it that nothing comes of what was to be computed: the round begins again."""
+        if what.id.epoch == self.epoch:
+            self._restart(now, why)
+
     def drain(self) -> None:
         """Lets the round under way be the last one."""
-        self.draining = True
-        if self.state == ENROLLING:
-            self.state = DONE
+        self.draining, self.state = True, DONE if self.state == ENROLLING else self.state
 
     # --- what others may ask ---
 
@@ -277,13 +281,14 @@ class Session:
         self.at, self._busy, self._since = 0, False, now
         self._begun.clear()
         self._barriers = tuple(self.script(self.members, self.round))
+        self.cast = {c: self._clients[c].blocks for c in self.members}
         self._inbox.clear()
         # Of the round before, the last answers are kept: one of them may have been lost.
         self._mail = {key: value for key, value in self._mail.items() if value[1] is not None}
         self._forget()
 
     def _restart(self, now: float, why: str) -> None:
-        """Begins the round again, for all who are in it."""
+        """Begins the round again, for all in it."""
         self._mail = {key: value for key, value in self._mail.items() if key[1].epoch != self.epoch}
         self._start(now)
         self._note("again", round=self.round, why=why)
@@ -298,8 +303,7 @@ class Session:
             self._note("dropped", client=client, round=self.round, at=self.at, why=why)
         self._since = now
         if len(self.members) < self._needed(self.round):
-            self.state, self.epoch = ENROLLING, self.epoch + 1  # the round begins again when there are enough
-            self._busy = False
+            self.state, self.epoch, self._busy = ENROLLING, self.epoch + 1, False  # the round begins again, with enough
             self._inbox.clear()
             self._begin(now)
         elif broken:

@@ -25,6 +25,7 @@ class Shapes(NamedTuple):
     contribution: Any
     upload: Any
     mean: Any
+    blinding: Any  # the state of averaging in fixed point, which the clients hold; () where the server averages
 
 
 def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
@@ -47,9 +48,13 @@ def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
     z, _ = jax.eval_shape(server.forward, body, lifted, jnp.ones(1), zero, zero, jnp.zeros(1, jnp.int32))
     z = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
     _, _, dz = jax.eval_shape(programs.head, segment, drawn, zero, z)
+    upload = jax.eval_shape(programs.upload, segment, segment)
+    if s.blinded:
+        blinding = jax.eval_shape(programs.new_blinding, segment)
+        contribution = jax.eval_shape(programs.whole, segment, blinding.ranges, weight)
+        return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, (), blinding)
     unsent = segment if s.config.wire.gradient_codec == "int8" else ()
     contribution, _ = jax.eval_shape(programs.contribution, segment, unsent, weight)
-    upload = jax.eval_shape(programs.upload, segment, segment, weight)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), contribution)
     mean = jax.eval_shape(server.gradient, one, jnp.ones(1)) if s.how.averages_gradients else ()
-    return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, mean)
+    return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, mean, ())

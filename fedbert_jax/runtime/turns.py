@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 ENROLLING, ROUND, DONE = "enrolling", "round", "done"
+FORWARD, BACKWARD, CONTRIBUTE, UPLOAD, HAND_ON, SCORES = "forward", "backward", "contribute", "upload", "hand on", "scores"
+KEEP = "keep"  # blinded averaging: one of the clients leaves with the server what the next round begins with, sealed
+PHASES = (FORWARD, BACKWARD, CONTRIBUTE, UPLOAD, HAND_ON, KEEP, SCORES)
 
 
 class Id(NamedTuple):

@@ -9,6 +9,10 @@ from fedbert_jax.runtime.frames import Schema, Tensors
 from fedbert_jax.runtime.turns import Barrier, Compute
 
 
+class Lost(Exception):
+    """No client has what a round ended with, so the round begins again."""
+
+
 class Work(Protocol):
     """The server's arithmetic, as the service needs it (`engine.Engine`)."""
 
@@ -25,7 +29,7 @@ class Work(Protocol):
         ...
 
     def compute(self, what: Compute) -> tuple[Mapping[str, Tensors], Callable[[], None]]:
-        """Computes a barrier; returns answers, and what keeps the result."""
+        """Computes a barrier; returns answers, and what keeps the result. Raises `Lost` if the round has to begin again."""
         ...
 
     def finish_round(self) -> None:

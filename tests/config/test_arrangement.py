@@ -69,7 +69,7 @@ def test_a_combination_without_a_row_is_refused_and_the_rows_are_listed(federate
         (dict(federated=dict(average="gradients", batch_by="size", clients_per_round=2)), "federated.batch_by"),
         (dict(federated=dict(average="gradients", batch_by="size", clients_at_once=2)), "federated.batch_by"),
         (dict(federated=dict(average="gradients", batch_by="size"), wire=dict(gradient_codec="int8")), "federated.batch_by"),
-        (dict(federated=dict(strategy="sequential"), privacy=dict(averaging="fixed_point")), "privacy.averaging"),
+        (dict(federated=dict(strategy="sequential"), privacy=dict(averaging="blinded")), "privacy.averaging"),
         (dict(federated=dict(strategy="local", clients_per_round=2)), "federated.clients_per_round"),
         (dict(model=dict(client_layers=2)), "model.client_layers"),
         (dict(wire=dict(noise=-1.0)), "wire.noise"),

@@ -503,7 +503,8 @@ def test_traffic_of_each_row_by_what_travels():
 
 def test_bytes_of_an_average_in_fixed_point_are_those_of_its_payload():
     """An integer for each number, and for each tensor the 4 bytes that say whether all its numbers are finite."""
-    config = tiny_config(model=dict(num_layers=1), privacy=dict(averaging="fixed_point"))
+    federated, privacy = dict(client_optimizer_state="reset"), dict(averaging="blinded")
+    config = tiny_config(model=dict(num_layers=1), federated=federated, privacy=privacy)
     setting, _, state, _ = program(config)
     found = round_traffic(setting, jax.ShapeDtypeStruct((2, 12), jnp.int32))
     leaves = jax.tree.leaves(state.model.client)

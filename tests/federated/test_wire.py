@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_trees_close, cohort, program, tiny_config
+from tiny import cohort, program, tiny_config
 
-from fedbert_jax.config import PrivacyConfig, WireConfig
+from fedbert_jax.config import WireConfig
 from fedbert_jax.federated import wire
 from fedbert_jax.federated.average import add_up, add_up_with_feedback, pool
+from fedbert_jax.federated.fixed_point import fixed_point
 
 RNG = np.random.default_rng(0)
 
@@ -47,33 +48,7 @@ def test_links_send_from_left_to_right_and_receive_in_reverse():
     assert log == ["send a", "send b", "receive b", "receive a"]
 
 
-def test_fixed_point_adds_up_exactly_in_any_order_and_under_pads():
-    """The basis of blinded averaging: integers modulo 2**32, and pads that cancel."""
-    channel = wire.fixed_point(24)
-    parts = [normal(5, 7) for _ in range(6)]
-    sent = [np.asarray(channel.send(x, None)["int32"]) for x in parts]
-    assert sent[0].dtype == np.int32
-    pads = RNG.integers(-(2**31), 2**31, (5, 5, 7), dtype=np.int32)
-    with np.errstate(over="ignore"):
-        total = sum(sent[1:], sent[0])
-        padded = [x + pad for x, pad in zip(sent, [*pads, -pads.sum(axis=0, dtype=np.int32)], strict=True)]
-        assert np.array_equal(sum(padded[::-1], np.int32(0)), total)
-    whole = channel.total({"int32": jnp.asarray(total), "finite": jnp.float32(0.0)})
-    np.testing.assert_allclose(whole, np.sum(parts, axis=0), atol=6 * 2**-25)
-    assert int(channel.send(jnp.full(1, 1e9), None)["int32"][0]) > 2**31 - 256  # clipped, not wrapped around
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_fixed_point_hides_nothing_that_is_not_finite(bad):
-    """A client whose segment ends with a NaN shows, in that tensor only; a client that is left out doesn't."""
-    stacked, channel = {"a": normal(3, 4).at[1, 2].set(bad), "b": normal(3, 2)}, wire.fixed_point()
-    found = channel.total(add_up(channel, stacked, jnp.array([0.5, 0.3, 0.2])))
-    assert np.isnan(found["a"]).all() and np.isfinite(found["b"]).all()
-    without = channel.total(add_up(channel, stacked, jnp.array([0.5, 0.0, 0.5])))
-    np.testing.assert_allclose(without["a"], 0.5 * (stacked["a"][0] + stacked["a"][2]), atol=1e-6)
-
-
-@pytest.mark.parametrize("channel", [None, wire.fixed_point(), wire.codec("bfloat16", jnp.float32)])
+@pytest.mark.parametrize("channel", [None, fixed_point(jnp.full(1, 7)), wire.codec("bfloat16", jnp.float32)])
 def test_a_sum_leaves_a_client_of_weight_0_out(channel):
     stacked, weights = normal(4, 3, 5), jnp.array([0.5, 0.0, 0.3, 0.2])
     total = add_up(channel, {"x": stacked.at[1].set(jnp.nan)}, weights)
@@ -116,13 +91,13 @@ def test_pooled_clients_weigh_what_they_weigh_whatever_they_have_masked(segments
 
 
 def test_a_config_makes_these_channels():
-    made = wire.make_channels(WireConfig(), PrivacyConfig(), jnp.float32)
-    assert made.segment is None and made.mean is None
-    guarded = wire.make_channels(WireConfig(clip=1.0, noise=0.1, gradient_clip=2.0), PrivacyConfig(), jnp.float32)
+    made = wire.make_channels(WireConfig(), jnp.float32)
+    assert made.gradient is None and made.mean is None
+    guarded = wire.make_channels(WireConfig(clip=1.0, noise=0.1, gradient_clip=2.0), jnp.float32)
     x, keys = 10 * normal(2, 3, 8), jax.random.split(jax.random.key(0), 1)
     long = lambda channel: float(np.linalg.norm(channel.receive(channel.send(x, keys)), axis=-1).max())  # noqa: E731
     assert 1.0 < long(guarded.activations) < 2.0 and abs(long(guarded.head_gradient) - 2.0) < 1e-5
-    loud = wire.make_channels(WireConfig(noise=1.0, gradient_noise=1.0), PrivacyConfig(), jnp.float32)
+    loud = wire.make_channels(WireConfig(noise=1.0, gradient_noise=1.0), jnp.float32)
     assert not np.allclose(loud.activations.send(x, keys), loud.head_gradient.send(x, keys))  # each message its own
     np.testing.assert_array_equal(guarded.hidden_states.send(x, None), x)
     np.testing.assert_array_equal(guarded.input_gradient.send(x, None), x)
@@ -147,15 +122,6 @@ def test_gradients_in_a_codec_train_nearly_as_they_are(codec, close):
     assert bool(jax.tree.leaves(coded.outer)) == (codec == "int8")
     if codec == "int8":  # at most the remainder of a step of 1/127 of a row's largest
         assert 0 < max(float(jnp.abs(x).max()) for x in jax.tree.leaves(coded.outer)) < 0.1
-
-
-@pytest.mark.parametrize("kind", [dict(), dict(body="merged")], ids=str)
-def test_an_average_in_fixed_point_is_the_average(kind):
-    plain = end_of_two_rounds(federated=kind)[0]
-    fixed = end_of_two_rounds(federated=kind, privacy=dict(averaging="fixed_point"))[0]
-    assert_trees_close(fixed.model, plain.model, rtol=1e-4, atol=2e-6)
-    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), fixed.model.client, plain.model.client)
-    assert not all(jax.tree.leaves(same))
 
 
 def test_noise_and_int8_change_what_is_learnt_and_not_the_draws():

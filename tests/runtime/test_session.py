@@ -385,6 +385,34 @@ def test_one_leaves_for_good():
     assert code(session.join("washington", "washington-2", 12, 0.0)) == "PERMISSION_DENIED"
 
 
+def test_who_asks_after_another_has_gone_is_told_with_whom_the_round_began():
+    """Shares, and places in the script where clients take turns, are those of the beginning for all."""
+    session = enrolled()
+    before = session.next_turn("adams", "adams-1", 0.0)
+    session.leave("washington", 0.0)
+    after = session.next_turn("jefferson", "jefferson-1", 0.0)
+    assert isinstance(before, Turn) and isinstance(after, Turn) and before.members == after.members == NAMES
+    assert session.cast == {"adams": 10, "jefferson": 11, "washington": 12}
+    for _ in range(2 * STEPS + 1):
+        barrier(session)
+    assert session.round == 1 and session.cast == {"adams": 10, "jefferson": 11}
+
+
+def test_a_round_of_which_nothing_comes_begins_again():
+    session = enrolled()
+    barrier(session)
+    for c in NAMES:
+        session.message(c, here(session), "x", "d", 0.0)
+    what = session.due()
+    assert what is not None
+    session.lost(what, "nobody has it", 1.0)
+    assert (session.at, session.round, session.state, session.members) == (0, 0, ROUND, NAMES)
+    assert session.events[-1] == {"event": "again", "round": 0, "why": "nobody has it"}
+    assert code(session.poll("adams", what.id)) == "ABORTED"  # type: ignore[arg-type]
+    session.lost(what, "again", 2.0)  # of an epoch that is over
+    assert session.events[-1]["why"] == "nobody has it"
+
+
 def test_who_has_left_for_good_is_not_said_to_be_absent_from_every_round():
     session = make(quorum=1)
     session.join("adams", "adams-1", 1, 0.0)

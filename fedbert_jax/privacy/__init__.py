@@ -1,0 +1,1 @@
+"""What keeps numbers from the server, and what that is worth."""

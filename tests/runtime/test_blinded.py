@@ -1,0 +1,231 @@
+"""Blinded averaging over a network: the server reads nothing of what it adds up, and who leaves spoils nothing."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from federation import NAMES, Federation, Local
+from tiny import assert_trees_close, tiny_config
+
+from fedbert_jax.data.streams import seeds_of
+from fedbert_jax.errors import UserError
+from fedbert_jax.privacy.pads import Pads
+from fedbert_jax.runtime import frames
+from fedbert_jax.runtime.blinded import HIDDEN, SNAPSHOT
+from fedbert_jax.runtime.participant import Participant
+
+BLINDED = dict(averaging="blinded")
+RESET = dict(client_optimizer_state="reset")
+GRADIENTS = dict(average="gradients")
+
+
+class Gone(Exception):
+    """A client's process ends."""
+
+
+class Repeatable(Federation):
+    """A federation whose pads are the same each time."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.random = np.random.default_rng(5)
+        self.lock = threading.Lock()
+
+    def _bytes(self, count: int) -> bytes:
+        with self.lock:
+            return self.random.bytes(count)
+
+    def pads(self) -> Pads:
+        return Pads(seeds_of(self.config).client, "a run", self._bytes)
+
+
+def federation(federated: dict[str, Any], rounds: int = 2, blinded: bool = True, **rules: Any) -> Federation:
+    privacy = dict(privacy=BLINDED) if blinded else {}
+    return Repeatable(tiny_config(federated=dict(rounds=rounds) | federated, **privacy), **rules)
+
+
+class Recording(Local):
+    """A transport that keeps every frame, either way."""
+
+    def __init__(self, service: Any, name: str, kept: list[tuple[str, str, bytes]]):
+        super().__init__(service, name)
+        self.kept = kept
+
+    def call(self, method: str, data: bytes, timeout: float) -> bytes:
+        answer = super().call(method, data, timeout)
+        self.kept += [(f"{method} up", self.name, data), (f"{method} down", self.name, answer)]
+        return answer
+
+
+def in_order(tree: Any) -> np.ndarray:
+    """All numbers of a pytree, tensor by tensor in the order of their names."""
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("federated", [GRADIENTS, RESET])
+def test_the_server_holds_and_is_sent_no_segment_no_average_and_no_gradient(federated, monkeypatch):
+    f, kept = federation(federated, rounds=8 if "average" in federated else 16), list[tuple[str, str, bytes]]()
+    truths: dict[str, list[np.ndarray]] = {"sent": [], "mean": [], "segment": []}
+    held: list[Any] = []
+    made = f.participant
+
+    def participant(name: str, transport: Any = None, **options: Any) -> Participant:
+        found = made(name, Recording(f.service, name, kept), **options)
+        blinded = found.member.blinded
+        mean = blinded.mean
+
+        def watched(numbers: Any, state: Any, weight: float, *rest: Any) -> Any:
+            average, after = mean(numbers, state, weight, *rest)
+            if name == NAMES[0]:
+                truths["sent"].append(in_order(numbers))
+                truths["mean"].append(in_order(average))
+            return average, after
+
+        monkeypatch.setattr(blinded, "mean", watched)
+        return found
+
+    monkeypatch.setattr(f, "participant", participant)
+    f.run(on_round=lambda name, round, ended: held.append(ended.held.segment) if name == NAMES[0] else None)
+    size = len(truths["sent"][0])
+    ups, downs = [], []
+    for method, name, data in kept:
+        _, tensors = frames.decode(data, 1 << 26)
+        assert not any(n.startswith(("gradient", "mean", "opt")) for n in tensors), (method, sorted(tensors))
+        assert not any(n.startswith("segment/") and n != f"segment/{SNAPSHOT}" for n in tensors), (method, sorted(tensors))
+        whole = [x for n, x in tensors.items() if n.startswith(f"{HIDDEN}/") and n.endswith("int32")]
+        if whole:
+            numbers = np.concatenate([x.ravel() for x in whole])
+            assert len(numbers) == size
+            (downs if method.endswith("down") else ups if name == NAMES[0] else []).append(numbers)
+    ends = [in_order(segment) for segment in held]
+    per_round = len(truths["sent"]) // len(ends)
+    truths["segment"] = [ends[n // per_round] for n in range(len(truths["sent"]))]
+    assert len(ups) == len(truths["sent"]) and len(downs) == 3 * len(ups)
+    for name, there in truths.items():
+        for hidden, kind in ((ups, "up"), (downs[::3], "down")):
+            x, y = np.concatenate(hidden), np.concatenate(there)
+            assert len(x) > 25_000, len(x)
+            # Rank by rank, too: numbers of some tensors are larger than those of others.
+            for a, b in ((x, y), (x, np.sign(y)), (x, np.argsort(np.argsort(y)))):
+                assert abs(np.corrcoef(a, b)[0, 1]) < 0.01 + 3 / np.sqrt(len(x)), (name, kind)
+    # What is looked for is found where it is: of the sum of what was sent, without the pads.
+    assert np.corrcoef(np.concatenate(truths["sent"]), np.concatenate(truths["mean"]))[0, 1] > 0.1
+    # The bytes of no tensor of a segment lie in a frame or in the server's state.
+    state = f.engine.state
+    assert state is not None and list(state.segment) == [SNAPSHOT] and state.outer == () and state.segment_opt == ()
+    memory = b"".join(data for _, _, data in kept) + b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))
+    for segment in held:
+        for path, x in jax.tree_util.tree_leaves_with_path(segment):
+            assert np.asarray(x).size < 8 or np.asarray(x).tobytes()[:32] not in memory, path
+
+
+class Leaving(Local):
+    """A transport of a client that leaves for good at a message of a round, before it sends it or once it is answered."""
+
+    def __init__(self, service: Any, name: str, round: int, at: int, after: bool):
+        super().__init__(service, name)
+        self.round, self.at, self.after = round, at, after
+
+    def call(self, method: str, data: bytes, timeout: float) -> bytes:
+        meta, _ = frames.decode(data, 1 << 26)
+        now = method == "message" and meta["id"][1:] == [self.round, self.at]
+        answer = super().call(method, data, timeout) if self.after or not now else b""
+        if now:
+            self.service.remove(self.name)
+            raise Gone(self.name)
+        return answer
+
+
+def ends(f: Federation, name: str, round: int, phase: str, step: int, after: bool) -> Any:
+    """The segments with which those end who stay, where one leaves."""
+    script = f.engine.script(NAMES, round, False)
+    at = next(n for n, b in enumerate(script) if (b.phase, b.step) == (phase, step))
+    participants = {n: f.participant(n, Leaving(f.service, n, round, at, after) if n == name else None) for n in NAMES}
+    failures: list[BaseException] = []
+
+    def take_part(n: str) -> None:
+        try:
+            participants[n].run()
+        except Gone:
+            pass
+        except BaseException as error:
+            failures.append(error)
+            f.service.stop()
+
+    threads = [threading.Thread(target=take_part, args=(n,), daemon=True) for n in NAMES]
+    for thread in threads:
+        thread.start()
+    f.service.run()
+    for thread in threads:
+        thread.join(60)
+    if failures:
+        raise failures[0]
+    stayed = [n for n in NAMES if n != name]
+    segments = [participants[n].held.segment for n in stayed]
+    assert_trees_close(segments[1], segments[0], rtol=0, atol=0)
+    assert all(participants[n].held.round == f.config.federated.rounds for n in stayed)
+    return segments[0]
+
+
+LEAVES = [
+    (GRADIENTS, "forward", 0, False),
+    (GRADIENTS, "backward", 1, True),
+    (GRADIENTS, "contribute", 0, False),
+    (GRADIENTS, "contribute", 1, True),  # its numbers are in the last sum
+    (RESET, "backward", 1, False),
+    (RESET, "upload", 2, False),
+    (RESET, "upload", 2, True),
+]
+
+
+@pytest.mark.parametrize("federated, phase, step, after", LEAVES, ids=str)
+def test_who_leaves_in_any_phase_spoils_no_sum(federated, phase, step, after):
+    """The one who leaves is not the one that keeps the segment for others, so all goes on as with plain averaging."""
+    leave = (NAMES[2], 1, phase, step, after)
+    found = ends(federation(federated, quorum=None), *leave)
+    wanted = ends(federation(federated, blinded=False, quorum=None), *leave)
+    assert_trees_close(jax.device_get(found), jax.device_get(wanted), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("federated", [GRADIENTS, RESET])
+def test_a_round_begins_again_where_nobody_has_left_its_end_with_the_server(federated):
+    """The first of those in the last sum leaves the next round's beginning with the server, sealed; here it goes instead."""
+    f = federation(federated, quorum=None)
+    found = ends(f, NAMES[0], 1, "keep", 2, after=False)
+    wanted = ends(federation(federated, blinded=False, quorum=None), NAMES[0], 1, "forward", 0, after=False)
+    assert_trees_close(jax.device_get(found), jax.device_get(wanted), rtol=1e-4, atol=2e-6)
+    again = [e for e in f.session.events if e["event"] == "again"]
+    assert [e["why"] for e in again] == ["the client that was to leave the segment here has gone"]
+
+
+def test_who_comes_without_the_secret_reads_nothing():
+    """It is refused when it joins; were it not, it could open neither what a round begins with nor a sum."""
+    f = federation(RESET)
+    stranger = f.participant(NAMES[0])
+    stranger.member.blinded._pads = Pads(seeds_of(f.config).client + 1, "a run")
+    f.engine.begin_with(f.participant(NAMES[1]).member.brought(f.participant(NAMES[1]).member.fresh()))
+    with pytest.raises(UserError, match="can't be opened"):
+        stranger.member.received(f.engine.segment(), None, 0)
+    held = f.participant(NAMES[1]).member.received(f.engine.segment(), None, 0)
+    assert_trees_close(held.segment, stranger.member.fresh().segment, rtol=0, atol=0)
+
+
+def test_a_clients_pad_that_repeats_ends_its_part():
+    """Its random numbers stand still: the second message would tell the server the difference of two gradients."""
+    f = federation(GRADIENTS)
+    stuck = Pads(seeds_of(f.config).client, "a run", lambda count: bytes(count))
+    made = f.participant
+
+    def participant(name: str, transport: Any = None, **options: Any) -> Participant:
+        found = made(name, transport, **options)
+        if name == NAMES[1]:
+            found.member.blinded._pads = stuck
+        return found
+
+    f.participant = participant  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"a pad would be used twice|used a pad twice"):
+        f.run()

@@ -1,0 +1,125 @@
+"""Whole parties under blinded averaging: the model is that of plain averaging; who comes back goes on from a snapshot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+from parties import NAMES, Hall, Place, all_end_well
+from safetensors.numpy import load_file
+
+from fedbert_jax import export as export_command
+from fedbert_jax import serve as serve_lib
+from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.workdir.checkpoint import Checkpoints
+from fedbert_jax.workdir.log import read_metrics
+
+SETTINGS = dict(federated__client_optimizer_state="reset", federated__rounds=4, model__num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A folder where a federation has run without a break, in "whole"."""
+    place = Place(tmp_path_factory.mktemp("parties"), 23, privacy__averaging="blinded", **SETTINGS)
+    run(place, "whole")
+    assert place.model("whole", NAMES[0]) == place.model("whole", NAMES[1])
+    return place
+
+
+def run(place: Place, where: str) -> None:
+    hall = Hall()
+    server = place.serve(where, hall.listen)
+    clients = [place.join(where, name, hall.connect(name)) for name in NAMES]
+    all_end_well(*clients, server)
+
+
+def test_the_model_is_that_of_plain_averaging(place):
+    plain = copy.copy(place)
+    plain.changes = SETTINGS
+    run(plain, "plain")
+    found, wanted = (load_file(place.root / where / NAMES[0] / "hf" / "model.safetensors") for where in ("whole", "plain"))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    lines = [read_metrics(place.root / where / "server" / "metrics.jsonl") for where in ("whole", "plain")]
+    for blinded, other in zip(*lines, strict=True):
+        np.testing.assert_allclose(blinded["train_loss"], other["train_loss"], rtol=1e-5)
+    # No file of the server's holds the clients' word table.
+    table = found["bert.embeddings.word_embeddings.weight"].astype(np.float32)
+    there = [p for p in (place.root / "whole" / "server").rglob("*") if p.is_file()]
+    assert len(there) > 10
+    for row in table[::16]:
+        assert not any(row.tobytes() in p.read_bytes() for p in there)
+
+
+def test_a_client_that_stops_and_starts_again_goes_on(place):
+    hall = Hall()
+    server = place.serve("left", hall.listen)
+    first, second = (place.join("left", name, hall.connect(name)) for name in NAMES)
+    lines = place.root / "left" / NAMES[0] / "metrics.jsonl"
+    while first.is_alive() and (not lines.exists() or lines.read_text().count("\n") < 2):
+        first.join(0.05)
+    first.interrupt()
+    assert first.wait() == 143
+    again = place.join("left", NAMES[0], hall.connect(NAMES[0]))
+    all_end_well(again, second, server)
+    assert place.model("left", NAMES[0]) == place.model("left", NAMES[1]) == place.model("whole", NAMES[0])
+
+
+class Crash(Exception):
+    """The server's process ends."""
+
+
+def test_a_server_that_crashes_goes_on_after_its_checkpoint(place, monkeypatch):
+    """The clients, who are further, go back to the segment that one of them has sealed for that round."""
+    hall, crashed = Hall(), []
+
+    class Crashing(Checkpoints):
+        def save(self, round: int, state: Any, meta: Any) -> None:
+            super().save(round, state, meta)
+            if round == 2 and not crashed:
+                self.wait()
+                crashed.append(round)
+                raise Crash
+
+    monkeypatch.setattr(serve_lib, "Checkpoints", Crashing)
+    server = place.serve("crash", hall.listen)
+    clients = [place.join("crash", name, hall.connect(name)) for name in NAMES]
+    assert isinstance(server.wait(), Crash)
+    again = place.serve("crash", hall.listen)
+    all_end_well(again, *clients)
+    assert "resuming after round 2 of 4" in again.said.getvalue()
+    assert place.model("crash", NAMES[0]) == place.model("crash", NAMES[1]) == place.model("whole", NAMES[0])
+
+
+def test_clients_with_different_secrets_do_not_train_together(place):
+    """Whoever joins second is refused."""
+    hall = Hall()
+    server = place.serve("other", hall.listen)
+    seeds = zip(NAMES, (23, 24), strict=True)
+    clients = [place.join("other", name, hall.connect(name), privacy__client_seed=seed) for name, seed in seeds]
+    while all(client.is_alive() for client in clients):
+        clients[0].join(0.05)
+    for party in (server, *clients):
+        party.interrupt()
+    ended = [str(client.wait()) for client in clients]
+    assert sum("privacy.client_seed differs from the other clients'" in said for said in ended) == 1, ended
+    server.wait()
+    assert not (place.root / "other" / "server" / "metrics.jsonl").exists()
+
+
+def test_a_client_needs_a_secret_that_the_server_lacks(place):
+    with pytest.raises(ConfigError, match=r"privacy.client_seed=None: accepted: an integer that the server doesn't know"):
+        place.config(task="join", data__source="text:x")
+    with pytest.raises(ConfigError, match="client_optimizer_state='average': accepted: 'reset' or 'keep'"):
+        place.config(task="join", data__source="text:x", privacy__client_seed=1, federated__client_optimizer_state="average")
+
+
+def test_a_server_that_never_had_the_segment_has_no_model_to_export(place, tmp_path, monkeypatch):
+    run = ["export", "--workdir", str(place.root / "whole" / "server"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", run)
+    with pytest.raises(UserError, match="never had the clients' segment"):
+        export_command.main()
+    assert not (tmp_path / "out").exists()
