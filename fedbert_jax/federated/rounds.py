@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from fedbert_jax.devices.mesh import constrain, constrain_clients
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import add_up, add_up_with_feedback, outer_update, pool, weighted_average, weighted_sum
+from fedbert_jax.federated.dp import add_noise, clipped_shares
 from fedbert_jax.federated.holding import only
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, not_finite, of_steps, of_turns
@@ -28,7 +29,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
     segment, mean = cut.channels.segment, cut.channels.mean
     coded = segment if how.averages_gradients else None  # the channel of gradients; copies go through `segment`
     # A client clips its own dL/dz and adds noise to it; that can't be done to the pooled one, which contains its weight.
-    wire = s.config.wire
+    wire, privacy = s.config.wire, s.config.privacy
     own_gradients = coded is not None or wire.gradient_clip is not None or wire.gradient_noise > 0 or recorder is not NOTHING
     held = hold.holding(how, s.config.federated.client_optimizer_state)
 
@@ -108,7 +109,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         model, opt, metrics = train_together(state.model, hold.begun(s, held, state), cohort, first)
         kept, sums = settle(state, model, opt, cohort.weights)
         metrics = metrics._replace(ended=recorder.end(model.client, opt.client))
-        return average(state, kept, sums), of_steps(metrics)
+        return average(state, kept, sums, cohort.round), of_steps(metrics)
 
     def pooled(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         if how.pools_text:
@@ -133,7 +134,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
             return (kept, metrics[3:]), (sums, metrics[:3])
 
         (kept, own), (sums, means) = over_slices(s, train, (clients_first(cohort.rows), *cohort[1:3]))
-        return average(state, kept, sums), RoundMetrics(*means, *own)
+        return average(state, kept, sums, cohort.round), RoundMetrics(*means, *own)
 
     def in_turn(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def turn(carry: tuple[Pair, Pair], x: Any) -> tuple[tuple[Pair, Pair], RoundMetrics]:
@@ -154,12 +155,15 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         if s.outer:
             begun = only(("copies",), held.model, state.model)
             ended = jax.tree.map(lambda x, start: x - start[None], ended, begun)
-        sums = (add_up(segment, ended, weights), weighted_average(only(("copies",), held.opt, opt), weights))
+        shares = clipped_shares(ended, weights, privacy.dp_clip, s.cohort) if s.noised else weights
+        sums = (add_up(segment, ended, shares), weighted_average(only(("copies",), held.opt, opt), weights))
         return (only(at_rest, held.model, model), only(at_rest, held.opt, opt)), sums
 
-    def average(state: State, kept: tuple[Pair, Pair], sums: tuple[Pair, Pair]) -> State:
+    def average(state: State, kept: tuple[Pair, Pair], sums: tuple[Pair, Pair], round: jax.Array) -> State:
         """Returns the state after the round."""
         moved = sums[0] if segment is None else segment.total(sums[0])
+        if s.noised:
+            moved = add_noise(moved, s.noise_key(round), privacy.dp_noise * privacy.dp_clip / s.cohort)
         new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, state.outer)
         return State(hold.merge(held.model, new, kept[0]), hold.merge(held.opt, sums[1], kept[1]), outer)
 

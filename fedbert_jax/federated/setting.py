@@ -29,7 +29,7 @@ class Setting:
     prepare: Callable[[jax.Array, Rows], MaskedBatch]  # (key, one client's rows [B, ...]) -> its batch
     client_tx: Optimizer
     server_tx: Optimizer
-    outer: optax.GradientTransformation | None
+    outer: optax.GradientTransformation | None  # None: what clients end with is averaged, and not their moves
     num_clients: int  # N
     cohort: int  # C
     secrets: Secrets | None = None  # None: the config's; given where several seeds are trained side by side
@@ -37,6 +37,16 @@ class Setting:
     @property
     def how(self) -> Arrangement:
         return self.config.federated.arrangement
+
+    @property
+    def noised(self) -> bool:
+        """Whether the averages of clients' moves are noised."""
+        return self.config.privacy.dp != "none"
+
+    def noise_key(self, round: jax.Array) -> jax.Array:
+        """Returns the key of the noise on a round's averages, which the server draws."""
+        of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
+        return streams.key(of, Stream.DP_NOISE, round)
 
     def cut(self) -> Cut:
         """Returns what clients and server agree on."""
@@ -90,7 +100,7 @@ def make_setting(
     """
     client_tx = make_optimizer(config.client_optimizer, "client_optimizer", *span)
     server_tx = make_optimizer(config.server_optimizer, "server_optimizer", *span)
-    outer = make_aggregator(config.aggregator)
+    outer = make_aggregator(config.aggregator, of_moves=config.privacy.dp != "none")
     return Setting(config, segments, prepare, client_tx, server_tx, outer, num_clients, cohort)
 
 

@@ -1,0 +1,1 @@
+"""What is kept from whom: what a run's settings amount to."""
