@@ -37,7 +37,7 @@ def plain(**federated: Any):
         model=dict(num_layers=1),
         client_optimizer=optimizer,
         server_optimizer=optimizer,
-        aggregator=dict(learning_rate=0.5),
+        aggregator=dict(learning_rate=1.0 if federated.get("strategy") == "fedavg" else 0.5),  # 1.0: the average as it is
         seed=5,
     )
 
@@ -77,12 +77,12 @@ def first_round(strategy: str, body: str) -> Round:
         recorder = Recorder(lambda batch, result: (), lambda client, opt: client)
         end, metrics = jax.jit(make_strategy(setting, recorder).round)(state, data)
         each = [[x[c] for x in arrays(metrics.ended)] for c in range(3)]
-    else:  # the average over one client is what it ends with, here at half the rate
+    else:  # the average over one client is what it ends with, at the outer rate
         round, each = program(config)[3], []
         end = round(state, data)[0]
         for c in range(3):
-            after = round(state, data._replace(weights=jnp.eye(3)[c]))[0].model
-            each.append([x + 2 * (y - x) for x, y in zip(begun, arrays(averaged(config, after)), strict=True)])
+            after = arrays(averaged(config, round(state, data._replace(weights=jnp.eye(3)[c]))[0].model))
+            each.append([x + (y - x) / config.aggregator.learning_rate for x, y in zip(begun, after, strict=True)])
     moves = [[y - x for x, y in zip(begun, one, strict=True)] for one in each]
     clip = (1 - 1e-3) * sorted(map(norm, moves))[1]  # of the three, two are clipped
     privacy = dataclasses.replace(config.privacy, dp="client", dp_clip=clip, dp_noise=NOISE)
@@ -94,12 +94,12 @@ def made(kind: dict) -> Round:
 
 
 def expected(found: Round, there=(0, 1, 2), noised: bool = True) -> list[np.ndarray]:
-    """What is averaged, after the round, by NumPy: clipped, divided by three, noised, and taken at the outer rate of 0.5."""
+    """What is averaged, after the round, by NumPy: clipped, divided by three, noised, and taken at the outer rate."""
     shrunk = [[x * min(1.0, found.clip / norm(move)) for x in move] for move in (found.moves[c] for c in there)]
     key, ends = draws.key("server", 5, TAG, 0), []
     for n, start in enumerate(arrays(averaged(found.config, program(found.config)[2].model))):
         noise = NOISE * found.clip / 3 * np.asarray(jax.random.normal(jax.random.fold_in(key, n), start.shape))
-        ends.append(start + 0.5 * (sum(move[n] for move in shrunk) / 3 + noised * noise))
+        ends.append(start + found.config.aggregator.learning_rate * (sum(move[n] for move in shrunk) / 3 + noised * noise))
     return ends
 
 
@@ -123,7 +123,7 @@ def test_noise_has_its_deviation_and_is_new_in_every_round_and_array():
     # What text is masked in a round changes the moves, too; weights of 0 leave nothing but noise.
     nobody = data_of(found.config)._replace(weights=jnp.zeros(3))
     ends = [round(state, nobody._replace(round=jnp.int32(n)))[0].model for n in (0, 1)]
-    noises = [[2 * (b - a).ravel() for a, b in zip(arrays(state.model), arrays(end), strict=True)] for end in ends]
+    noises = [[(b - a).ravel() for a, b in zip(arrays(state.model), arrays(end), strict=True)] for end in ends]
     both = [np.concatenate(noise) for noise in noises]
     deviation = NOISE * found.clip / 3
     for noise in both:

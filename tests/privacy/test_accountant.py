@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
@@ -18,6 +19,7 @@ from fedbert_jax.data.sampling import draw_cohort
 from fedbert_jax.data.streams import Seeds
 from fedbert_jax.errors import ConfigError
 from fedbert_jax.privacy import accountant
+from fedbert_jax.train import train
 
 needs_accounting = pytest.mark.skipif(
     importlib.util.find_spec("dp_accounting") is None, reason="needs dp-accounting, the extra [privacy]"
@@ -180,6 +182,13 @@ def test_without_dp_accounting_it_is_refused_in_a_sentence(monkeypatch):
     with pytest.raises(ConfigError, match=r"^config key privacy.dp='client': .*pip install 'fedbert_jax\[privacy\]'") as e:
         accountant.check_installed(config_of())
     assert "\n" not in str(e.value) and e.value.exit_code == 2
+
+
+def test_a_run_without_dp_accounting_ends_before_it_has_a_workdir(tmp_path, monkeypatch):
+    monkeypatch.setattr(accountant.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install"):
+        train(config_of(), tmp_path / "run", Console(quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_delta_of_one_client_and_the_default_seed_are_warned_of():
