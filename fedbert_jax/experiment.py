@@ -14,6 +14,7 @@ import jax
 from fedbert_jax import config as config_lib
 from fedbert_jax import disk
 from fedbert_jax.config import HUB_NAME, Config
+from fedbert_jax.config.dp import check_clients
 from fedbert_jax.data import hub
 from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
@@ -28,6 +29,7 @@ from fedbert_jax.federated.setting import Setting, make_setting
 from fedbert_jax.federated.state import State
 from fedbert_jax.models import huggingface
 from fedbert_jax.models.bert import make_segments
+from fedbert_jax.privacy import accountant
 from fedbert_jax.runtime.fill_mask import check_sentences
 from fedbert_jax.runtime.simulation import Simulation
 from fedbert_jax.workdir import resume
@@ -72,7 +74,8 @@ def open_run(config: Config, workdir: Workdir, progress: Progress, warn: Callabl
     run = build(config, workdir, progress=progress, warn=warn)
     steps_per_round = run.simulation.strategy.steps_per_round
     resume.check(run.config, made, steps_per_round, old)
-    for sentence in optim.warnings(run.config, steps_per_round):
+    clients = run.simulation.feed.num_clients
+    for sentence in [*optim.warnings(run.config, steps_per_round), *accountant.warnings(run.config, clients)]:
         warn(sentence)
     if processes.first():
         workdir.write_config(run.config)
@@ -112,6 +115,7 @@ def build(
         blocks = len(dataset.train.tokens)
         config = config_lib.work_out(resolve(config, dataset.vocab_size), blocks, dataset.train.num_clients, old)
         config_lib.validate(config)
+        check_clients(config, dataset.train.num_clients)
         check_sentences(config.fill_mask, tokenizer, config.model.max_position_embeddings)
     if dataset.train.num_clients == 1 and not config.federated.arrangement.pools_text:
         keys = "data.client_field, data.client_pattern and data.partition"

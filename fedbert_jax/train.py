@@ -28,6 +28,7 @@ from fedbert_jax.federated.wire import by_way
 from fedbert_jax.loop import Loop
 from fedbert_jax.models import huggingface
 from fedbert_jax.models.bert import count_parameters
+from fedbert_jax.privacy import accountant
 from fedbert_jax.report.page import write_report
 from fedbert_jax.runtime.dispatch import Done
 from fedbert_jax.runtime.fill_mask import fill_mask
@@ -54,6 +55,7 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     """
     console = console or make_console(quiet=not processes.first())
     optim.check(config)
+    accountant.check_installed(config)
     platforms.introduce(console, lambda: make_mesh(config.mesh).size)
     processes.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
     workdir, lock = open_workdir(root)
@@ -96,6 +98,8 @@ class Pretraining:
         self.state_shape, self.state_sharding = self.sim.state_shape, self.sim.state_sharding
         self.scores: dict[str, Any] = {}  # the last evaluation's numbers, and the best loss so far
         self.messages = self.sim.traffic()  # bytes per round
+        feed, dp = self.sim.feed, run.config.privacy.dp != "none"
+        self.accountant = accountant.Accountant(run.config, feed.num_clients, feed.cohort) if dp else None
 
     # --- before the first round ---
 
@@ -121,6 +125,8 @@ class Pretraining:
                 f"to beat where held-out text is masked ({self.scope}): "
                 f"always the commonest token {chance.accuracy:.1%}, unigram loss {chance.loss:.3f}"
             )
+        if self.accountant is not None:
+            self.console.print(self.accountant.sentence(self.total, over=False))
         versions = {name: __import__(name).__version__ for name in ("jax", "flax", "optax", "numpy")}
         self.facts: dict[str, Any] = run.workdir.read_facts() | {
             "clients": [dataclasses.asdict(c) for c in run.dataset.summary],
@@ -183,6 +189,7 @@ class Pretraining:
             "tokens_per_second": self._rate(done),
             "uplink_bytes": round * sum(by_way(self.messages, "up").values()),
             "downlink_bytes": round * sum(by_way(self.messages, "down").values()),
+            **({"dp_epsilon": self.accountant.epsilon(round)} if self.accountant is not None else {}),
         }
 
     def _rate(self, done: Done) -> float:
@@ -243,6 +250,7 @@ class Pretraining:
                 "num_clients": self.sim.feed.num_clients,
                 "clients_per_round": self.sim.feed.cohort,
             }
+            | ({} if self.accountant is None else {"dp": self.accountant.sentence(round, over=True)})
         )
 
     # --- after the last round ---
@@ -280,6 +288,8 @@ class Pretraining:
                 f"held-out accuracy {accuracy:.1%} ({self.scope}){times} commonest token's {chance:.1%} "
                 "at the same masked positions"
             )
+        if self.accountant is not None:
+            self.console.print(self.accountant.sentence(self.total, over=True))
 
     def _check_model(self, model: Pair) -> None:
         """Requires finite predictions: those of the last evaluation or, without one, the prediction of one word."""

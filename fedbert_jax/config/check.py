@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from fedbert_jax.config.arrangement import ARRANGEMENTS, rows
+from fedbert_jax.config.dp import check_dp
 from fedbert_jax.config.finetuning import check_finetuning
 from fedbert_jax.config.keys import flatten, to_dict
 from fedbert_jax.config.network import check_network
@@ -46,6 +47,7 @@ def validate(config: Config) -> None:
     check_network(config, need)
     _check_cohort(config, need)
     _check_wire(config, need)
+    check_dp(config, need)
     _check_schedules(config, need)
 
 

@@ -215,6 +215,16 @@ class PrivacyConfig:
     # one-time pad that clients can subtract from the sum and the server can't: it holds no segment, no average and no
     # gradient of one. In a simulation, whose server is not apart, it is the same arithmetic. Optimizer states don't travel.
     averaging: Literal["plain", "blinded"] = "plain"
+    # client: client-level differential privacy of averages (DP-FedAvg): a client's move in a round is clipped, and noise
+    # added to the average. It says nothing of what crosses the cut. It needs 100 clients, federated.weighting=uniform,
+    # client_optimizer_state=reset or keep, and pip install 'fedbert_jax[privacy]'.
+    dp: Literal["none", "client"] = "none"
+    dp_clip: float = 1.0  # dp=client: the Euclidean norm to which a client's move, of all averaged arrays, is clipped
+    # dp=client: the noise multiplier: Gaussian noise on the sum of clipped moves has the standard deviation dp_noise *
+    # dp_clip. It follows from `seed`: whoever knows that, or finds it by trying, subtracts the noise. Keep it, and the
+    # workdir, from whoever gets the model, and never give away models of two runs with one seed.
+    dp_noise: float = 1.0
+    dp_delta: float = 1e-5  # dp=client: the delta for which epsilon is computed; far below 1 / the number of clients
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Stream(Enum):
     ORDER = 4, "server", ("round",)  # the order of a sequential round's turns
     DEAL = 5, "server", ()  # which client holds which document, if that isn't natural
     EVALUATED = 6, "server", ()  # the clients who are evaluated
+    DP_NOISE = 7, "server", ("round",)  # added to the average of the clients' clipped moves
     # The clients' draws.
     SEGMENT = 16, "client", ()  # the client segment's initial values
     SEGMENT_DROPOUT = 17, "client", ("round", "step", "client")

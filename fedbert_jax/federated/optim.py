@@ -97,9 +97,12 @@ def make_schedule(config: OptimizerConfig, total_steps: int, first_step: int = 0
     return optax.join_schedules([lambda n: peak * (n + 1) / warmup, decay], [warmup])
 
 
-def make_aggregator(config: AggregatorConfig) -> optax.GradientTransformation | None:
-    """Returns the outer optimizer, or None for plain FedAvg, whose new parameters are the average itself."""
-    plain = config.name == "sgd" and config.learning_rate == 1.0 and not config.momentum
+def make_aggregator(config: AggregatorConfig, of_moves: bool = False) -> optax.GradientTransformation | None:
+    """Returns the outer optimizer, or None for plain FedAvg, whose new parameters are the average itself.
+
+    With `of_moves` there always is one, since it is the clients' moves that are averaged.
+    """
+    plain = not of_moves and config.name == "sgd" and config.learning_rate == 1.0 and not config.momentum
     tx = _optax(config, "aggregator", learning_rate=config.learning_rate)
     return None if plain else tx
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from fedbert_jax.devices.mesh import constrain, constrain_clients
 from fedbert_jax.federated import holding as hold
-from fedbert_jax.federated.average import add_up, add_up_with_feedback, outer_update, pool, weighted_average, weighted_sum
+from fedbert_jax.federated.average import add_up_with_feedback, pool, weighted_sum
+from fedbert_jax.federated.ending import average, settle
 from fedbert_jax.federated.fixed_point import Blinding, fixed_point, next_ranges
-from fedbert_jax.federated.holding import only, sent_copies, sides
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, not_finite, of_steps, of_turns
 from fedbert_jax.federated.setting import Setting, over_slices
@@ -25,12 +25,10 @@ from fedbert_jax.federated.state import Cohort, Pair, Rows, State, Strategy, cli
 
 def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
     """Returns the program of a setting's arrangement, with metrics that hold what `recorder` keeps."""
-    how, cut, at_rest = s.how, s.cut(), ("own", "one")
+    how, cut = s.how, s.cut()
     coded, mean = cut.channels.gradient, cut.channels.mean
     each_sends = how.averages_gradients and (coded is not None or s.blinded)  # a gradient of its own, through a channel
-    # A client clips its own dL/dz and adds noise to it; that can't be done to the pooled one, which contains its weight.
-    wire = s.config.wire
-    own_gradients = each_sends or wire.gradient_clip is not None or wire.gradient_noise > 0 or recorder is not NOTHING
+    own_gradients = each_sends or s.guards_gradients or recorder is not NOTHING
     held = hold.holding(how, s.config.federated.client_optimizer_state)
 
     def train_together(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
@@ -62,14 +60,12 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         (model, opt), tail = jax.lax.scan(lambda c, x: step(c, x, True, True), carry, later)
         return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
 
-    def train_one(
-        model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, unsent: Any = (), ranges: Any = ()
-    ) -> tuple[Pair, Pair, RoundMetrics, Any, Any]:
+    def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, sent: Any = ()) -> Any:
         """All clients train one model: each step updates it with the weighted mean of their gradients. Metrics are [K]."""
 
         def step(carry: Any, x: Any) -> Any:
-            (model, opt, unsent, ranges), (k, rows) = carry, x
-            channel = fixed_point(ranges) if s.blinded else coded
+            (model, opt, sent), (k, rows) = carry, x  # `sent`: gradients' ranges, or what of them is yet to be sent
+            channel, unsent = (fixed_point(sent), ()) if s.blinded else (coded, sent)
 
             def gradients(part: Any) -> Any:
                 rows, ids, weights, unsent = part
@@ -91,45 +87,43 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
             if len(cohort.weights) > 1:
                 rows = constrain(rows, "data")
             (unsent, seen), (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
+            sent = next_ranges(sent, grads.client) if s.blinded and each_sends else unsent
             if each_sends and channel is not None:
-                ranges = next_ranges(ranges, grads.client) if s.blinded else ranges
                 total = channel.total(grads.client)
                 grads = grads._replace(client=total if mean is None else mean.receive(mean.send(total, None)))
             model, opt, norms = s.update(model, opt, grads, first + k)
             failed = jnp.broadcast_to(not_finite(loss, norms.client), cohort.weights.shape)
-            return (model, opt, unsent, ranges), RoundMetrics(loss, *norms, failed, seen)
+            return (model, opt, sent), RoundMetrics(loss, *norms, failed, seen)
 
         steps = (jnp.arange(num_steps(cohort.rows)), cohort.rows)
-        (model, opt, unsent, ranges), metrics = jax.lax.scan(step, (model, opt, unsent, ranges), steps)
-        return model, opt, metrics, unsent, ranges
+        (model, opt, sent), metrics = jax.lax.scan(step, (model, opt, sent), steps)
+        return model, opt, metrics, sent
 
     def train_alone(model: Pair, opt: Pair, rows: Rows, client: jax.Array, round: jax.Array, first: jax.Array) -> Any:
         """One client trains a model on its own rows [K, B, ...]: a cohort of one."""
         alone = Cohort(jax.tree.map(lambda x: x[:, None], rows), client[None], jnp.ones(1), round)
-        model, opt, metrics, *_ = train_one(model, opt, alone, first)
+        model, opt, metrics, _ = train_one(model, opt, alone, first)
         own = jax.tree.map(lambda x: x[:, 0], (metrics.failed, metrics.seen))
         return model, opt, metrics._replace(failed=own[0], seen=own[1], ended=recorder.end(model.client, opt.client))
 
     def together(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         model, opt, metrics = train_together(state.model, hold.begun(s, held, state), cohort, first)
-        kept, sums = settle(state, model, opt, cohort.weights)
+        kept, sums = settle(s, held, state, model, opt, cohort.weights)
         metrics = metrics._replace(ended=recorder.end(model.client, opt.client))
-        return average(state, kept, sums), of_steps(metrics)
+        return average(s, held, state, kept, sums, cohort.round), of_steps(metrics)
 
     def pooled(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         if how.pools_text:
             cohort = Cohort(jax.tree.map(lambda x: x[:, :1], cohort.rows), cohort.clients[:1], jnp.ones(1), cohort.round)
         if len(cohort.weights) == 1:
             cohort = cohort._replace(rows=constrain(cohort.rows, None, None, "data"))
+        sent = state.outer.ranges.client if s.blinded else pick(state.outer, cohort.clients)
+        model, opt, metrics, sent = train_one(state.model, state.opt, cohort, first, sent)
         if s.blinded:
-            ranges = state.outer.ranges.client
-            model, opt, metrics, _, ranges = train_one(state.model, state.opt, cohort, first, ranges=ranges)
-            return State(model, opt, Blinding(Pair(ranges, ()), state.outer.outer)), of_steps(metrics)
-        unsent = pick(state.outer, cohort.clients)  # (), unless the codec is lossy
-        model, opt, metrics, unsent, _ = train_one(state.model, state.opt, cohort, first, unsent)
+            return State(model, opt, Blinding(Pair(sent, ()), state.outer.outer)), of_steps(metrics)
         there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # absent clients keep theirs
         put = lambda all_, x: all_.at[there].set(x, mode="drop")  # noqa: E731
-        return State(model, opt, jax.tree.map(put, state.outer, unsent)), of_steps(metrics)
+        return State(model, opt, jax.tree.map(put, state.outer, sent)), of_steps(metrics)
 
     def apart(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def train(part: Any) -> Any:
@@ -138,12 +132,12 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
             opt = hold.spread(held.opt, hold.begun(s, held, state), len(ids))
             each = jax.vmap(train_alone, (0, 0, 0, 0, None, None))
             model, opt, metrics = each(model, opt, constrain(rows, "data"), ids, cohort.round, first)
-            kept, sums = settle(state, model, opt, weights)
+            kept, sums = settle(s, held, state, model, opt, weights)
             metrics = of_turns(metrics, weights)
             return (kept, metrics[3:]), (sums, metrics[:3])
 
         (kept, own), (sums, means) = over_slices(s, train, (clients_first(cohort.rows), *cohort[1:3]))
-        return average(state, kept, sums), RoundMetrics(*means, *own)
+        return average(s, held, state, kept, sums, cohort.round), RoundMetrics(*means, *own)
 
     def in_turn(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def turn(carry: tuple[Pair, Pair], x: Any) -> tuple[tuple[Pair, Pair], RoundMetrics]:
@@ -157,33 +151,6 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         turns = (jnp.arange(len(cohort.clients)), cohort.clients, rows)
         (model, opt), metrics = jax.lax.scan(turn, (state.model, state.opt), turns)
         return State(model, opt, state.outer), of_turns(metrics, cohort.weights)
-
-    def settle(state: State, model: Pair, opt: Pair, weights: jax.Array) -> tuple[Any, Any]:
-        """Returns the parts kept as they are at the end of a round, and the sums over clients that make the averages."""
-        ended = only(("copies",), held.model, model)
-        if s.outer:
-            begun = only(("copies",), held.model, state.model)
-            ended = jax.tree.map(lambda x, start: x - start[None], ended, begun)
-        moved = sides(lambda channel, x: add_up(channel, x, weights), channels_of(state), ended)
-        sums = (moved, weighted_average(only(("copies",), held.opt, opt), weights))
-        return (only(at_rest, held.model, model), only(at_rest, held.opt, opt)), sums
-
-    def channels_of(state: State) -> Pair:
-        """Returns the channels through which both sides' copies are averaged; None where they are not sent."""
-        if not s.blinded:
-            return Pair(None, None)
-        ranges = state.outer.ranges
-        return sides(lambda sent, ranges: fixed_point(ranges) if sent else None, sent_copies(held, how.cut), ranges)
-
-    def average(state: State, kept: tuple[Pair, Pair], sums: tuple[Pair, Pair]) -> State:
-        """Returns the state after the round."""
-        moved = sides(lambda channel, x: x if channel is None else channel.total(x), channels_of(state), sums[0])
-        before = state.outer.outer if s.blinded else state.outer
-        new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, before)
-        if s.blinded:
-            after = lambda channel, ranges, x: ranges if channel is None else next_ranges(ranges, x)  # noqa: E731
-            outer = Blinding(sides(after, channels_of(state), state.outer.ranges, sums[0]), outer)
-        return State(hold.merge(held.model, new, kept[0]), hold.merge(held.opt, sums[1], kept[1]), outer)
 
     rounds = {"together": together, "pooled": pooled, "apart": apart, "in turn": in_turn}
     steps = s.config.federated.steps_per_round(s.cohort)

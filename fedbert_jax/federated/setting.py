@@ -29,7 +29,7 @@ class Setting:
     prepare: Callable[[jax.Array, Rows], MaskedBatch]  # (key, one client's rows [B, ...]) -> its batch
     client_tx: Optimizer
     server_tx: Optimizer
-    outer: optax.GradientTransformation | None
+    outer: optax.GradientTransformation | None  # None: what clients end with is averaged, and not their moves
     num_clients: int  # N
     cohort: int  # C
     secrets: Secrets | None = None  # None: the config's; given where several seeds are trained side by side
@@ -42,6 +42,21 @@ class Setting:
     def blinded(self) -> bool:
         """Whether averages are those of whole numbers, which pads can hide."""
         return self.config.privacy.averaging == "blinded"
+
+    @property
+    def guards_gradients(self) -> bool:
+        """Whether a client clips its own dL/dz or adds noise; that can't be done to a pooled one, as it contains its weight."""
+        return self.config.wire.gradient_clip is not None or self.config.wire.gradient_noise > 0
+
+    @property
+    def noised(self) -> bool:
+        """Whether the averages of clients' moves are noised."""
+        return self.config.privacy.dp != "none"
+
+    def noise_key(self, round: jax.Array) -> jax.Array:
+        """Returns the key of the noise on a round's averages, which the server draws."""
+        of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
+        return streams.key(of, Stream.DP_NOISE, round)
 
     def cut(self) -> Cut:
         """Returns what clients and server agree on."""
@@ -95,9 +110,10 @@ def make_setting(
     """
     client_tx = make_optimizer(config.client_optimizer, "client_optimizer", *span)
     server_tx = make_optimizer(config.server_optimizer, "server_optimizer", *span)
-    outer = make_aggregator(config.aggregator)
-    if outer is None and config.privacy.averaging == "blinded" and config.federated.arrangement.averages:
-        outer = optax.sgd(1.0)  # FedAvg by clients' moves, which are small and keep their digits
+    averages_moves = config.privacy.dp != "none" or (
+        config.privacy.averaging == "blinded" and config.federated.arrangement.averages  # moves are small: they keep digits
+    )
+    outer = make_aggregator(config.aggregator, of_moves=averages_moves)
     return Setting(config, segments, prepare, client_tx, server_tx, outer, num_clients, cohort)
 
 

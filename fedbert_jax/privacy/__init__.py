@@ -1,1 +1,1 @@
-"""What keeps numbers from the server, and what that is worth."""
+"""What keeps numbers from the server or from those who get the model, and what that amounts to."""

@@ -91,7 +91,9 @@ QUANTITIES: dict[str, tuple[str, Callable[[Run], float | None], Callable[[float 
     "uplink_bytes": ("bytes up", lambda run: run.final("uplink_bytes") or 0, lambda x: quantity(x, BYTE_UNITS)),
     "downlink_bytes": ("bytes down", lambda run: run.final("downlink_bytes") or 0, lambda x: quantity(x, BYTE_UNITS)),
     "seconds": ("time", lambda run: run.seconds, duration),
+    "dp_epsilon": ("epsilon", lambda run: run.final("dp_epsilon"), number),
 }
+RARE = ("dp_epsilon",)  # quantities with a column only where a run has them
 
 
 # --- grouping --------------------------------------------------------------------------------------------------------
@@ -226,17 +228,17 @@ def _baselines_differ(runs: Sequence[Run]) -> bool:
 
 def _cells(groups: Sequence[Group], plus_minus: str) -> tuple[list[str], list[list[str]]]:
     rows = []
+    absent = [name for name in RARE if all(run is None for group in groups for run in summarize(group, name).values)]
+    columns = {name: quantity for name, quantity in QUANTITIES.items() if quantity[0] and name not in absent}
     for group in groups:
         config = group.runs[0].config
         row = [strategy_title(*(config[f"federated.{key}"] for key in ("strategy", "body", "average")))]
-        for name, (title, _, show) in QUANTITIES.items():
-            if not title:
-                continue
+        for name, (_, _, show) in columns.items():
             summary = summarize(group, name)
             spread = plus_minus + show(summary.sd) if summary.sd and math.isfinite(summary.sd) else ""
             row.append(show(summary.mean) + spread)
         rows.append(row)
-    return ["run", "strategy", *(title for title, _, _ in QUANTITIES.values() if title)], rows
+    return ["run", "strategy", *(title for title, _, _ in columns.values())], rows
 
 
 def scope(groups: Sequence[Group]) -> str:

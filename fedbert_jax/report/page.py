@@ -133,6 +133,7 @@ def facts(run: Run) -> dict[str, str]:
         f"{quantity(parameters.get('server'))} at the server",
         "text": f"{c['data.source']}, partition {c['data.partition.kind']}",
         "tokenizer": c["data.tokenizer"],
+        **({} if run.final("dp_epsilon") is None else {"differential privacy": _epsilon(run)}),
         "wire": f"{c['wire.codec']}, {c['wire.downlink']} hidden states down",
         "seed": str(c["seed"]),
         "versions": ", ".join(versions) or "–",
@@ -147,6 +148,12 @@ def _model(c: dict[str, Any]) -> str:
     layers, width, words = sizes
     start = f", begun from {c['model.init_from']}" if c["model.init_from"] else ""
     return f"{layers} x {width}, {c['model.num_heads']} heads, {words:,} tokens{start}"
+
+
+def _epsilon(run: Run) -> str:
+    """Returns what the differential privacy of a run's averages amounts to."""
+    epsilon, delta = run.final("dp_epsilon"), run.config["privacy.dp_delta"]
+    return f"epsilon {number(epsilon)} at delta {delta:g}, one client replaced, of what is averaged and of nothing else"
 
 
 def _both(run: Run, key: str, show: Callable[[float | None], str]) -> str:

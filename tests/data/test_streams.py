@@ -20,6 +20,7 @@ STREAMS = {
     "ORDER": (4, "server", ("round",)),
     "DEAL": (5, "server", ()),
     "EVALUATED": (6, "server", ()),
+    "DP_NOISE": (7, "server", ("round",)),
     "SEGMENT": (16, "client", ()),
     "SEGMENT_DROPOUT": (17, "client", ("round", "step", "client")),
     "MASK": (18, "client", ("round", "step", "client")),

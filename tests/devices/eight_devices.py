@@ -18,7 +18,7 @@ from fedbert_jax.workdir.checkpoint import Checkpoints
 
 assert jax.device_count() == 8, jax.devices()
 
-CASES = [
+CASES = [  # bodies that are merged are so with clipping and noise
     ("parallel", "pooled", "parameters", 3),  # a first step and a loop, which XLA keeps if it has several iterations
     ("parallel", "pooled", "gradients", 2),
     ("parallel", "merged", "parameters", 2),
@@ -33,13 +33,18 @@ RESTORED = [(2, 4), (8, 1), (1, 1)]  # what was saved on the first mesh
 
 
 def build(strategy: str, body: str, average: str, local_steps: int, data: int, model: int):
+    noised = body == "merged"
+    clients = 100 if noised else 5
     config = tiny_config(
         federated=dict(
             strategy=strategy,
             body=body,
             average=average,
             local_steps=local_steps,
-            num_clients=5,
+            num_clients=clients,
+            clients_per_round=5,
+            weighting="uniform" if noised else "examples",
+            client_optimizer_state="reset" if noised else "average",
             batch_size=8,
             rounds=2,
             clients_at_once=4 if strategy == "fedavg" and data > 1 else None,  # on devices, two slices give what one gives
@@ -52,10 +57,11 @@ def build(strategy: str, body: str, average: str, local_steps: int, data: int, m
             num_layers=1,
             logits_at_once=8 if strategy == "sequential" else None,  # with rows on all devices
         ),
-        eval=dict(batch_size=4),  # data=8 doesn't divide it
+        privacy=dict(dp="client", dp_clip=0.05, dp_noise=0.5) if noised else {},
+        eval=dict(batch_size=4, max_clients=5),  # data=8 doesn't divide it
         aggregator=dict(name="adam", learning_rate=0.01) if (strategy, body, average) == CASES[0][:3] else {},
     )
-    return make_simulation(config, clients=5)
+    return make_simulation(config, clients=clients)
 
 
 def end_of_run(*case_and_mesh):

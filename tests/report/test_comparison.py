@@ -274,3 +274,13 @@ def test_a_workdirs_name_is_data(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"taken can't be written"):
         compare.main([str(path), "--out", str(tmp_path / "taken")])
+
+
+def test_epsilon_has_a_column_where_a_run_has_one(tmp_path: Path) -> None:
+    plain, noised = make_workdir(tmp_path / "plain"), make_workdir(tmp_path / "noised", 6.0, aggregator={"momentum": 0.5})
+    assert "epsilon" not in comparison.to_markdown(load(plain, noised))
+    with MetricsLog(noised / "metrics.jsonl") as log:
+        log.append({"round": 11, "tokens": 11_000, "dp_epsilon": 3.25})
+    header, _, first, second = comparison.to_markdown(load(plain, noised)).splitlines()
+    assert [line.split(" | ")[-1] for line in (header, first, second)] == ["epsilon |", "– |", "3.250 |"]
+    assert comparison.to_dict(load(noised))["groups"][0]["dp_epsilon"]["mean"] == 3.25

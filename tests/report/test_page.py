@@ -221,6 +221,16 @@ def test_the_configuration_is_on_the_page(tmp_path: Path) -> None:
     assert f'<tr><th scope="row">federated.local_steps</th><td>{json.dumps(17)}</td></tr>' in text
 
 
+def test_epsilon_is_on_the_page_where_there_is_one(tmp_path: Path) -> None:
+    path = make_workdir(tmp_path / "run", ["a"])
+    assert "epsilon" not in check(report.write_report(path)).partition("Configuration")[0]
+    with MetricsLog(path / "metrics.jsonl") as log:
+        log.append({"round": 21, "tokens": 1, "dp_epsilon": 3.25})
+    assert "epsilon 3.250 at delta 1e-05, one client replaced, of what is averaged and of nothing else" in check(
+        report.write_report(path)
+    )
+
+
 def test_the_page_says_in_words_what_its_plots_show(tmp_path: Path) -> None:
     text = check(report.write_report(make_workdir(tmp_path, ["north", "south"])))
     loss, accuracy, clients, partition, traffic = re.findall(r'<img alt="([^"]+)"', text)

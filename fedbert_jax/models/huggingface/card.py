@@ -38,10 +38,10 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
 
     Args:
       config: the run's config, resolved.
-      facts: what is known of the run, any of: `round`, `tokens`, `num_clients`, `clients_per_round`, `client` (the client
-        whose model it is, if each has its own), `client_scores` (its loss and accuracy), `eval_round`,
-        `eval_clients_scored`, and `eval_loss`, `eval_accuracy`, `unigram_loss`, `commonest_accuracy`, each also with the
-        suffixes of `MEANS`.
+      facts: what is known of the run, any of: `round`, `tokens`, `num_clients`, `clients_per_round`, `dp` (what its
+        differential privacy amounts to), `client` (the client whose model it is, if each has its own), `client_scores` (its
+        loss and accuracy), `eval_round`, `eval_clients_scored`, and `eval_loss`, `eval_accuracy`, `unigram_loss`,
+        `commonest_accuracy`, each also with the suffixes of `MEANS`.
     """
     f, d, m = config.federated, config.data, config.model
     scores = _scores(config, facts)
@@ -59,7 +59,9 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
         else None,
         "held-out text": f"{d.eval_fraction:.1%} of each client's words or more, as whole documents, never its only one; "
         "then without what is repeated elsewhere",
-        "seed": config.seed,
+        # The noise on what was averaged follows from it, and whoever gets this card could subtract it.
+        "seed": config.seed if config.privacy.dp == "none" else None,
+        "differential privacy": facts.get("dp"),
     }
     further = "further " if m.init_from else ""
     head = metadata(config, "fill-mask", f"bert-{m.num_layers}x{m.hidden_size}", scores.results)

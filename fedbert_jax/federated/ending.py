@@ -1,0 +1,58 @@
+"""The end of a round in which clients trained copies: what of each is summed up, and what the sums make of the state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from fedbert_jax.federated.average import add_up, outer_update, weighted_average
+from fedbert_jax.federated.dp import add_noise, clipped_shares
+from fedbert_jax.federated.fixed_point import Blinding, fixed_point, next_ranges
+from fedbert_jax.federated.holding import Holding, merge, only, sent_copies, sides
+from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.state import Pair, State
+
+AT_REST = ("own", "one")
+
+
+def settle(s: Setting, held: Holding, state: State, model: Pair, opt: Pair, weights: jax.Array) -> tuple[Any, Any]:
+    """Returns the parts kept as they are at the end of a round, and the sums over clients that make the averages.
+
+    Args:
+      s: the setting.
+      held: who holds what.
+      state: with which the round began.
+      model, opt: with which it ended, copies as [C, ...].
+      weights: float32 [C].
+    """
+    ended = only(("copies",), held.model, model)
+    if s.outer:
+        begun = only(("copies",), held.model, state.model)
+        ended = jax.tree.map(lambda x, start: x - start[None], ended, begun)
+    shares = clipped_shares(ended, weights, s.config.privacy.dp_clip, s.cohort) if s.noised else weights
+    moved = sides(lambda channel, x: add_up(channel, x, shares), _channels(s, held, state), ended)
+    sums = (moved, weighted_average(only(("copies",), held.opt, opt), weights))
+    return (only(AT_REST, held.model, model), only(AT_REST, held.opt, opt)), sums
+
+
+def average(s: Setting, held: Holding, state: State, kept: Any, sums: Any, round: jax.Array) -> State:
+    """Returns the state after a round, from what `settle` has made of it."""
+    privacy, channels = s.config.privacy, _channels(s, held, state)
+    moved = sides(lambda channel, x: x if channel is None else channel.total(x), channels, sums[0])
+    if s.noised:
+        moved = add_noise(moved, s.noise_key(round), privacy.dp_noise * privacy.dp_clip / s.cohort)
+    before = state.outer.outer if s.blinded else state.outer
+    new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, before)
+    if s.blinded:
+        after = lambda channel, ranges, x: ranges if channel is None else next_ranges(ranges, x)  # noqa: E731
+        outer = Blinding(sides(after, channels, state.outer.ranges, sums[0]), outer)
+    return State(merge(held.model, new, kept[0]), merge(held.opt, sums[1], kept[1]), outer)
+
+
+def _channels(s: Setting, held: Holding, state: State) -> Pair:
+    """Returns the channels through which both sides' copies are averaged; None: as they are."""
+    if not s.blinded:
+        return Pair(None, None)
+    sent = sent_copies(held, s.how.cut)
+    return sides(lambda sent, ranges: fixed_point(ranges) if sent else None, sent, state.outer.ranges)
