@@ -302,6 +302,15 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """task=serve: what a server keeps, so that `python -m fedbert_jax.audit` can attack what has crossed."""
+
+    # serve: keep the messages of some rounds, as they came, in the workdir's recorded/: of the first round, of the one after
+    # each checkpoint, and of the last one; as many of the newest as checkpoint.keep.
+    record: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of one run."""
 
@@ -329,6 +338,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
 
     @property
     def labelled(self) -> bool:
