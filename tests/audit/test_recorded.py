@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,20 +157,33 @@ def other_secret(client: Path, folder: Path) -> Path:
     return copy
 
 
-def test_without_a_segment_at_the_server_nobody_knows_one(server, tmp_path):
-    """What was recorded of a server that averages without seeing: the text is still checked by the positions."""
-    copy = shutil.copytree(server, tmp_path / "server", ignore=shutil.ignore_patterns("checkpoints"))
+def without(server: Path, folder: Path, lost: str) -> Path:
+    """Returns a copy of a server's workdir whose recorded rounds lack the tensors whose names a regular expression finds."""
+    copy = shutil.copytree(server, folder / "server", ignore=shutil.ignore_patterns("checkpoints", "audit"))
     for file in (copy / "recorded").iterdir():
         with safe_open(file, framework="np") as opened:
-            kept = {key: opened.get_tensor(key) for key in list(opened.keys()) if "segment" not in key and "opt" not in key}
+            kept = {key: opened.get_tensor(key) for key in list(opened.keys()) if not re.search(lost, key)}
             meta = opened.metadata()
         save_file(kept, file, meta)
-    clients = [server.parent / name for name in NAMES]
+    return copy
+
+
+def test_without_a_segment_at_the_server_nobody_knows_one(server, tmp_path):
+    """As where the server averages without seeing; whose text it is, positions still tell."""
+    copy, clients = without(server, tmp_path, "segment|opt"), [server.parent / name for name in NAMES]
     said = audited(copy, "--knows", "segment,old_segment,aggregator,known_text", clients=clients)
     assert "segment: left out, since the server holds none" in said and "old_segment: left out" in said
     assert "aggregator: left out" in said and {row["knows"] for row in read_audit(copy)} == {"known_text"}
     with pytest.raises(UserError, match="the text there isn't what was recorded"):
-        main([str(copy), "--clients", str(other_secret(server.parent / NAMES[0], tmp_path))])
+        main([str(copy), "--clients", str(other_secret(clients[0], tmp_path))])
+
+
+def test_a_client_that_was_left_out_of_the_rest_of_a_round_is_read_as_far_as_it_came(server, tmp_path):
+    """The second one's second step has no second microbatch, and nothing came of it at the end."""
+    copy = without(server, tmp_path, "^1/1/1/|^1/2/")
+    found = Recordings(copy, 2, [server.parent / name for name in NAMES]).replay()
+    np.testing.assert_array_equal(found.messages.client, [0, 0, 1, 1, 0, 0])
+    assert len(found.aggregate.held) == len(found.aggregate.views["move"]) == 1
 
 
 def test_a_mistake_is_one_sentence(server, place, tmp_path):
