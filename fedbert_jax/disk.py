@@ -53,15 +53,25 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     Raises:
       DiskError: if it can't be written; the old file stays.
     """
+    with replacing(path) as new:
+        new.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within `with`, a file is written beside its place (the path that this gives); then it takes the place, atomically.
+
+    Raises:
+      DiskError: if it can't be written; the old file stays.
+    """
     new = path.with_name(path.name + ".new")
     with writing(path):
         try:
-            with new.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
+            yield new
+            with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
-        except OSError:
+        except Exception:
             new.unlink(missing_ok=True)
             raise
         directory = os.open(path.parent, os.O_RDONLY)

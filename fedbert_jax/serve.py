@@ -32,6 +32,7 @@ from fedbert_jax.runtime.grpc import Server
 from fedbert_jax.runtime.news import line_of
 from fedbert_jax.runtime.payloads import schema_of, zeros_like
 from fedbert_jax.runtime.prometheus import Exporter
+from fedbert_jax.runtime.recording import Recorder
 from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.turns import Rules
@@ -105,6 +106,8 @@ class Serving:
         try:
             with interrupts:
                 self.console.print(f"listening at {server.where}")
+                if self.given.audit.record:
+                    self.console.print(f"keeps messages, from which text can be read, in {shown(self.workdir.recorded)}")
                 names = self._gather(gathering, interrupts)
                 if names is None:
                     return interrupts.exit_code
@@ -196,7 +199,7 @@ class Serving:
         self.journal.note("resumed" if done else "begun", done, roster=list(names))
         return Service(
             self.session,
-            self.engine,
+            Recorder(self.engine, self.workdir.recorded, done, self.facts["run"]) if config.audit.record else self.engine,
             hello_of(config, job.tokenizer, None, job.agreed),
             job.questions(),
             self._evaluates,

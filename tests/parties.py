@@ -129,8 +129,8 @@ class Place:
     def config(self, **changes: Any) -> Config:
         return config_lib.from_dict(config_lib.to_dict(config_lib.replace(Config(), self.values(**changes))))
 
-    def serve(self, where: str, listen: Any) -> Party:
-        config = self.config(task="serve", federated__num_clients=len(NAMES))
+    def serve(self, where: str, listen: Any, **changes: Any) -> Party:
+        config = self.config(task="serve", federated__num_clients=len(NAMES), **changes)
         return Party(lambda interrupts, console: serve(config, self.root / where / "server", console, listen, interrupts))
 
     def join(self, where: str, name: str, transport: Any, **changes: Any) -> Party:

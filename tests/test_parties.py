@@ -27,6 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     clients = [place.join("whole", name, hall.connect(name)) for name in NAMES]
     all_end_well(*clients, server)
     assert place.model("whole", NAMES[0]) == place.model("whole", NAMES[1])
+    assert not (place.root / "whole" / "server" / "recorded").exists()  # nothing is recorded unless it is asked for
     return place
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedbert_jax.audit import public
 from fedbert_jax.audit.attacks import KINDS
+from fedbert_jax.audit.recorded import Recordings
 from fedbert_jax.audit.replay import Replay, log, replay
 from fedbert_jax.audit.source import Source, num_masked
 from fedbert_jax.audit.views import Aggregate, Known, Log, Messages, Public, Truth, View
@@ -39,18 +40,26 @@ class Case:
       sizes: see `Sizes`.
       text: public text, as `data.source` has it; "" for none.
       warn: called with what looks wrong.
+      recordings: a server's, of which the run is; None: it is replayed.
 
     Raises:
       UserError: for public text that can't be read.
     """
 
-    def __init__(self, source: Source, sizes: Sizes, text: str, warn: Callable[[str], None]):
-        self.source, self.sizes, self._text, self._warn = source, sizes, text, warn
+    def __init__(
+        self,
+        source: Source,
+        sizes: Sizes,
+        text: str,
+        warn: Callable[[str], None],
+        recordings: Recordings | None = None,
+    ):
+        self.source, self.sizes, self._text, self._warn, self._recordings = source, sizes, text, warn, recordings
 
     @functools.cached_property
     def replay(self) -> Replay:
         """The round, `blocks` blocks of it, spread over its steps and clients."""
-        found = replay(self.source)
+        found = replay(self.source) if self._recordings is None else self._recordings.replay()
         count = len(found.truth.tokens)
         rows = np.unique(np.linspace(0, count - 1, min(self.sizes.blocks, count)).astype(int))
         return found._replace(messages=found.messages.pick(rows), truth=found.truth.pick(rows))
@@ -58,7 +67,7 @@ class Case:
     @functools.cached_property
     def log(self) -> tuple[Messages, Truth]:
         """The blocks before the round."""
-        return log(self.source, self.sizes.log)
+        return log(self.source, self.sizes.log) if self._recordings is None else self._recordings.log(self.sizes.log)
 
     @functools.cached_property
     def text(self) -> np.ndarray | None:
@@ -74,7 +83,7 @@ class Case:
     @functools.cached_property
     def label_frequencies(self) -> np.ndarray:
         """Of labels: of words, or of a classifier's classes."""
-        if self.source.config.task != "finetune":
+        if not self.source.config.labelled:
             return self.frequencies
         counts = np.bincount(self.replay.truth.labels.ravel())
         return counts / counts.sum()
@@ -98,7 +107,7 @@ class Case:
             special_ids=source.special_ids,
             mask_id=source.tokenizer.mask_token_id,
             masked=num_masked(source),
-            kinds=min(setting.segments.config.type_vocab_size, 2) if source.config.task == "finetune" else 1,
+            kinds=min(setting.segments.config.type_vocab_size, 2) if source.config.labelled else 1,
             clip=source.config.wire.clip,
             noise=_noise(source.config),
         )

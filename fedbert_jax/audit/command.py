@@ -1,9 +1,10 @@
 """The command that audits a run.
 
-    python -m fedbert_jax.audit DIR [--round N] [--knows KIND,...] [--attacks NAME,...] [--public SOURCE] ...
+    python -m fedbert_jax.audit DIR [--clients DIR,...] [--round N] [--knows KIND,...] [--attacks NAME,...] ...
 
-It replays a round by the run's own functions, attacks what crossed, and prints for every attack what it recovered, beside
-what guessing gives. It trains nothing of the run's, and gives the same numbers when repeated.
+It replays a round by the run's own functions, or takes what a federation's server has recorded, attacks what crossed, and
+prints for every attack what it recovered, beside what guessing gives. It trains nothing of the run's, and gives the same
+numbers when repeated.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from fedbert_jax import disk
 from fedbert_jax.audit import public, results, words
 from fedbert_jax.audit.attacks import ATTACKS, KINDS, Attack
 from fedbert_jax.audit.case import Case, Sizes
+from fedbert_jax.audit.recorded import Recordings
 from fedbert_jax.audit.results import Row
 from fedbert_jax.audit.score import floors, score
 from fedbert_jax.audit.source import open_source
-from fedbert_jax.config import from_text
+from fedbert_jax.config import from_text, listed
 from fedbert_jax.console.output import make_console, print_table, shown
 from fedbert_jax.console.progress import waiting
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.report.plots import to_png
 from fedbert_jax.workdir.log import to_json
+from fedbert_jax.workdir.paths import Workdir
 
 WORDS = "words"  # the attack of those who add segments up, or stand beside a client in turn
 ASKED = ("codec", "clip", "noise", "gradient_clip", "gradient_noise")  # keys of `wire` that an audit may suppose
@@ -46,8 +49,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         + ", ".join(ASKED) + ".",
     )  # fmt: skip
     sizes = Sizes()
-    parser.add_argument("workdir", type=Path, metavar="DIR", help="the workdir of a run")
-    parser.add_argument("--round", type=int, help="which checkpoint the round begins with (default: the newest)")
+    parser.add_argument("workdir", type=Path, metavar="DIR", help="the workdir of a run, or of a server with audit.record")
+    parser.add_argument("--clients", metavar="DIR,...", help="of a server: the workdirs of the clients that are attacked")
+    parser.add_argument(
+        "--round", type=int, help="which checkpoint, or recorded round, it begins with (default: the newest)"
+    )
     parser.add_argument("--knows", metavar="KIND,...", help=f"(default: all) {', '.join(KINDS)}")
     parser.add_argument("--attacks", metavar="NAME,...", help="(default: all that fit)")
     parser.add_argument(
@@ -162,6 +168,20 @@ def _words(case: Case, kind: str) -> list[Row]:
     return rows
 
 
+def _recordings(flags: argparse.Namespace) -> Recordings | None:
+    """Opens what a server has recorded; None if the workdir isn't a server's."""
+    clients = [Path(name) for name in listed(flags.clients)]
+    if Workdir(flags.workdir).read_config().task != "serve":
+        if clients:
+            raise UserError(f"--clients: accepted with a server's workdir (task='serve'), which {flags.workdir} is not.")
+        return None
+    if flags.supposed:
+        raise ConfigError(
+            f"--config.{next(iter(flags.supposed))}: accepted with what was recorded: none; it is as it crossed."
+        )
+    return Recordings(flags.workdir, flags.round, clients)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
@@ -174,14 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What is only supposed is not taken for the run's own by `compare` and the report.
     own = flags.workdir / "audit"
     out = flags.out or own.joinpath(*(f"{key}={value}" for key, value in flags.supposed.items()))
-    source = open_source(flags.workdir, flags.round, flags.supposed)
+    recordings = _recordings(flags)
+    source = open_source(flags.workdir, flags.round, flags.supposed) if recordings is None else recordings.source
     for folder in (out, *([Path(flags.json).parent] if flags.json else [])):
         if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
             raise UserError(f"{folder} is no directory; give another place.")
         with disk.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
     text = public.default_source(source.config) if flags.public is None else flags.public
-    case = Case(source, Sizes(flags.blocks, flags.log, flags.known_blocks), text, say)
+    case = Case(source, Sizes(flags.blocks, flags.log, flags.known_blocks), text, say, recordings)
     with waiting(console, f"auditing {shown(flags.workdir)}"):
         rows = audit(case, flags.knows, flags.attacks, not flags.asked_for, say)
         truth, owners = case.replay.truth, case.replay.messages.client
@@ -206,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{int(truth.text.sum()):,} tokens of text and {int(truth.real.sum()):,} labels{supposed}; the floor is always the "
         "commonest word, or, of words, how frequent they are"
     )
+    if recordings is not None:
+        say(recordings.describe_log(given["log"]))
     if case.divergence is not None:
         near = case.divergence <= public.FAR
         weak = "" if near else ": of another domain, and weak; nearer text would tell more"

@@ -25,11 +25,12 @@ class Replay(NamedTuple):
     messages: Messages
     truth: Truth
     aggregate: Aggregate | None  # None: nobody averages
-    state: State  # with which the round ends
+    state: State | None = None  # with which the round ends, where it was run once more
 
 
 def replay(source: Source) -> Replay:
     """Runs the round once more, and keeps what crosses. The source's state is left as it is."""
+    assert source.cohort is not None
     s, state, cohort = source.setting, source.state, source.cohort(source.replayed)
 
     def program(state: State, cohort: Cohort) -> Any:
@@ -45,8 +46,9 @@ def replay(source: Source) -> Replay:
     # By step, then client, so that the first rows are of every client.
     parts = {name: np.swapaxes(x, 0, 1) for name, x in seen["rows"].items() if x is not None}
     length = source.config.data.seq_len
-    rows = {name: _padded(name, x, length) for name, x in _flat(parts, clients[there]).items()}
-    return Replay(_messages(rows), _truth(source, rows), _aggregate(source, seen, ended), end)
+    rows = {name: padded(name, x, length) for name, x in _flat(parts, clients[there]).items()}
+    steps, gradient, held = seen["rows"]["tokens"].shape[1], seen["gradient"], held_words(source, seen["rows"])
+    return Replay(messages_of(rows), truth_of(source, rows), aggregate_of(source, steps, gradient, ended, held), end)
 
 
 def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
@@ -55,6 +57,7 @@ def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
     All are embedded by the round's segment, as if it had not changed meanwhile: that is a little easier to read than what
     the server has logged. They are fewer if the run has had fewer.
     """
+    assert source.cohort is not None
     s, cut = source.setting, source.setting.cut()
 
     def begin(params: Any, cohort: Cohort) -> Any:
@@ -62,7 +65,7 @@ def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
             batch, keys = s.draw(rows, cohort.round, k, cohort.clients)
             mine = jax.tree.map(lambda x: x.reshape(len(cohort.clients), -1), keys._replace(server=None))
             up = jax.vmap(lambda b, k: client_begin(cut, params, b, k)[0], (0, 0))(batch, mine)
-            return _rows(batch) | {"h": _received(cut, up.h), "positions": _asked(s, batch)}
+            return rows_of(batch) | {"h": received(cut, up.h), "positions": asked(s, batch)}
 
         return jax.lax.map(lambda x: step(*x), (jnp.arange(num_steps(cohort.rows)), cohort.rows))
 
@@ -78,8 +81,8 @@ def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
             parts.append(_flat(seen, np.asarray(cohort.clients)[there]))
             found += len(parts[-1]["h"])
     length = source.config.data.seq_len
-    rows = {name: np.concatenate([_padded(name, part[name], length) for part in parts])[:blocks] for name in parts[0]}
-    return _messages(rows), _truth(source, rows)
+    rows = {name: np.concatenate([padded(name, part[name], length) for part in parts])[:blocks] for name in parts[0]}
+    return messages_of(rows), truth_of(source, rows)
 
 
 def _flat(rows: dict[str, np.ndarray], clients: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,25 +92,27 @@ def _flat(rows: dict[str, np.ndarray], clients: np.ndarray) -> dict[str, np.ndar
     return {name: x.reshape(-1, *x.shape[3:]) for name, x in rows.items()} | {"client": owner}
 
 
-def _padded(name: str, x: np.ndarray, length: int) -> np.ndarray:
+def padded(name: str, x: np.ndarray, length: int) -> np.ndarray:
     """Returns rows of tokens or of h with T = `length`: batches of examples are padded to several lengths."""
     if name not in ("h", "tokens") or x.shape[1] == length:
         return x
     return np.pad(x, [(0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
 
 
-def _rows(batch: MaskedBatch) -> dict[str, jax.Array]:
+def rows_of(batch: MaskedBatch) -> dict[str, jax.Array]:
+    """Returns what is known of a batch at the client."""
     rows = {"tokens": batch.tokens, "labels": batch.labels, "weights": batch.weights, "places": batch.positions}
     return rows if batch.lengths is None else rows | {"lengths": batch.lengths}
 
 
-def _asked(s: Setting, batch: MaskedBatch) -> jax.Array | None:
+def asked(s: Setting, batch: MaskedBatch) -> jax.Array | None:
     """Returns the predicted positions, if a server knows them: they cross, or dz is 0 everywhere else."""
     wire = s.config.wire
     return batch.positions if wire.downlink == "masked" or not wire.gradient_noise else None
 
 
-def _received(cut: Any, payload: Any) -> jax.Array:
+def received(cut: Any, payload: Any) -> jax.Array:
+    """Returns h of message 1 as the server's layers are given it, float32."""
     return cut.channels.activations.receive(payload).astype(jnp.float32)
 
 
@@ -119,26 +124,27 @@ def _recorder(s: Setting) -> Recorder:
         z, dz = channels.hidden_states.receive(sent["hidden_states"]), channels.head_gradient.receive(sent["head_gradient"])
         if not cut.masked_only:  # elsewhere dz is 0, or noise
             z, dz = take_positions(z, batch.positions), take_positions(dz, batch.positions)
-        rows = _rows(batch) | {
-            "h": _received(cut, sent["activations"]),
-            "positions": _asked(s, batch),
+        rows = rows_of(batch) | {
+            "h": received(cut, sent["activations"]),
+            "positions": asked(s, batch),
             "z": z.astype(jnp.float32),
             "dz": dz.astype(jnp.float32),
         }
-        norms = jnp.linalg.norm(_word(out.client_grads), axis=-1) if s.how.averages_gradients else None
+        norms = jnp.linalg.norm(word_table(out.client_grads), axis=-1) if s.how.averages_gradients else None
         return {"rows": rows, "gradient": norms}
 
     def end(client: Any, opt: Any) -> Any:
-        return {"word": _word(client), "moments": _moments(opt)}
+        return {"word": word_table(client), "moments": moments_of(opt)}
 
     return Recorder(step, end)
 
 
-def _word(params: Any) -> jax.Array:
+def word_table(params: Any) -> jax.Array:
+    """Returns a client segment's word table, [V, D]."""
     return params["embeddings"]["word"]["embedding"]
 
 
-def _moments(opt: Any) -> jax.Array | None:
+def moments_of(opt: Any) -> jax.Array | None:
     """Returns an Adam state's mean squares of the word table's gradient, summed over its columns; None if it has none."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt):
         name = jax.tree_util.keystr(path)
@@ -147,16 +153,23 @@ def _moments(opt: Any) -> jax.Array | None:
     return None
 
 
-def _aggregate(source: Source, seen: Any, ended: Any) -> Aggregate | None:
-    """Returns what whoever adds up, or stands on both sides of a turn, sees; None if nothing is averaged or handed on."""
-    how, config, start = source.setting.how, source.config, source.state
-    rows, views = seen["rows"], {}
-    if how.averages_gradients:
-        views["gradient"] = seen["gradient"].sum(axis=1)  # over steps
+def aggregate_of(source: Source, steps: int, gradient: np.ndarray | None, ended: Any, held: np.ndarray) -> Aggregate | None:
+    """Returns what whoever adds up, or stands on both sides of a turn, sees; None if nothing is averaged or handed on.
+
+    Args:
+      source: the run.
+      steps: K.
+      gradient: float32 [C, K, V], the norms of the word table's gradient; None unless gradients are averaged.
+      ended: what the C clients hold at the round's end: `word` tables [C, V, D], and `moments` [C, V] or None.
+      held: bool [C, V], see `Aggregate`.
+    """
+    how, config, start, views = source.setting.how, source.config, source.state, {}
+    if gradient is not None:
+        views["gradient"] = gradient.sum(axis=1)
     elif how.client != "own":
         words, moments = ended["word"], ended["moments"]
-        before: Any = np.asarray(_word(start.model.client))
-        was: Any = _moments(start.opt.client)
+        before: Any = np.asarray(word_table(start.model.client))
+        was: Any = moments_of(start.opt.client)
         if how.clients == "in turn":
             before = np.concatenate([before[None], words[:-1]])
         views["move"] = np.linalg.norm(words - before, axis=-1)
@@ -165,14 +178,17 @@ def _aggregate(source: Source, seen: Any, ended: Any) -> Aggregate | None:
             if how.clients == "in turn":
                 was = np.concatenate([was[None], moments[:-1]])
             b2 = config.client_optimizer.b2
-            views["moments"] = moments - (0.999 if b2 is None else b2) ** rows["tokens"].shape[1] * was
-    if not views:
-        return None
+            views["moments"] = moments - (0.999 if b2 is None else b2) ** steps * was
+    return Aggregate(views, held) if views else None
+
+
+def held_words(source: Source, rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns which words are in each client's rows [C, ..., T], bool [C, V]."""
     held = np.zeros((len(rows["tokens"]), source.vocab_size), bool)
-    for c, tokens in enumerate(_original(source, rows)):
+    for c, tokens in enumerate(original_of(source, rows)):
         held[c, tokens.ravel()] = True
     held[:, list(source.special_ids)] = False
-    return Aggregate(views, held)
+    return held
 
 
 def _is_text(source: Source, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -182,18 +198,20 @@ def _is_text(source: Source, tokens: np.ndarray, places: np.ndarray) -> np.ndarr
     return text
 
 
-def _messages(rows: dict[str, np.ndarray]) -> Messages:
+def messages_of(rows: dict[str, np.ndarray]) -> Messages:
+    """Returns what crossed, of rows by name."""
     return Messages(*(rows.get(name) for name in Messages._fields))  # type: ignore[arg-type]
 
 
-def _truth(source: Source, rows: dict[str, np.ndarray]) -> Truth:
+def truth_of(source: Source, rows: dict[str, np.ndarray]) -> Truth:
+    """Returns what rows were made from."""
     tokens, labels, real = rows["tokens"].astype(np.int64), rows["labels"].astype(np.int64), rows["weights"] > 0
-    return Truth(tokens, _is_text(source, tokens, rows["places"]), labels, real, _original(source, rows))
+    return Truth(tokens, _is_text(source, tokens, rows["places"]), labels, real, original_of(source, rows))
 
 
-def _original(source: Source, rows: dict[str, np.ndarray]) -> np.ndarray:
+def original_of(source: Source, rows: dict[str, np.ndarray]) -> np.ndarray:
     """Returns tokens [..., T] before anything was hidden."""
     original = rows["tokens"].astype(np.int64)
-    if source.config.task != "finetune":  # where labels are classes
+    if not source.config.labelled:  # where labels are tokens
         np.put_along_axis(original, rows["places"].astype(np.int64), rows["labels"].astype(np.int64), axis=-1)
     return original

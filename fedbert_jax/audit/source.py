@@ -44,11 +44,11 @@ class Source:
     text: tuple[np.ndarray, ...]  # its own, as tokens [n, T]
     state: State  # with which the round begins
     round: int  # the checkpoint's
-    cohort: Callable[[int], Cohort]  # a round's data, from 0
-    replayed: int  # the round to replay
-    before: tuple[int, ...]  # the rounds before that, the last one first; if there is none, that one
     segments: dict[str, Segment]  # those that somebody may know, by kind of knowledge
     clients: tuple[str, ...]  # their names
+    replayed: int  # the round that is attacked
+    before: tuple[int, ...]  # the rounds before that, the last one first; if there is none, that one
+    cohort: Callable[[int], Cohort] | None = None  # a round's data, from 0; None: rounds were recorded
 
     def counts(self) -> np.ndarray:
         """Returns how often each word is in the run's text, float64 [V]; 0 for special tokens."""
@@ -75,8 +75,11 @@ def open_source(root: Path, round: int | None, supposed: dict[str, Any]) -> Sour
             f"{root} is a run of federated.strategy={config.federated.strategy!r}, in which no activations cross; accepted: "
             "runs of strategies with a cut."
         )
-    if config.task in ("serve", "join"):
-        raise UserError(f"{root} is a workdir of task={config.task!r}; accepted: those of pretrain and finetune.")
+    if config.task == "join":
+        raise UserError(
+            f"{root} is a client's workdir (task='join'), which has no messages of others; audit its server's, with "
+            f"--clients {root}."
+        )
     if config.task == "finetune":
         return _finetuned(root, round, supposed)
     return _pretrained(root, round, supposed)
@@ -112,7 +115,7 @@ def _pretrained(root: Path, round: int | None, supposed: dict[str, Any]) -> Sour
         cohort=run.simulation.feed.draw,
         replayed=at,
         before=tuple(range(at - 1, -1, -1)),
-        segments=(none if own else known) | {"checkpoint": checkpoint, "seed": lambda: _drawn(run.config, setting)},
+        segments=(none if own else known) | {"checkpoint": checkpoint, "seed": lambda: drawn(run.config, setting)},
         clients=run.dataset.client_names,
     )
 
@@ -156,13 +159,13 @@ def _finetuned(root: Path, round: int | None, supposed: dict[str, Any]) -> Sourc
             "segment": lambda: client,
             "old_segment": lambda: "a fine-tuned task keeps none",
             "checkpoint": checkpoint,
-            "seed": lambda: _drawn(config, tuning.setting),
+            "seed": lambda: drawn(config, tuning.setting),
         },
         clients=tuple(map(str, range(len(tuning.clients)))),
     )
 
 
-def _drawn(config: Config, setting: Setting) -> ClientParams | str:
+def drawn(config: Config, setting: Setting) -> ClientParams | str:
     """Returns the segment that `seed` makes, if nothing is secret but the text."""
     if config.model.init_from:
         return "training began with a checkpoint"
@@ -172,4 +175,4 @@ def _drawn(config: Config, setting: Setting) -> ClientParams | str:
 
 def num_masked(source: Source) -> int:
     """Returns at how many positions of a block [MASK] stands, more or less: 0 when fine-tuning."""
-    return 0 if source.config.task == "finetune" else mask_spec(source.config, source.tokenizer).num_masked
+    return 0 if source.config.labelled else mask_spec(source.config, source.tokenizer).num_masked

@@ -6,10 +6,11 @@ from fedbert_jax.config.check import resolve_model, validate
 from fedbert_jax.config.extent import as_begun, choose, work_out
 from fedbert_jax.config.keys import all_keys, flatten, kind_of, listed, replace, to_dict, type_of, unknown_key
 from fedbert_jax.config.load import default_config, from_dict, from_text
+from fedbert_jax.config.ranges import HUB_NAME
 from fedbert_jax.config.schema import (
-    HUB_NAME,
     PRESETS,
     AggregatorConfig,
+    AuditConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "WORKED_OUT",
     "AggregatorConfig",
     "Arrangement",
+    "AuditConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -18,6 +18,7 @@ FREE = frozenset(
         "network.metrics_port",
         "network.release_body",
         "network.leave",
+        "audit.record",
         "export.license",
         "export.language",
         "export.datasets",

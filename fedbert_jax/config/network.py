@@ -45,6 +45,12 @@ def check_network(config: Config, need: Need) -> None:
         w.microbatches,
         f"a divisor of federated.batch_size={f.batch_size}",
     )
+    need(
+        not config.audit.record or config.task == "serve",
+        "audit.record",
+        config.audit.record,
+        f"False with task={config.task!r}: only a server (task='serve') receives messages",
+    )
     if config.task not in ("serve", "join"):
         given, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
         for key in ("wire.microbatches", *(f"network.{name}" for name in vars(NetworkConfig()))):

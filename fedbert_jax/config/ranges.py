@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedbert_jax.config.keys import listed
-from fedbert_jax.config.schema import HUB_NAME, Config
+from fedbert_jax.config.schema import Config
 
 Need = Callable[[bool, str, Any, str], None]  # (whether it is accepted, key, value, what is accepted); raises ConfigError
 
@@ -40,6 +40,8 @@ AT_LEAST_1 = (
     "checkpoint.times",
     "eval.times",
 )
+
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub
 
 # What an exported model's card may say, and what each field accepts.
 CARD = {

@@ -211,18 +211,15 @@ class PrivacyConfig:
     # The clients' secret, which decides their segment's initial values, masks, dropout, noise and the order of their text;
     # the server's seed doesn't reveal it. None: it follows from `seed`.
     client_seed: int | None = None
-    # How what clients send is averaged. blinded: as whole numbers modulo 2**32. With task=serve and join, each client adds a
-    # one-time pad that clients can subtract from the sum and the server can't: it holds no segment, no average and no
-    # gradient of one. In a simulation, whose server is not apart, it is the same arithmetic. Optimizer states don't travel.
+    # blinded: what clients send is averaged as whole numbers, with task=serve and join under pads that they can take off the
+    # sum and the server can't, which so holds no segment, no average and no gradient of one. Optimizer states don't travel.
     averaging: Literal["plain", "blinded"] = "plain"
-    # client: client-level differential privacy of averages (DP-FedAvg): a client's move in a round is clipped, and noise
-    # added to the average. It says nothing of what crosses the cut. It needs 100 clients, federated.weighting=uniform,
-    # client_optimizer_state=reset or keep, and pip install 'fedbert_jax[privacy]'.
+    # client: client-level differential privacy of averages. A client's move in a round is clipped, and noise is added to the
+    # average. It says nothing of what crosses the cut, and needs 100 clients and pip install 'fedbert_jax[privacy]'.
     dp: Literal["none", "client"] = "none"
     dp_clip: float = 1.0  # dp=client: the Euclidean norm to which a client's move, of all averaged arrays, is clipped
-    # dp=client: the noise multiplier: Gaussian noise on the sum of clipped moves has the standard deviation dp_noise *
-    # dp_clip. It follows from `seed`: whoever knows that, or finds it by trying, subtracts the noise. Keep it, and the
-    # workdir, from whoever gets the model, and never give away models of two runs with one seed.
+    # dp=client: the noise on the sum of clipped moves has the standard deviation dp_noise * dp_clip. It follows from `seed`:
+    # whoever knows that, or finds it by trying, can subtract it. Never give away models of two runs with one seed.
     dp_noise: float = 1.0
     dp_delta: float = 1e-5  # dp=client: the delta for which epsilon is computed; far below 1 / the number of clients
 
@@ -282,13 +279,10 @@ class FinetuneConfig:
     """task=finetune: how long, and with how many seeds. The scores reported are the last epoch's, never the best one's."""
 
     epochs: float = 3.0  # how often each training example is seen
-    # How many runs of the task, with seeds seed, seed + 1, ... for the order, for dropout, and for what the checkpoint lacks
-    # (usually the classifier).
-    seeds: int = 1
+    seeds: int = 1  # runs of the task, with seeds seed, seed + 1, ... for order, dropout, and what the checkpoint lacks
     seeds_at_once: int = 0  # how many are trained in one program; 0 is all of them on accelerators and one on CPU
     warmup: float = 0.1  # share of the steps in which the rates rise; takes the place of *_optimizer.warmup_steps
-    # Share of the training examples to evaluate on instead of the dev set, for choosing settings. join, too: for a client
-    # that has no dev set.
+    # Share of the training examples to evaluate on instead of the dev set, for choosing settings, or if a client has none.
     holdout: float = 0.0
     predict: bool = False  # write predictions for the test files in the form that GLUE's site takes
 
@@ -302,14 +296,22 @@ class NetworkConfig:
     name: str = ""  # join: the client's, as in the roster; "" is the workdir's name
     credentials: str = ""  # a folder of `python -m fedbert_jax.provision`; needed for any host but this machine
     quorum: int | None = None  # clients without whom no round begins or goes on; None: all of the round's who have not left
-    deadline: float = (
-        300.0  # seconds that a step waits for the last client of a round; then it goes on without, if a quorum is left
-    )
+    # Seconds that a step waits for the last client of a round; then it goes on without, if a quorum is left.
+    deadline: float = 300.0
     join_grace: float = 60.0  # seconds that the beginning of a round waits for clients who are not there
     patience: float = 600.0  # join: seconds for which a server that can't be reached is called again
     metrics_port: int = 0  # serve: a port of this machine at which Prometheus finds the numbers; 0: none
     release_body: bool = True  # serve: whether clients get the body when training is over, and so a model of their own
     leave: bool = False  # join: say that this client leaves for good, and end
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """task=serve: what a server keeps, so that `python -m fedbert_jax.audit` can attack what has crossed."""
+
+    # serve: keep the messages of some rounds, as they came, in the workdir's recorded/: of the first round, of the one after
+    # each checkpoint, and of the last one; as many of the newest as checkpoint.keep.
+    record: bool = False
 
 
 @dataclass(frozen=True)
@@ -321,8 +323,7 @@ class Config:
     seed: int = 0  # of everything drawn: held-out text, initial weights, batches, masks, dropout
     resume: Literal["auto", "force"] = "auto"  # force: accept harmless changes to an old workdir's config
     profile: str = ""  # START:STOP writes a trace of these rounds to the workdir's profile/
-    # A sentence with [MASK], or several as ('...', '...'), filled in when training ends. [MASK] stands for whatever the
-    # tokenizer calls its mask token.
+    # A sentence with [MASK], whatever the tokenizer calls that, or several as ('...', '...'), filled in when training ends.
     fill_mask: tuple[str, ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -340,11 +341,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
 
     @property
     def labelled(self) -> bool:
         """Whether a classifier is trained on labelled examples, and not a language model on text."""
         return self.data.source.startswith("glue:")
-
-
-HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # what a model or a dataset may be called on the hub

@@ -103,9 +103,10 @@ def _origin(config: Config, only: tuple[int, str] | None) -> dict[str, Any]:
     """Returns what decides the data; a directory made from anything else is not this run's."""
     data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir")}
     init_from = config.model.init_from if not config.data.tokenizer else ""
-    data |= {"num_clients": config.federated.num_clients, "init_from": init_from}
-    party = {} if only is None else {"index": only[0], "name": only[1]}
-    return {"format": FORMAT, "seed": config.seed, "client_seed": seeds_of(config).client} | party | data
+    # A party's own text doesn't depend on how many others there are, which it is told later.
+    who = {"num_clients": config.federated.num_clients} if only is None else {"index": only[0], "name": only[1]}
+    origin = {"format": FORMAT, "seed": config.seed, "client_seed": seeds_of(config).client}
+    return origin | who | data | {"init_from": init_from}
 
 
 def _load(config: Config, directory: Path, only: tuple[int, str] | None) -> tuple[Dataset, PreTrainedTokenizerFast]:

@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def guards_gradients(self) -> bool:
-        """Whether a client clips its own dL/dz or adds noise; that can't be done to a pooled one, as it contains its weight."""
+        """Whether a client clips its own dL/dz or adds noise; a pooled one, which contains its weight, can't be."""
         return self.config.wire.gradient_clip is not None or self.config.wire.gradient_noise > 0
 
     @property

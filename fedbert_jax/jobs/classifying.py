@@ -99,7 +99,8 @@ class Classifying:
                 raise UserError(f"{many}; accepted over a network: up to {MOST_HELD_OUT:,}.")
         found = {"data.source": fingerprint(data.train, *data.dev.values())}
         check_inputs(workdir, found)
-        workdir.write_facts(workdir.read_facts() | {"inputs": found})
+        if (facts := workdir.read_facts()).get("inputs") != found:  # whoever only reads a workdir leaves it as it is
+            workdir.write_facts(facts | {"inputs": found})
         judges = ", ".join(f"{len(examples):,} of the split {split}" for split, examples in data.dev.items())
         console.print(f"{shown(name)}: {len(data.train):,} training examples of {self.task.name}, judged by {judges}")
 
@@ -119,6 +120,11 @@ class Classifying:
             places = stream.round(round)
             first.setdefault(length(places), places[0])
         return Shard(len(train), rows, [take(train, places, n) for n, places in first.items()], self._exam(self.data))
+
+    def text(self) -> tuple[np.ndarray, ...]:
+        """Returns this client's training examples."""
+        assert self.data is not None
+        return (self.data.train.tokens,)
 
     def _exam(self, data: TaskData) -> Exam:
         """Returns what the model is asked: all held-out examples; what is said of the answers is a tally of each split."""

@@ -70,6 +70,10 @@ class Job(Protocol):
         """Returns what was read, as it is trained on."""
         ...
 
+    def text(self) -> tuple[np.ndarray, ...]:
+        """Returns what was read as tokens, each [n, T]."""
+        ...
+
     def judge(self, sums: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> Verdict | None:
         """Turns what clients have said of their answers into scores; None if nobody was asked anything.
 

@@ -92,6 +92,11 @@ class Pretraining:
 
         return Shard(len(own), rows, (), masked_exam(self._heldout(self.dataset, index), self.mask, seeds))
 
+    def text(self) -> tuple[np.ndarray, ...]:
+        """Returns this client's blocks, those held out, too."""
+        assert self.dataset is not None
+        return np.asarray(self.dataset.train.tokens), np.asarray(self.dataset.heldout.tokens)
+
     def _heldout(self, dataset: Dataset, index: int) -> EvalSet | None:
         """Returns this client's held-out blocks, in batches, as the simulation draws them for its place."""
         held, e = dataset.heldout, self.config.eval

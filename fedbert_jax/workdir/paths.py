@@ -62,6 +62,11 @@ class Workdir:
         return self.root / "checkpoints"
 
     @property
+    def recorded(self) -> Path:
+        """What a server has kept of its clients' messages (`audit.record`)."""
+        return self.root / "recorded"
+
+    @property
     def hf(self) -> Path:
         """The exported model."""
         return self.root / "hf"
