@@ -132,6 +132,8 @@ class Case:
             return {"known": Known(messages.h[rows], truth.tokens[rows], truth.text[rows])}
         if kind == "public_text":
             return {} if self.text is not None else "there is none (--public)"
+        if kind == "aggregator" and self.source.setting.blinded:
+            return "who adds up gets numbers under pads (privacy.averaging='blinded')"
         in_turn = self.source.setting.how.clients == "in turn"
         if self.replay.aggregate is None or (kind == "neighbour") != in_turn:
             return "nobody hands a segment on" if kind == "neighbour" else "nobody adds the clients' segments up"

@@ -125,6 +125,8 @@ def audit(
         view = dataclasses.replace(case.view, **facts)
         if kind == "seed" and case.source.config.wire.noise and case.source.config.privacy.client_seed is None:
             say("seed: the noise follows from it, too, since privacy.client_seed is not set; these rows don't subtract it")
+        if "segment" in kind and case.source.setting.blinded:
+            say(f"{kind}: the server has none (privacy.averaging='blinded'); these rows are what one client could tell it")
         for attack in mine:
             if attack.needs_text and view.text is None:
                 say(f"{kind}, {attack.name}: left out, since it needs public text (--public)")

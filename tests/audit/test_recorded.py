@@ -35,7 +35,7 @@ from fedbert_jax.serve import serve
 from fedbert_jax.workdir.paths import Workdir
 
 CASES = {
-    "parameters": dict(wire__microbatches=2, privacy__averaging="fixed_point"),
+    "parameters": dict(wire__microbatches=2, federated__weighting="uniform"),
     "sequential": dict(federated__strategy="sequential", wire__downlink="all"),
 }
 SHORT = dict(federated__rounds=3, eval__every_rounds=3, model__num_layers=1)

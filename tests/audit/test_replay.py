@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 
+from fedbert_jax.audit.case import Case, Sizes
 from fedbert_jax.audit.replay import log, replay
 from fedbert_jax.audit.source import Source
 from fedbert_jax.runtime.simulation import Simulation
@@ -15,7 +16,10 @@ from fedbert_jax.runtime.simulation import Simulation
 STRATEGIES = {
     "parameters": dict(federated=dict(strategy="parallel", clients_at_once=1), wire=dict(downlink="all")),
     "gradients": dict(federated=dict(strategy="parallel", average="gradients")),
-    "private": dict(federated=dict(strategy="parallel", body="private")),
+    "private": dict(
+        federated=dict(strategy="parallel", body="private", client_optimizer_state="reset"),
+        privacy=dict(averaging="blinded"),
+    ),
     "sequential": dict(federated=dict(strategy="sequential")),
 }
 
@@ -48,6 +52,15 @@ def test_a_replay_ends_as_the_round_does(case):
     assert_trees_close(
         found.state, end, rtol=2e-4 if name == "gradients" else 1e-6, atol=2e-6 if name == "gradients" else 1e-7
     )
+
+
+def test_who_adds_up_numbers_under_pads_sees_no_words(case):
+    name, source, _, _ = case
+    granted = Case(source, Sizes(), "", print).granted("aggregator")
+    if name == "private":
+        assert isinstance(granted, str) and "under pads (privacy.averaging='blinded')" in granted
+    else:
+        assert granted == ({} if name != "sequential" else "nobody adds the clients' segments up")
 
 
 def test_what_is_kept_is_what_the_clients_sent(case):
