@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def clients_secret(path: Path) -> int:
+    """Returns the secret that the clients share, drawn when there is none yet. Credentials have one, too."""
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(str(secrets.randbits(256)))
+    return int(path.read_text())
+
+
 def last_scores(workdir: Path) -> dict[str, float]:
     """Returns the last line of a run's metrics that has an evaluation."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -63,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/federation.py", description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/federation"), help="(default: runs/federation)")
     parser.add_argument("--rounds", type=int, default=30, help="(default: 30)")
+    parser.add_argument(
+        "--blinded", action="store_true", help="under privacy.averaging=blinded: the server reads no segment"
+    )
     parser.add_argument("--no-simulation", action="store_true", help="end with the federation")
     args = parser.parse_args(arguments)
     root = args.workdir.resolve()
@@ -74,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "client_optimizer.warmup_steps": 40,
         "server_optimizer.warmup_steps": 40,
     }
+    own: dict[str, object] = {}  # what the server isn't told
+    if args.blinded:
+        shared |= {"privacy.averaging": "blinded", "federated.client_optimizer_state": "reset"}
+        own["privacy.client_seed"] = clients_secret(root / "clients-secret")
     port = {"network.port": free_port()}
     os.chdir(ROOT)
     serve = command("serve", root / "server", shared | port | {"federated.num_clients": len(CLIENTS)})
@@ -81,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in CLIENTS:
         text = {"data.source": f"text:{root / 'text' / name}"}
         with (root / f"{name}.log").open("w") as log:
-            processes.append(subprocess.Popen(command("join", root / name, shared | port | text), stdout=log, stderr=log))
+            processes.append(
+                subprocess.Popen(command("join", root / name, shared | own | port | text), stdout=log, stderr=log)
+            )
     server = subprocess.Popen(serve)
     try:
         while server.poll() is None:
@@ -107,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print("\nthe same training, simulated in one process:")
     alike = {"data.source": f"text:{root / 'text'}", "data.deduplicate_across": False, "fill_mask": "()"}
-    simulated = command("parallel", root / "simulation", shared | alike)
+    simulated = command("parallel", root / "simulation", shared | own | alike)
     with (root / "simulation.log").open("w") as log:
         if code := subprocess.run(simulated, stdout=log, stderr=log, check=False).returncode:
             print(f"the simulation failed; see {root}/simulation.log", file=sys.stderr)
