@@ -88,10 +88,8 @@ def trained(rounds: int = 3, weights=(0.5, 0.2, 0.3), spoiled: int | None = None
 KINDS = [
     dict(average="gradients"),
     dict(client_optimizer_state="reset"),
-    dict(client_optimizer_state="keep"),
     dict(body="merged", client_optimizer_state="reset"),
     dict(strategy="fedavg", client_optimizer_state="reset"),
-    dict(body="private", client_optimizer_state="reset"),
 ]
 
 

@@ -173,10 +173,8 @@ def ends(f: Federation, name: str, round: int, phase: str, step: int, after: boo
 
 LEAVES = [
     (GRADIENTS, "forward", 0, False),
-    (GRADIENTS, "backward", 1, True),
     (GRADIENTS, "contribute", 0, False),
     (GRADIENTS, "contribute", 1, True),  # its numbers are in the last sum
-    (RESET, "backward", 1, False),
     (RESET, "upload", 2, False),
     (RESET, "upload", 2, True),
 ]
