@@ -22,11 +22,11 @@ from fedbert_jax.runtime.engine import Engine
 from fedbert_jax.runtime.frames import Schema
 from fedbert_jax.runtime.member import Ended, Member
 from fedbert_jax.runtime.participant import Line, Participant
+from fedbert_jax.runtime.parties import ClientPrograms
 from fedbert_jax.runtime.payloads import schema_of
 from fedbert_jax.runtime.script import questions
 from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.session import Session
-from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.runtime.turns import Rules
 
 NAMES = ("adams", "jefferson", "washington")
@@ -55,8 +55,10 @@ class Federation:
         """`state` is the server's after `done` rounds of an earlier process."""
         self.config, self.parts = config, parts
         s, rows, questions, cohort_of = self.make()
-        self.setting, self.shapes = s, shapes_of(s, rows, parts)
+        self.setting = s
+        self.client_programs = ClientPrograms(s, 0, parts)
         self.engine = Engine(s, NAMES, rows, parts, self.lengths, self.sums)
+        self.shapes = self.engine.shapes
         rules = dict(quorum=len(NAMES), deadline=60.0, join_grace=60.0, window=parts) | rules
         names = lambda round: [NAMES[c] for c in cohort_of(round)]  # noqa: E731
         script = lambda members, round: self.engine.script(members, round, evaluates)  # noqa: E731
@@ -104,7 +106,9 @@ class Federation:
         line = Line(transport or Local(self.service, name), self.parts, 1 << 26, patience=5.0, timeout=60.0)
         own, place = self.shard(name), NAMES.index(name)
         pads = self.pads() if self.setting.blinded else None
-        member = Member(self.setting, place, own.rows, self.shapes, own.exam, self.parts, own.trials, pads)
+        member = Member(
+            self.setting, place, own.rows, self.shapes, own.exam, self.parts, own.trials, pads, self.client_programs
+        )
         return Participant(member, line, name, HELLO, own.size, wait=0.5, **options)
 
     def pads(self) -> Pads:

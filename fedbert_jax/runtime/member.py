@@ -103,6 +103,7 @@ class Member:
       parts: microbatches of a step.
       trials: rows [B, ...] of each length that comes up, for which steps are compiled; (): those of the first round.
       pads: what it hides its numbers under, with privacy.averaging=blinded.
+      programs: another client's of the same setting in this process, to be compiled once for both.
     """
 
     def __init__(
@@ -115,10 +116,12 @@ class Member:
         parts: int = 1,
         trials: Sequence[Any] = (),
         pads: Pads | None = None,
+        programs: ClientPrograms | None = None,
     ):
         assert s.blinded == (pads is not None)
         self.s, self.index, self.rows, self.shapes, self.parts = s, index, rows, shapes, parts
-        self.programs, self.exam, self.trials = ClientPrograms(s, index, parts), exam, trials
+        self.programs = ClientPrograms(s, index, parts) if programs is None else programs.of(index)
+        self.exam, self.trials = exam, trials
         self.blinded = Blinded(pads, self.programs, shapes, index) if pads is not None else None
         self.in_turn = s.how.clients == "in turn"
         self.opt_travels = opt_travels(s)

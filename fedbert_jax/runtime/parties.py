@@ -7,6 +7,7 @@ message, or the end of a step, lies between any two programs. They are the same 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -47,8 +48,8 @@ class ClientPrograms:
         cut, self.s, self.index, self.parts = s.cut(), s, index, parts
         share = s.config.federated.batch_size // parts
 
-        def draw(rows: Rows, round: jax.Array, step: jax.Array) -> Drawn:
-            batch, keys = s.draw(jax.tree.map(lambda x: x[None], rows), round, step, jnp.full(1, index, jnp.int32))
+        def draw(index: jax.Array, rows: Rows, round: jax.Array, step: jax.Array) -> Drawn:
+            batch, keys = s.draw(jax.tree.map(lambda x: x[None], rows), round, step, index[None])
             return Drawn(pick(batch, 0), keys._replace(server=None))
 
         def part_of(drawn: Drawn, part: jax.Array) -> MaskedBatch:
@@ -102,7 +103,7 @@ class ClientPrograms:
             found = fixed_point(ranges).total(total)
             return jax.tree.map(lambda x: x / share, found), next_ranges(ranges, total)
 
-        self.draw, self.begin, self.head = jax.jit(draw), jax.jit(begin), jax.jit(head)
+        self._draw, self.begin, self.head = jax.jit(draw), jax.jit(begin), jax.jit(head)
         self.finish, self.update = jax.jit(finish), jax.jit(update)
         self.contribution, self.mean_gradient = jax.jit(contribution), jax.jit(mean_gradient)
         self.upload, self.whole, self.mean_of = jax.jit(upload), jax.jit(whole), jax.jit(mean_of)
@@ -112,6 +113,16 @@ class ClientPrograms:
         self.new_optimizer = jax.jit(s.client_tx.init)
         first_outer = lambda segment: s.outer.init(segment) if s.outer else ()  # noqa: E731
         self.new_blinding = jax.jit(lambda segment: Blinding(first_ranges(segment), first_outer(segment)))
+
+    def draw(self, rows: Rows, round: Any, step: Any) -> Drawn:
+        """Makes this client's batch of a step, and its keys."""
+        return self._draw(np.int32(self.index), rows, round, step)
+
+    def of(self, index: int) -> ClientPrograms:
+        """Returns the same programs, compiled once for both, of the client at another place in the roster."""
+        other = copy.copy(self)
+        other.index = index
+        return other
 
     def _segment_key(self) -> jax.Array:
         of = streams.secrets(seeds_of(self.s.config)) if self.s.secrets is None else self.s.secrets
