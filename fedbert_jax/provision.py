@@ -79,7 +79,7 @@ def _init(args: argparse.Namespace) -> None:
     )
     _write(args.folder / "ca.crt", _pem(certificate))
     _write_secret(args.folder / "ca.key", _key_pem(key))
-    _write_secret(args.folder / "group.secret", secrets.token_bytes(16))
+    _write_secret(args.folder / "group.secret", secrets.token_bytes(32))
     _write_roster(args.folder, Roster(()), {})
     print(f"authority    {shown(args.folder)}: keep ca.key and group.secret there, and to yourself")
 

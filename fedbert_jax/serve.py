@@ -188,7 +188,8 @@ class Serving:
         script = lambda members, round: self.engine.script(members, round, self._evaluates(round))  # noqa: E731
         # Time makes every start of the server another epoch, whatever became of the one before.
         gone = set(self.facts.get("left", ()))
-        self.session = Session(self.names, f.rounds, rules, cohort_of, script, int(time.time()), done, gone)
+        since = self.checkpoints.meta(done).get("epoch", 0) if done else 0
+        self.session = Session(self.names, f.rounds, rules, cohort_of, script, int(time.time()), done, gone, since)
         if done >= f.rounds:
             self.session.drain()
         self.mark = time.perf_counter()
@@ -337,5 +338,5 @@ class Serving:
 
     def _save(self) -> None:
         assert self.engine.state is not None
-        meta = {"round": self.done, "config": resume.stamp(self.config)}
+        meta = {"round": self.done, "config": resume.stamp(self.config), "epoch": self.session.since}
         self.checkpoints.save(self.done, tuple(self.engine.state), meta)

@@ -16,13 +16,14 @@ from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import read_metrics
 
+SECRET = 2**80 + 23
 SETTINGS = dict(federated__client_optimizer_state="reset", federated__rounds=4, model__num_layers=1)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder where a federation has run without a break, in "whole"."""
-    place = Place(tmp_path_factory.mktemp("parties"), 23, privacy__averaging="blinded", **SETTINGS)
+    place = Place(tmp_path_factory.mktemp("parties"), SECRET, privacy__averaging="blinded", **SETTINGS)
     run(place, "whole")
     assert place.model("whole", NAMES[0]) == place.model("whole", NAMES[1])
     return place
@@ -46,6 +47,9 @@ def test_the_model_is_that_of_plain_averaging(place):
     lines = [read_metrics(place.root / where / "server" / "metrics.jsonl") for where in ("whole", "plain")]
     for blinded, other in zip(*lines, strict=True):
         np.testing.assert_allclose(blinded["train_loss"], other["train_loss"], rtol=1e-5)
+    # No file of any party's says the clients' secret, but the configs in which it was given.
+    for path in (p for p in (place.root / "whole").rglob("*") if p.is_file() and p.name != "config.json"):
+        assert str(SECRET).encode() not in path.read_bytes(), path
     # No file of the server's holds the clients' word table.
     table = found["bert.embeddings.word_embeddings.weight"].astype(np.float32)
     there = [p for p in (place.root / "whole" / "server").rglob("*") if p.is_file()]
@@ -98,7 +102,7 @@ def test_clients_with_different_secrets_do_not_train_together(place):
     """Whoever joins second is refused."""
     hall = Hall()
     server = place.serve("other", hall.listen)
-    seeds = zip(NAMES, (23, 24), strict=True)
+    seeds = zip(NAMES, (SECRET, SECRET + 1), strict=True)
     clients = [place.join("other", name, hall.connect(name), privacy__client_seed=seed) for name, seed in seeds]
     while all(client.is_alive() for client in clients):
         clients[0].join(0.05)
@@ -111,10 +115,15 @@ def test_clients_with_different_secrets_do_not_train_together(place):
 
 
 def test_a_client_needs_a_secret_that_the_server_lacks(place):
-    with pytest.raises(ConfigError, match=r"privacy.client_seed=None: accepted: an integer that the server doesn't know"):
-        place.config(task="join", data__source="text:x")
+    for seed in (None, 0, 2**64 - 1):
+        with pytest.raises(
+            ConfigError, match=rf"privacy.client_seed={seed}: accepted: a random integer of at least 2\*\*64"
+        ):
+            place.config(task="join", data__source="text:x", privacy__client_seed=seed)
     with pytest.raises(ConfigError, match="client_optimizer_state='average': accepted: 'reset' or 'keep'"):
-        place.config(task="join", data__source="text:x", privacy__client_seed=1, federated__client_optimizer_state="average")
+        place.config(
+            task="join", data__source="text:x", privacy__client_seed=SECRET, federated__client_optimizer_state="average"
+        )
 
 
 def test_a_server_that_never_had_the_segment_has_no_model_to_export(place, tmp_path, monkeypatch):

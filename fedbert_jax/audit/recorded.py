@@ -25,6 +25,8 @@ from fedbert_jax.finished import elsewhere
 from fedbert_jax.jobs import open_job
 from fedbert_jax.models.bert import ClientParams
 from fedbert_jax.models.layers import take_positions
+from fedbert_jax.privacy.pads import Pads
+from fedbert_jax.runtime.blinded import opened, sealed_shapes
 from fedbert_jax.runtime.frames import Tensors
 from fedbert_jax.runtime.parties import Drawn
 from fedbert_jax.runtime.payloads import from_tensors, schema_of
@@ -229,6 +231,9 @@ class Recordings:
     def _begun(self, found: Recorded, client: int) -> ClientParams | None:
         """Returns the segment that a client began a round with, if that was recorded."""
         segment: ClientParams | None = self._held(found, "segment", self._shapes.segment)
+        if self._setting.blinded:  # the server can't open it; the clients, who are here, can
+            sealed = from_tensors("began/segment", sealed_shapes(self._shapes, self._setting.how), found.began)
+            segment = opened(Pads(self._clients[client].secret, found.run), sealed, self._shapes, self._setting.how)[0]
         if self._setting.how.clients != "in turn":
             return segment
         before = found.members[: found.members.index(found.roster[client])]

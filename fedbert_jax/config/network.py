@@ -88,14 +88,13 @@ def check_network(config: Config, need: Need) -> None:
         config.privacy.client_seed,
         "None with task='serve': the server doesn't know the clients' secret",
     )
+    secret, blinded = config.privacy.client_seed, config.privacy.averaging == "blinded" and config.task == "join"
     need(
-        config.privacy.averaging == "plain"
-        or config.task == "serve"
-        or config.privacy.client_seed is not None
-        or bool(n.credentials),
+        not blinded or (bool(n.credentials) if secret is None else secret >= 2**64),
         "privacy.client_seed",
-        config.privacy.client_seed,
-        f"an integer that the server doesn't know, or network.credentials, {task} and privacy.averaging='blinded'",
+        secret,
+        f"a random integer of at least 2**64 that the server doesn't know, or network.credentials, {task} and "
+        "privacy.averaging='blinded': the pads are worth what it takes to guess it",
     )
     need(
         bool(n.credentials) or config.task == "join" or (f.num_clients or 0) > 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -105,8 +106,13 @@ def _origin(config: Config, only: tuple[int, str] | None) -> dict[str, Any]:
     init_from = config.model.init_from if not config.data.tokenizer else ""
     # A party's own text doesn't depend on how many others there are, which it is told later.
     who = {"num_clients": config.federated.num_clients} if only is None else {"index": only[0], "name": only[1]}
-    origin = {"format": FORMAT, "seed": config.seed, "client_seed": seeds_of(config).client}
+    origin = {"format": FORMAT, "seed": config.seed, "client_seed": _print_of(seeds_of(config).client)}
     return origin | who | data | {"init_from": init_from}
+
+
+def _print_of(secret: int) -> str:
+    """Returns what tells one secret of the clients' from another without saying it: pads are made from it."""
+    return "sha256:" + hashlib.sha256(f"fedbert_jax prepared data {secret}".encode()).hexdigest()
 
 
 def _load(config: Config, directory: Path, only: tuple[int, str] | None) -> tuple[Dataset, PreTrainedTokenizerFast]:
@@ -119,8 +125,12 @@ def _load(config: Config, directory: Path, only: tuple[int, str] | None) -> tupl
             f"{directory} was prepared by another version of fedbert_jax, which alone can go on with it or export its model."
         )
     ours = _origin(config, only)
+    if isinstance(meta["origin"].get("client_seed"), int):  # of an earlier version
+        meta["origin"]["client_seed"] = _print_of(meta["origin"]["client_seed"])
     for key, was in meta["origin"].items():
         value = ours.get(key, was)
+        if key == "client_seed" and was != value:
+            raise UserError(f"{directory} was prepared with another secret of the clients; give another --workdir.")
         if was != value:
             raise UserError(f"{directory} was prepared with {key}={was!r}, not {value!r}; give another --workdir.")
     summary = tuple(ClientSummary(**client) for client in meta["clients"])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fedbert_jax.federated.wire import Channel
 
 FIRST = 7  # the range before there is an average: numbers within ±2**7
-WIDEST, NARROWEST = 7, -64
+WIDEST, NARROWEST = 24, -64
 HEADROOM = 6  # a range reaches 2**6 times the largest number of the last average, or further
 MARGIN = 2.0**-10  # of a range, left for what rounding adds to a sum
 

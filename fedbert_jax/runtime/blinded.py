@@ -22,7 +22,7 @@ from fedbert_jax.runtime.shapes import Shapes
 from fedbert_jax.runtime.turns import Id
 
 HIDDEN = "hidden"  # prefix of the names of numbers under a pad, and of their sum
-SNAPSHOT = "snapshot"
+SNAPSHOT, ROUND = "snapshot", "round"  # what a client has sealed, and which round begins with it
 
 
 class Poster(Protocol):
@@ -71,25 +71,23 @@ class Blinded:
 
     def keep(self, held: Any, round: int, id: Id, wire: Poster) -> None:
         """Leaves with the server what a round begins with, sealed, if this client is the one to do so."""
-        sealed = self.sealed(held, round) if self._first else {SNAPSHOT: np.zeros(0, np.uint8)}
-        wire.post(id, sealed).result()
+        sealed = self.sealed(held, round)[SNAPSHOT] if self._first else np.zeros(0, np.uint8)
+        wire.post(id, {SNAPSHOT: sealed}).result()
 
     def sealed(self, held: Any, round: int) -> Tensors:
-        """Returns what a round begins with, for other clients to open."""
-        return {SNAPSHOT: self._pads.seal([np.asarray(x) for x in jax.tree.leaves(held)], round)}
+        """Returns what a round begins with, for other clients to open; and which round that is."""
+        snapshot = self._pads.seal([np.asarray(x) for x in jax.tree.leaves(held)], round)
+        return {SNAPSHOT: snapshot, ROUND: np.asarray(round, np.int32)}
 
-    def opened(self, tensors: Tensors, how: Arrangement, round: int) -> Any:
+    def opened(self, tensors: Tensors, how: Arrangement) -> Any:
         """Returns what another client has sealed: what `kept` makes.
 
         Raises:
-          UserError: if it can't be opened, or is of another round.
+          UserError: if it can't be opened, or is of another round than it says.
         """
-        sh = self._shapes
-        leaves, treedef = jax.tree.flatten(kept(sh.segment, sh.segment_opt, sh.blinding, how))
-        if why := frames.check(tensors, schema_of("segment", {SNAPSHOT: sealed_shape(sh, how)})):
+        if why := frames.check(tensors, schema_of("segment", sealed_shapes(self._shapes, how))):
             raise UserError(f"the server's segment isn't one that clients have sealed: {why}.")
-        (sealed,) = tensors.values()
-        return jax.tree.unflatten(treedef, self._pads.unseal(sealed, leaves, round))
+        return opened(self._pads, from_tensors("segment", {SNAPSHOT: 0, ROUND: 0}, tensors), self._shapes, how)
 
 
 def message_schema(shapes: Shapes) -> Schema:
@@ -102,15 +100,21 @@ def kept(segment: Any, opt: Any, blinding: Any, how: Arrangement) -> Any:
     return segment, opt if how.averages_gradients else (), blinding
 
 
-def sealed_shape(shapes: Shapes, how: Arrangement) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a sealed snapshot."""
+def opened(pads: Pads, sealed: Tensors, shapes: Shapes, how: Arrangement) -> Any:
+    """Returns what `kept` made of a client's state, from what `Blinded.sealed` made of that."""
+    leaves, treedef = jax.tree.flatten(kept(shapes.segment, shapes.segment_opt, shapes.blinding, how))
+    return jax.tree.unflatten(treedef, pads.unseal(sealed[SNAPSHOT], leaves, int(sealed[ROUND])))
+
+
+def sealed_shapes(shapes: Shapes, how: Arrangement) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a sealed snapshot, and of the round that it says it is of."""
     size = num_bytes(kept(shapes.segment, shapes.segment_opt, shapes.blinding, how))
-    return jax.ShapeDtypeStruct((size + SEAL,), np.uint8)
+    return {SNAPSHOT: jax.ShapeDtypeStruct((size + SEAL,), np.uint8), ROUND: jax.ShapeDtypeStruct((), np.int32)}
 
 
 def snapshot_schema(shapes: Shapes, how: Arrangement) -> Schema:
     """Returns what is expected of who leaves a snapshot, or leaves that to another."""
-    return {SNAPSHOT: TensorSpec("uint8", ((0, *sealed_shape(shapes, how).shape),))}
+    return {SNAPSHOT: TensorSpec("uint8", ((0, *sealed_shapes(shapes, how)[SNAPSHOT].shape),))}
 
 
 def answer_schema(like: Any, slots: int) -> Schema:

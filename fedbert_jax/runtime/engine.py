@@ -100,7 +100,7 @@ class Engine:
     @property
     def first_segment(self) -> Any:
         """The shapes of what the first client brings: the segment, or under blinded averaging a snapshot."""
-        return {blinded.SNAPSHOT: blinded.sealed_shape(self.shapes, self.how)} if self.s.blinded else self.shapes.segment
+        return blinded.sealed_shapes(self.shapes, self.how) if self.s.blinded else self.shapes.segment
 
     # --- the work ---
 
@@ -287,7 +287,8 @@ class Engine:
         found = [m for m in what.messages.values() if m[blinded.SNAPSHOT].size]
         if not found:
             raise Lost("the client that was to leave the segment here has gone")
-        work = self.work._replace(segment={blinded.SNAPSHOT: np.array(found[0][blinded.SNAPSHOT])})
+        sealed = {blinded.SNAPSHOT: np.array(found[0][blinded.SNAPSHOT]), blinded.ROUND: np.int32(self.round + 1)}
+        work = self.work._replace(segment=sealed)
 
         def keep() -> None:
             self.work = work

@@ -49,6 +49,7 @@ class Held(NamedTuple):
     opt: Any  # () where it is made anew each round
     outer: Any  # as `State.outer`, where clients have it: what a gradient codec has lost so far, or a `Blinding`; ()
     round: int  # the round that this is the beginning of
+    since: int = 0  # the epoch in which the round before it ended: a server that went back has another past
 
 
 class Ended(NamedTuple):
@@ -154,7 +155,7 @@ class Member:
         return Held(jax.device_put(segment), jax.device_put(opt), outer, round)
 
     def _opened(self, blinded: Blinded, tensors: Tensors, held: Held | None, round: int) -> Held:
-        segment, opt, outer = jax.device_put(blinded.opened(tensors, self.s.how, round))
+        segment, opt, outer = jax.device_put(blinded.opened(tensors, self.s.how))
         if not self.s.how.averages_gradients:
             opt = held.opt if held is not None else self.fresh().opt
         return Held(segment, opt, outer, round)
@@ -248,7 +249,7 @@ class Member:
             ended = self.received(wire.segment(last), held, id.round + 1).segment if in_turn else segment
             sums = self.score(ended, wire)
             wire.post(last, {"sums": sums}).result()
-        return Ended(Held(segment, own, outer, id.round + 1), float(np.mean(losses)), sums)
+        return Ended(Held(segment, own, outer, id.round + 1, id.epoch), float(np.mean(losses)), sums)
 
     def score(self, segment: Any, wire: Wire) -> np.ndarray:
         """Asks the model what its exam asks; returns the client's total of the answers, float32."""

@@ -262,12 +262,13 @@ class Participant:
 
     def _round(self, turn: dict[str, Any]) -> Ended:
         id, members = Id(turn["epoch"], turn["round"], 0), tuple(turn["members"])
-        held = self.held
-        if held is None or held.round != id.round or self.member.in_turn:
+        held, since = self.held, turn["since"]
+        # What is held of this round's beginning is none of it if the server has gone back, and made it again, meanwhile.
+        if held is None or (held.round, held.since) != (id.round, since) or self.member.in_turn:
             at = self.member.first_message(members, self.name)
             tensors = self.line.segment(id._replace(at=at))
             if held is None or held.round != id.round:
                 held = self._recall(id.round) or held
-            held = self.member.received(tensors, held, id.round)
+            held = self.member.received(tensors, held, id.round)._replace(since=since)
         self.line.id = id._replace(at=self.member.scores_at(members))
         return self.member.run_round(held, id, members, self.name, turn["weight"], turn["evaluates"], self.line)

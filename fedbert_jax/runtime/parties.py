@@ -19,7 +19,7 @@ from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.streams import Stream, seeds_of
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import outer_update, weighted_average, weighted_sum
-from fedbert_jax.federated.fixed_point import Blinding, first_ranges, fixed_point, next_ranges
+from fedbert_jax.federated.fixed_point import NARROWEST, WIDEST, Blinding, first_ranges, fixed_point, next_ranges
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import Up, client_begin, client_finish, client_head, server_backward, server_forward
 from fedbert_jax.federated.state import Rows, pick
@@ -101,7 +101,9 @@ class ClientPrograms:
         def mean_of(total: Any, ranges: jax.Array, share: jax.Array) -> tuple[Params, jax.Array]:
             """Returns the mean of clients with this share of all, from their sum in whole numbers, and the next ranges."""
             found = fixed_point(ranges).total(total)
-            return jax.tree.map(lambda x: x / share, found), next_ranges(ranges, total)
+            _, exponent = jnp.frexp(share * 1.001)  # 1 for all the clients together, rounding included
+            after = next_ranges(ranges, total) + 1 - exponent  # the mean of some is larger than their sum
+            return jax.tree.map(lambda x: x / share, found), jnp.clip(after, NARROWEST, WIDEST)
 
         self._draw, self.begin, self.head = jax.jit(draw), jax.jit(begin), jax.jit(head)
         self.finish, self.update = jax.jit(finish), jax.jit(update)

@@ -38,7 +38,7 @@ class Session:
       rules: see `Rules`.
       cohort_of: (round) -> the clients drawn for it, in the order of their turns where they take turns.
       script: (members, round) -> the round's barriers.
-      epoch, round, gone: where an earlier session stood, and who had left for good; later, how this one stands.
+      epoch, round, gone, since: where an earlier session stood, who had left for good, when its last round had ended.
     """
 
     roster: tuple[str, ...]
@@ -49,10 +49,11 @@ class Session:
     epoch: int = 0
     round: int = 0
     gone: set[str] = field(default_factory=set)
+    since: int = 0  # the epoch in which the round before ended
 
     state: str = field(default=ENROLLING, init=False)
     members: tuple[str, ...] = field(default=(), init=False)  # of the round
-    cast: dict[str, int] = field(default_factory=dict, init=False)  # with whom the epoch began: their blocks, in their order
+    cast: dict[str, int] = field(default_factory=dict, init=False)  # with whom the epoch began, in order, and their blocks
     at: int = field(default=0, init=False)
     draining: bool = field(default=False, init=False)
     events: list[dict[str, Any]] = field(default_factory=list, init=False)  # for the log; whoever reads them clears them
@@ -114,7 +115,7 @@ class Session:
         if self.state == DONE:
             return Turn(DONE, self.epoch, self.round)
         if self.state == ROUND and client in self.members and not self._touched(client):
-            return Turn(ROUND, self.epoch, self.round, tuple(self.cast))  # shares and barriers are theirs, whoever has gone
+            return Turn(ROUND, self.epoch, self.round, tuple(self.cast), since=self.since)
         return Turn(ENROLLING, self.epoch, self.round, missing=self.missing(), within=self.within(now))
 
     def message(self, client: str, id: Id, payload: Any, digest: str, now: float) -> Refused | None:
@@ -192,7 +193,7 @@ class Session:
         self._skip()
         if self.at >= len(self._barriers):
             self._note("round", round=self.round, members=self.members)
-            self.round += 1
+            self.round, self.since = self.round + 1, self.epoch
             self.state = DONE if self.round >= self.rounds or self.draining else ENROLLING
             if self.state == ENROLLING:
                 self._since = now
@@ -223,8 +224,7 @@ class Session:
         """Returns who of the round has not sent what the barrier waits for."""
         if self.state != ROUND or self._busy or self.at >= len(self._barriers):
             return ()
-        waited = self._barriers[self.at].who
-        return tuple(c for c in waited if c in self.members and (c, self.at) not in self._inbox)
+        return tuple(c for c in self._barriers[self.at].who if c in self.members and (c, self.at) not in self._inbox)
 
     def within(self, now: float) -> float | None:
         """Returns in how many seconds it goes on without those who are missing or late; None: it doesn't."""

@@ -60,6 +60,7 @@ class Turn(NamedTuple):
     members: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     within: float | None = None  # seconds after which the round begins without those; None: it doesn't
+    since: int = 0  # the epoch in which the round before ended
 
 
 @dataclass(frozen=True)

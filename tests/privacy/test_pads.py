@@ -64,6 +64,13 @@ def test_hidden_numbers_are_no_more_alike_than_chance():
     assert np.sum((counts - expected) ** 2 / expected) < 400  # chi-squared with 255 degrees of freedom: 255 +- 23
 
 
+def test_every_tensor_has_a_pad_however_small():
+    zero = {f"x{n}": np.zeros(n, np.int32) for n in (1, 2, 7, 63, 64, 1000)} | {"scalar": np.zeros((), np.int32)}
+    hidden = Pads(11, "run").hide(zero, AT, 0)
+    for name, x in zero.items():
+        assert hidden[name].shape == x.shape and np.all(hidden[name] != 0), name
+
+
 def test_a_pad_that_would_be_used_twice_is_refused():
     stuck = Pads(11, "run", random=lambda n: bytes(n))
     first = stuck.hide(numbers(), AT, 0)

@@ -15,9 +15,10 @@ from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.errors import UserError
 from fedbert_jax.privacy.pads import Pads
 from fedbert_jax.runtime import frames
-from fedbert_jax.runtime.blinded import HIDDEN, SNAPSHOT
+from fedbert_jax.runtime.blinded import HIDDEN, ROUND, SNAPSHOT
 from fedbert_jax.runtime.participant import Participant
 
+SEALED = (f"segment/{SNAPSHOT}", f"segment/{ROUND}")
 BLINDED = dict(averaging="blinded")
 RESET = dict(client_optimizer_state="reset")
 GRADIENTS = dict(average="gradients")
@@ -43,9 +44,9 @@ class Repeatable(Federation):
         return Pads(seeds_of(self.config).client, "a run", self._bytes)
 
 
-def federation(federated: dict[str, Any], rounds: int = 2, blinded: bool = True, **rules: Any) -> Federation:
+def federation(federated: dict[str, Any], rounds: int = 2, blinded: bool = True, **options: Any) -> Federation:
     privacy = dict(privacy=BLINDED) if blinded else {}
-    return Repeatable(tiny_config(federated=dict(rounds=rounds) | federated, **privacy), **rules)
+    return Repeatable(tiny_config(federated=dict(rounds=rounds) | federated, **privacy), **options)
 
 
 class Recording(Local):
@@ -95,7 +96,7 @@ def test_the_server_holds_and_is_sent_no_segment_no_average_and_no_gradient(fede
     for method, name, data in kept:
         _, tensors = frames.decode(data, 1 << 26)
         assert not any(n.startswith(("gradient", "mean", "opt")) for n in tensors), (method, sorted(tensors))
-        assert not any(n.startswith("segment/") and n != f"segment/{SNAPSHOT}" for n in tensors), (method, sorted(tensors))
+        assert not any(n.startswith("segment/") and n not in SEALED for n in tensors), (method, sorted(tensors))
         whole = [x for n, x in tensors.items() if n.startswith(f"{HIDDEN}/") and n.endswith("int32")]
         if whole:
             numbers = np.concatenate([x.ravel() for x in whole])
@@ -116,7 +117,7 @@ def test_the_server_holds_and_is_sent_no_segment_no_average_and_no_gradient(fede
     assert np.corrcoef(np.concatenate(truths["sent"]), np.concatenate(truths["mean"]))[0, 1] > 0.1
     # The bytes of no tensor of a segment lie in a frame or in the server's state.
     state = f.engine.state
-    assert state is not None and list(state.segment) == [SNAPSHOT] and state.outer == () and state.segment_opt == ()
+    assert state is not None and sorted(state.segment) == [ROUND, SNAPSHOT] and state.outer == () and state.segment_opt == ()
     memory = b"".join(data for _, _, data in kept) + b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))
     for segment in held:
         for path, x in jax.tree_util.tree_leaves_with_path(segment):
@@ -198,6 +199,127 @@ def test_a_round_begins_again_where_nobody_has_left_its_end_with_the_server(fede
     assert_trees_close(jax.device_get(found), jax.device_get(wanted), rtol=1e-4, atol=2e-6)
     again = [e for e in f.session.events if e["event"] == "again"]
     assert [e["why"] for e in again] == ["the client that was to leave the segment here has gone"]
+
+
+def test_rounds_that_are_skipped_leave_the_segment_where_it_was():
+    """One leaves for good, so that rounds of which it would be the second client have no quorum; the others go on."""
+    config = tiny_config(federated=dict(rounds=8, clients_per_round=2) | RESET, privacy=BLINDED)
+    f = Repeatable(config, quorum=2)
+    noted = f.service._on_round
+
+    def on_round(round: int, members: tuple[str, ...]) -> None:
+        noted(round, members)
+        if round == 0:
+            f.service.remove(NAMES[2])
+
+    f.service._on_round = on_round
+    participants = {n: f.participant(n) for n in NAMES}
+    failures: dict[str, str] = {}
+
+    def take_part(name: str) -> None:
+        try:
+            participants[name].run()
+        except UserError as error:
+            failures[name] = str(error)
+            if name != NAMES[2]:
+                f.service.stop()
+
+    threads = [threading.Thread(target=take_part, args=(n,), daemon=True) for n in NAMES]
+    for thread in threads:
+        thread.start()
+    f.service.run()
+    for thread in threads:
+        thread.join(60)
+    assert failures.keys() <= {NAMES[2]}, failures
+    happened = [e["event"] for e in f.session.events if e["event"] in ("skipped", "round")]
+    assert "skipped" in happened[:-1] and happened[-1] == "round", happened
+    assert_trees_close(participants[NAMES[0]].held.segment, participants[NAMES[1]].held.segment, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("blinded", [True, False])
+def test_who_missed_a_round_that_was_made_again_goes_on_from_what_it_became(blinded):
+    """The server goes back; the third client, who holds what the round had become before, comes for the next one."""
+    before = federation(GRADIENTS, rounds=4, blinded=blinded)
+    states: dict[int, Any] = {}
+    noted = before.service._on_round
+    before.service._on_round = lambda round, members: (states.update({round: before.engine.state}), noted(round, members))
+    participants = {n: before.participant(n) for n in NAMES}
+
+    def go(f: Federation, names: tuple[str, ...], rounds: int) -> None:
+        failures: list[BaseException] = []
+
+        def take_part(name: str) -> None:
+            done: list[int] = []
+            try:
+                participants[name].run(on_round=lambda round, _: done.append(round), stop=lambda: len(done) == rounds)
+            except BaseException as error:
+                failures.append(error)
+                f.service.stop()
+
+        threads = [threading.Thread(target=take_part, args=(n,), daemon=True) for n in names]
+        server = threading.Thread(target=f.service.run, daemon=True)
+        for thread in (server, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        while f.session.round > max(states, default=-1) + 1 and server.is_alive():
+            server.join(0.01)
+        f.service.stop()
+        server.join(60)
+        assert not failures, failures
+
+    go(before, NAMES, 2)
+    again = federation(GRADIENTS, rounds=4, blinded=blinded, state=states[0], done=1, join_grace=0.0, quorum=2)
+    again.session.epoch, again.session.since = 1000, 1
+    noted_again = again.service._on_round
+    again.service._on_round = lambda round, members: (
+        states.update({round: again.engine.state}),
+        noted_again(round, members),
+    )
+    for participant in participants.values():
+        participant.line._transport.service = again.service
+    states.clear()
+    go(again, NAMES[:2], 1)
+    assert participants[NAMES[2]].held.round == participants[NAMES[0]].held.round == 2
+    last = federation(GRADIENTS, rounds=4, blinded=blinded, state=states[1], done=2)
+    last.session.epoch, last.session.since = 2000, again.session.since
+    for participant in participants.values():
+        participant.line._transport.service = last.service
+    states.clear()
+    last.service._on_round = lambda round, members: states.update({round: last.engine.state})
+    go(last, NAMES, 2)
+    first, _, third = (participants[n].held for n in NAMES)
+    assert first.round == third.round == 4
+    assert_trees_close(third.segment, first.segment, rtol=0, atol=0)
+    assert_trees_close(third.opt, first.opt, rtol=0, atol=0)
+    assert_trees_close(third.outer, first.outer, rtol=0, atol=0)
+
+
+def test_who_comes_back_has_the_others_optimizer_and_ranges():
+    f = federation(GRADIENTS)
+    one, other = (f.participant(n).member for n in NAMES[:2])
+    held = one.fresh()
+    moved = held._replace(
+        opt=jax.tree.map(lambda x: x + 3, held.opt), outer=jax.tree.map(lambda x: x - 5, held.outer), round=7
+    )
+    found = other.received(one.brought(moved), None, 9)
+    assert found.round == 9  # rounds may have been skipped
+    assert_trees_close((found.segment, found.opt, found.outer), (moved.segment, moved.opt, moved.outer), rtol=0, atol=0)
+
+
+def test_numbers_beyond_their_range_do_not_turn_a_sum_around():
+    f = federation(GRADIENTS)
+    p = f.client_programs
+    like = jax.tree.map(lambda x: np.full(x.shape, 1e6, np.float32), f.shapes.segment)
+    blinding = p.new_blinding(like)
+    parts = [jax.device_get(p.whole(like, blinding.ranges, np.float32(share))) for share in (0.5, 0.3, 0.2)]
+    total = f.engine.programs.total(jax.tree.map(lambda *x: np.stack(x), *parts), np.array([0.5, 0.3, 0.2], np.float32))
+    mean, ranges = p.mean_of(total, blinding.ranges, np.float32(1.0))
+    for x in jax.tree.leaves(mean):
+        np.testing.assert_allclose(x, 128.0, rtol=2e-3)
+    assert set(np.asarray(ranges).tolist()) == {7 + 6}  # so that the next ones may be larger
+    _, of_a_few = p.mean_of(total, blinding.ranges, np.float32(0.2))
+    assert set(np.asarray(of_a_few).tolist()) == {7 + 6 + 3}
 
 
 def test_who_comes_without_the_secret_reads_nothing():

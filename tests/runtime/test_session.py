@@ -396,6 +396,8 @@ def test_who_asks_after_another_has_gone_is_told_with_whom_the_round_began():
     for _ in range(2 * STEPS + 1):
         barrier(session)
     assert session.round == 1 and session.cast == {"adams": 10, "jefferson": 11}
+    later = session.next_turn("adams", "adams-1", 0.0)
+    assert isinstance(later, Turn) and before.since == 0 and later.since == before.epoch < later.epoch
 
 
 def test_a_round_of_which_nothing_comes_begins_again():
