@@ -130,7 +130,7 @@ def _load(config: Config, directory: Path, only: tuple[int, str] | None) -> tupl
     for key, was in meta["origin"].items():
         value = ours.get(key, was)
         if key == "client_seed" and was != value:
-            raise UserError(f"{directory} was prepared with another secret of the clients; give another --workdir.")
+            raise UserError(f"{directory} was prepared with another privacy.client_seed; give another --workdir.")
         if was != value:
             raise UserError(f"{directory} was prepared with {key}={was!r}, not {value!r}; give another --workdir.")
     summary = tuple(ClientSummary(**client) for client in meta["clients"])
