@@ -125,7 +125,7 @@ class Pads:
         return found
 
     def _begin(self, round: int) -> None:
-        """Forgets the nonces of the round before. Should that round come again, its epoch, which is in the keys, is another."""
+        """Forgets the nonces of the round before; should it come again, its epoch, which is in the keys, is another."""
         if round != self._round:
             self._round = round
             self._mine.clear()

@@ -181,7 +181,7 @@ def test_prepared_data_is_taken_as_it_is(tmp_path: Path) -> None:
         prepare(make_config(corpus, data={"seq_len": 32}), tmp_path / "data")
     with pytest.raises(UserError, match="prepared with seed=0, not 1"):
         prepare(make_config(corpus, seed=1), tmp_path / "data")
-    with pytest.raises(UserError, match="prepared with another privacy.client_seed"):  # what is held out follows from it
+    with pytest.raises(UserError, match=r"prepared with another privacy\.client_seed"):  # what is held out follows from it
         prepare(make_config(corpus, privacy={"client_seed": 7}), tmp_path / "data")
 
 
