@@ -51,7 +51,12 @@ def expected(s: Setting, sh: Shapes, barrier: Barrier, lengths: tuple[int, ...],
       barrier: where.
       lengths: that a client may pad its rows to; (): those of its rows, always.
       sums: the shape of what a client says of its answers at an evaluation.
+
+    Raises:
+      KeyError: if no round of this setting has such a barrier.
     """
+    if barrier.phase == KEEP and not s.blinded:
+        raise KeyError(KEEP)
     if barrier.phase == FORWARD:
         return schema_of("up", sh.up, lengths)
     if barrier.phase == BACKWARD:

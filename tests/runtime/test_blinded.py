@@ -17,6 +17,7 @@ from fedbert_jax.privacy.pads import Pads
 from fedbert_jax.runtime import frames
 from fedbert_jax.runtime.blinded import HIDDEN, ROUND, SNAPSHOT
 from fedbert_jax.runtime.participant import Participant
+from fedbert_jax.runtime.turns import Barrier
 
 SEALED = (f"segment/{SNAPSHOT}", f"segment/{ROUND}")
 BLINDED = dict(averaging="blinded")
@@ -349,3 +350,12 @@ def test_a_clients_pad_that_repeats_ends_its_part():
     f.participant = participant  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"a pad would be used twice|used a pad twice"):
         f.run()
+
+
+def test_plain_averaging_takes_no_snapshot():
+    """Nor does a server of it take a message as large as one."""
+    f = federation(GRADIENTS, blinded=False)
+    with pytest.raises(KeyError, match="keep"):
+        f.engine.schema(Barrier("keep", 2, NAMES))
+    largest = max(frames.size_of(f.engine.schema(b)) for b in f.engine.script(NAMES, 0, True))
+    assert f.service.limit("message") < largest + 2**17
