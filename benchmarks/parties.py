@@ -171,7 +171,7 @@ class Client:
         no_exam: Any = None  # no round ends with an evaluation
         rows = lambda round: self.tokens  # noqa: E731
         self.member = Member(self.b.setting, spec["index"], rows, self.b.shapes, no_exam, self.parts)
-        self.programs = dict(vars(self.member.programs))
+        self.programs = dict(vars(self.member.programs)) | {"draw": self.member.programs.draw}
         self.member.compile()
         folder = spec["credentials"] and Path(spec["credentials"]) / self.name
         who = load_credentials(folder, self.name) if folder else None
