@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,9 @@ NAMES = ("adams", "jefferson", "washington")
 HELLO = Hello({"federated.rounds": 4}, "tokenizer", "secret", "0")
 
 
+PROGRAMS: dict[Any, Any] = {}  # of both sides, compiled once for all federations of a config
+
+
 class Local:
     """A transport that is a function call."""
 
@@ -56,9 +60,11 @@ class Federation:
         self.config, self.parts = config, parts
         s, rows, questions, cohort_of = self.make()
         self.setting = s
-        self.client_programs = ClientPrograms(s, 0, parts)
         self.engine = Engine(s, NAMES, rows, parts, self.lengths, self.sums)
         self.shapes = self.engine.shapes
+        made = (ClientPrograms(s, 0, parts), self.engine.programs)
+        kept = PROGRAMS.setdefault((type(self), config, parts), made)
+        self.client_programs, self.engine.programs = map(copy.copy, kept)  # a test may change its own
         rules = dict(quorum=len(NAMES), deadline=60.0, join_grace=60.0, window=parts) | rules
         names = lambda round: [NAMES[c] for c in cohort_of(round)]  # noqa: E731
         script = lambda members, round: self.engine.script(members, round, evaluates)  # noqa: E731
