@@ -12,6 +12,7 @@ from typing import Any
 from corpus import write_corpus
 
 from fedbert_jax import config as config_lib
+from fedbert_jax import serve as serve_lib
 from fedbert_jax.config import Config, DataConfig
 from fedbert_jax.console.output import make_console
 from fedbert_jax.data.corpus import read_documents
@@ -21,6 +22,7 @@ from fedbert_jax.devices.interrupts import Interrupts
 from fedbert_jax.join import join
 from fedbert_jax.runtime.calls import Abort
 from fedbert_jax.serve import serve
+from fedbert_jax.workdir.checkpoint import Checkpoints
 
 NAMES = ("client_0", "client_1")
 
@@ -97,6 +99,10 @@ def all_end_well(*parties: Party) -> None:
     assert [party.ended for party in parties] == [0] * len(parties)
 
 
+class Crash(Exception):
+    """The server's process ends."""
+
+
 class Place:
     """A folder with two clients' texts, the tokenizer and the parties' workdirs."""
 
@@ -137,6 +143,40 @@ class Place:
         own = dict(data__source=f"text:{self.root / 'text' / name}", privacy__client_seed=self.client_seed)
         config = self.config(task="join", **own | changes)
         return Party(lambda interrupts, console: join(config, self.root / where / name, console, transport, interrupts))
+
+    def leave_and_return(self, where: str) -> str:
+        """Trains with a client that stops after two rounds and is started again; returns what it said when it stopped."""
+        hall = Hall()
+        server = self.serve(where, hall.listen)
+        first, second = (self.join(where, name, hall.connect(name)) for name in NAMES)
+        lines = self.root / where / NAMES[0] / "metrics.jsonl"
+        while first.is_alive() and (not lines.exists() or lines.read_text().count("\n") < 2):
+            first.join(0.05)
+        first.interrupt()
+        assert first.wait() == 143
+        again = self.join(where, NAMES[0], hall.connect(NAMES[0]))
+        all_end_well(again, second, server)
+        return first.said.getvalue()
+
+    def crash_and_return(self, where: str, after: int, monkeypatch: Any) -> str:
+        """Trains with a server that crashes once a round is saved and is started again; returns what it then said."""
+        hall, crashed = Hall(), []
+
+        class Crashing(Checkpoints):
+            def save(self, round: int, state: Any, meta: Any) -> None:
+                super().save(round, state, meta)
+                if round == after and not crashed:
+                    self.wait()
+                    crashed.append(round)
+                    raise Crash
+
+        monkeypatch.setattr(serve_lib, "Checkpoints", Crashing)
+        server = self.serve(where, hall.listen)
+        clients = [self.join(where, name, hall.connect(name)) for name in NAMES]
+        assert isinstance(server.wait(), Crash)
+        again = self.serve(where, hall.listen)
+        all_end_well(again, *clients)
+        return again.said.getvalue()
 
     def model(self, where: str, name: str) -> bytes:
         return (self.root / where / name / "hf" / "model.safetensors").read_bytes()

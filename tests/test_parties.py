@@ -15,7 +15,6 @@ from fedbert_jax import serve as serve_lib
 from fedbert_jax.console.output import make_console
 from fedbert_jax.errors import UserError
 from fedbert_jax.report.runs import load_run
-from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import read_metrics
 
 
@@ -32,46 +31,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def test_a_client_that_stops_and_starts_again_goes_on(place):
-    hall = Hall()
-    server = place.serve("left", hall.listen)
-    first, second = (place.join("left", name, hall.connect(name)) for name in NAMES)
-    lines = place.root / "left" / NAMES[0] / "metrics.jsonl"
-    while first.is_alive() and (not lines.exists() or lines.read_text().count("\n") < 2):
-        first.join(0.05)
-    first.interrupt()
-    assert first.wait() == 143 and "the same command goes on" in first.said.getvalue()
-    again = place.join("left", NAMES[0], hall.connect(NAMES[0]))
-    all_end_well(again, second, server)
+    assert "the same command goes on" in place.leave_and_return("left")
     assert place.model("left", NAMES[0]) == place.model("left", NAMES[1]) == place.model("whole", NAMES[0])
-    records = read_metrics(lines)  # it goes on counting its bytes, too
+    records = read_metrics(place.root / "left" / NAMES[0] / "metrics.jsonl")  # it goes on counting its bytes, too
     assert [r["round"] for r in records] == [1, 2, 3, 4, 5, 6]
     for key in ("uplink_bytes", "downlink_bytes"):
         assert all(later[key] > sooner[key] for sooner, later in pairwise(records))
 
 
-class Crash(Exception):
-    """The server's process ends."""
-
-
 def test_a_server_that_crashes_and_starts_again_goes_on_after_its_checkpoint(place, monkeypatch):
     """Clients are in a round meanwhile: what they send of it is too early for a server that has just come back."""
-    hall, crashed = Hall(), []
-
-    class Crashing(Checkpoints):
-        def save(self, round: int, state: Any, meta: Any) -> None:
-            super().save(round, state, meta)
-            if round == 4 and not crashed:
-                self.wait()
-                crashed.append(round)
-                raise Crash
-
-    monkeypatch.setattr(serve_lib, "Checkpoints", Crashing)
-    server = place.serve("crash", hall.listen)
-    clients = [place.join("crash", name, hall.connect(name)) for name in NAMES]
-    assert isinstance(server.wait(), Crash)
-    again = place.serve("crash", hall.listen)
-    all_end_well(again, *clients)
-    assert "resuming after round 4 of 6" in again.said.getvalue()
+    assert "resuming after round 4 of 6" in place.crash_and_return("crash", 4, monkeypatch)
     assert place.model("crash", NAMES[0]) == place.model("crash", NAMES[1]) == place.model("whole", NAMES[0])
 
 

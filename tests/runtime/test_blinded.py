@@ -147,25 +147,7 @@ def ends(f: Federation, name: str, round: int, phase: str, step: int, after: boo
     script = f.engine.script(NAMES, round, False)
     at = next(n for n, b in enumerate(script) if (b.phase, b.step) == (phase, step))
     participants = {n: f.participant(n, Leaving(f.service, n, round, at, after) if n == name else None) for n in NAMES}
-    failures: list[BaseException] = []
-
-    def take_part(n: str) -> None:
-        try:
-            participants[n].run()
-        except Gone:
-            pass
-        except BaseException as error:
-            failures.append(error)
-            f.service.stop()
-
-    threads = [threading.Thread(target=take_part, args=(n,), daemon=True) for n in NAMES]
-    for thread in threads:
-        thread.start()
-    f.service.run()
-    for thread in threads:
-        thread.join(60)
-    if failures:
-        raise failures[0]
+    f.train(participants, excused=lambda n, error: isinstance(error, Gone))
     stayed = [n for n in NAMES if n != name]
     segments = [participants[n].held.segment for n in stayed]
     assert_trees_close(segments[1], segments[0], rtol=0, atol=0)
@@ -215,23 +197,7 @@ def test_rounds_that_are_skipped_leave_the_segment_where_it_was():
 
     f.service._on_round = on_round
     participants = {n: f.participant(n) for n in NAMES}
-    failures: dict[str, str] = {}
-
-    def take_part(name: str) -> None:
-        try:
-            participants[name].run()
-        except UserError as error:
-            failures[name] = str(error)
-            if name != NAMES[2]:
-                f.service.stop()
-
-    threads = [threading.Thread(target=take_part, args=(n,), daemon=True) for n in NAMES]
-    for thread in threads:
-        thread.start()
-    f.service.run()
-    for thread in threads:
-        thread.join(60)
-    assert failures.keys() <= {NAMES[2]}, failures
+    f.train(participants, excused=lambda name, error: name == NAMES[2] and isinstance(error, UserError))
     happened = [e["event"] for e in f.session.events if e["event"] in ("skipped", "round")]
     assert "skipped" in happened[:-1] and happened[-1] == "round", happened
     assert_trees_close(participants[NAMES[0]].held.segment, participants[NAMES[1]].held.segment, rtol=0, atol=0)
