@@ -122,18 +122,18 @@ TURNS = {
 # What may keep text from whoever receives activations: each alone and in combinations, on the demo's data and tokens. The
 # clients' secret is the same number in all runs: what it hides is what the server can't compute, whatever the number is.
 SECRET = {"privacy.client_seed": 271828}
-NOISE = {sigma: SECRET | {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (1.0, 2.0, 4.0)}
-DEEP = SECRET | {"model.client_layers": 1}
+NOISE = {sigma: {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (0.5, 1.0, 2.0)}
+DEEP = {"model.client_layers": 1}
 DEFENCES = {
     "demo": Arm("configs/demo.py"),
     "secret": Arm("configs/demo.py", SECRET),
-    **{f"noise-{sigma:g}": Arm("configs/demo.py", changes) for sigma, changes in NOISE.items()},
+    **{f"noise-{sigma:g}": Arm("configs/demo.py", SECRET | changes) for sigma, changes in NOISE.items()},
     "dropout": Arm("configs/demo.py", SECRET | {"model.hidden_dropout": 0.1}),
-    "deep": Arm("configs/demo.py", DEEP),
-    "deep-noise-1": Arm("configs/demo.py", DEEP | NOISE[1.0]),
-    "deep-noise-2": Arm("configs/demo.py", DEEP | NOISE[2.0]),
+    "deep": Arm("configs/demo.py", SECRET | DEEP),
+    "deep-noise-0.5": Arm("configs/demo.py", SECRET | DEEP | NOISE[0.5]),
+    "deep-noise-1": Arm("configs/demo.py", SECRET | DEEP | NOISE[1.0]),
     "eight-steps": Arm("configs/parallel.py", SECRET),
-    "eight-steps-reset": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "reset"}),
+    "eight-steps-keep": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "keep"}),
     "turns": Arm("configs/sequential.py", SECRET),
 }
 
