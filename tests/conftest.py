@@ -29,7 +29,15 @@ from fedbert_jax.models.bert import Segments, make_segments
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-MEMORY = 8 << 30  # bytes that a process of the tests may grow to
+# Bytes that a process of the tests may grow to: altogether three quarters of the machine's, but no more than it needs.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+MEMORY = min(8 << 30, 3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * WORKERS))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Half as many workers again as there are cores (`-n auto`): tests of several processes wait for one another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + (cores + 1) // 2
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from pathlib import Path
 from corpus import environment
 
 # The tests compile much and compute little: LLVM need not optimise, and older emitters are quicker; each halves the time.
-FLAGS = "--xla_backend_optimization_level=0"
+# Parts of a program that are compiled side by side cost more altogether, and the cores have other tests to run.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if metadata.version("jaxlib").startswith("0.10."):  # later versions end the process at a flag that they don't know
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 

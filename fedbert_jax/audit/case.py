@@ -112,7 +112,7 @@ class Case:
             noise=_noise(source.config),
         )
         model = make_strategy(setting).model_of(source.state, jnp.int32(0))
-        log = Log(self.log[0], facts.noise)
+        log = Log(self.log[0], facts.noise, facts.segments.config.client_layers)
         return View(facts, self.replay.messages, log, jax.device_get(model.server), text=self.text)
 
     def granted(self, kind: str) -> dict[str, Any] | str:

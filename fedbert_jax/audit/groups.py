@@ -17,6 +17,13 @@ FEW = 4  # rows that are not divided
 MOST = 12_000  # groups
 ROWS = 4096  # that are gathered at a time
 SWEEPS = 2
+DEEPER = (
+    0.85,
+    0.8,
+    0.75,
+)  # cosines from which on rows of one word's group are alike, behind 1, 2 and more of a client's layers
+SAMPLE = 16_000  # rows among which such groups are looked for
+AROUND = 2500  # such groups
 
 
 class Groups(NamedTuple):
@@ -31,7 +38,7 @@ class Groups(NamedTuple):
         return best(rows, self.means, 1, self.bias)[0][..., 0]
 
 
-def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, noise: float) -> Groups:
+def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, noise: float, layers: int = 0) -> Groups:
     """Gathers the rows h [R, T, D] of a log.
 
     Args:
@@ -39,8 +46,11 @@ def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, noise: float) -
       geometry: of them.
       where: bool [R, T], which rows are gathered.
       noise: the standard deviation of the noise that they have.
+      layers: how many of its own the client has put them through, so that rows of a word differ by what stands around it.
     """
     size = scale(h[where], noise)
+    if layers:
+        return _in_context(geometry.centred(h), where, noise, DEEPER[min(layers, len(DEEPER)) - 1])
     x, noise = (geometry.centred(h) / size).astype(np.float32), noise / float(size)
     if noise > 0:
         rows, which = x[where], np.full(where.shape, -1)
@@ -54,6 +64,34 @@ def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, noise: float) -
     means, sizes = _means(rows * size, of, counts)
     bias = -0.5 * np.sum(means**2, axis=1) + (noise * size) ** 2 * np.log(np.maximum(sizes, 1) / sizes.sum())
     return Groups(means, np.where(which >= 0, of[which], -1), bias.astype(np.float32))
+
+
+def _in_context(x: np.ndarray, where: np.ndarray, noise: float, like: float) -> Groups:
+    """Gathers rows x [R, T, D], without their position, whose words' neighbours show in them: by directions alone."""
+    rows = unit(x[where])
+    # Noise shortens a row's part along its word's direction; a mean row has none.
+    kept = float(np.sqrt(np.clip(1 - noise**2 / np.mean(x[where] ** 2), 0.01, 1)))
+    left = rows[np.random.default_rng(0).permutation(len(rows))[:SAMPLE]]
+    found: list[np.ndarray] = []
+    while len(left) and len(found) < AROUND:
+        centre, least = left[0], like * kept**2
+        for _ in range(2):
+            mine = left @ centre > least
+            mine[0] = True
+            centre, least = unit(left[mine].mean(axis=0)), like * kept
+        mine = left @ centre > least
+        mine[0] = True
+        found.append(centre)
+        left = left[~mine]
+    centres = np.array(found, np.float32)
+    for _ in range(SWEEPS):
+        of = best(rows, centres, 1)[0][:, 0]
+        means, sizes = _means(rows, _renumbered(of))
+        centres = unit(means[sizes > 2]) if (sizes > 2).any() else unit(means)
+    taken, of = np.unique(best(rows, centres, 1)[0][:, 0], return_inverse=True)
+    which = np.full(where.shape, -1)
+    which[where] = of
+    return Groups(centres[taken], which, np.zeros(len(taken), np.float32))
 
 
 def scale(h: np.ndarray, noise: float) -> np.float32:

@@ -98,6 +98,7 @@ class Log:
 
     messages: Messages
     noise: float  # `Public.noise`
+    layers: int = 0  # the client's own, which message 1 comes out of
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -107,7 +108,7 @@ class Log:
     @functools.cached_property
     def groups(self) -> Groups:
         """Its rows, gathered by word."""
-        return gather(self.messages.h, self.geometry, self.messages.unasked, self.noise)
+        return gather(self.messages.h, self.geometry, self.messages.unasked, self.noise, self.layers)
 
 
 @dataclass(frozen=True)

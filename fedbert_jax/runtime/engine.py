@@ -63,6 +63,7 @@ class Engine:
         self.cohort = 1 if self.in_turn else s.cohort
         self.programs = ServerPrograms(s, self.cohort)
         self.shapes, self.lengths, self.sums = shapes_of(s, rows, parts), lengths, sums
+        self._schemas: dict[str, Schema] = {}
         self.opt_travels = opt_travels(s)
         self.own_update = jax.jit(s.client_tx.update)  # of the server's own copy, where gradients are averaged
         self.state: ServerState | None = None
@@ -78,7 +79,9 @@ class Engine:
 
     def schema(self, barrier: Barrier) -> Schema:
         """Returns what is expected of a message at a barrier."""
-        return expected(self.s, self.shapes, barrier, self.lengths, self.sums)
+        if barrier.phase not in self._schemas:  # every message asks
+            self._schemas[barrier.phase] = expected(self.s, self.shapes, barrier, self.lengths, self.sums)
+        return self._schemas[barrier.phase]
 
     def weights(self, members: Sequence[str], blocks: Mapping[str, int]) -> Sequence[float]:
         """Returns the shares of the clients of a round, by how much text each has; float32, summing to 1."""

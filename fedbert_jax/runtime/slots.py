@@ -28,6 +28,8 @@ class Slots(NamedTuple):
         """Stacks payloads, at least one, at their slots, [C, ...], with zeros where nobody is."""
         if self.in_turn:
             return stacked(list(given.values()))
+        if len(given) == len(self.members) == self.size:
+            return stacked([given[c] for c in self.members])
         zero = zeros_like(next(iter(given.values())))
         rows = [given.get(c, zero) for c in self.members]
         return stacked(rows + [zero] * (self.size - len(rows)))

@@ -189,6 +189,28 @@ def test_noise_averages_out_in_groups():
     assert (named[groups.of[where]] == text[where]).mean() > 0.9
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_words_are_gathered_by_direction_where_their_neighbours_show_in_them(noise):
+    """As behind a client's own layer: no two rows of a word are equal, and the whitened ones are not alike enough."""
+    text, rng = far_apart(30, 400)
+    rows, beside = rng.standard_normal((2, 30, 32)).astype(np.float32)
+    h = rows[text] + 0.4 * beside[np.roll(text, 1, axis=1)] + noise * rng.standard_normal((*text.shape, 32))
+    where = np.ones(text.shape, bool)
+    where[:, 0] = False
+    geometry = describe(h, where)
+    groups = gather(h, geometry, where, noise, layers=1)
+    assert (groups.of[:, 0] == -1).all()
+    np.testing.assert_array_equal(groups.nearest(geometry.centred(h))[where], groups.of[where])
+    table = np.zeros((len(groups.means), 30), int)
+    np.add.at(table, (groups.of[where], text[where]), 1)
+    assert table.max(axis=1).sum() / where.sum() > 0.9 and table.max(axis=0).sum() / where.sum() > 0.75
+    if not noise:
+        flat = gather(h, geometry, where, noise)
+        table = np.zeros((int(flat.of.max()) + 1, 30), int)
+        np.add.at(table, (flat.of[where], text[where]), 1)
+        assert table.max(axis=0).sum() / where.sum() < 0.75, "what gathers rows that neighbours leave alone would do"
+
+
 @pytest.mark.parametrize("size", [1.0, 0.05])
 def test_what_is_gathered_does_not_depend_on_how_large_rows_are(size):
     text, rng = far_apart(30, 300)
