@@ -28,6 +28,7 @@ from fedbert_jax.data.masking import MaskedBatch, mask_blocks
 from fedbert_jax.models.bert import Segments, make_segments
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000)  # tracing makes many objects that live, and looking through them again and again costs a tenth
 
 # Bytes that a process of the tests may grow to: altogether three quarters of the machine's, but no more than it needs.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -67,18 +68,27 @@ def forgotten() -> Iterator[None]:
         gc.collect()
 
 
-# The files that take longest, longest first: two workers then end together (`--dist loadfile --no-loadscope-reorder`).
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leaves what has been imported out of all collections of garbage."""
+    gc.freeze()
+
+
+# The files that take longest, longest first: the workers then end together (`--dist loadfile --no-loadscope-reorder`).
 LONGEST = (
-    "devices/test_mesh",
     "federated/test_rounds",
     "glue/test_finetune",
-    "devices/test_processes",
-    "test_resume",
-    "test_benchmarks",
-    "runtime/test_simulation",
-    "test_network",
-    "jobs/test_classifying",
+    "devices/test_mesh",
     "runtime/test_federation",
+    "test_benchmarks",
+    "audit/test_command",
+    "test_network",
+    "test_resume",
+    "jobs/test_classifying",
+    "devices/test_processes",
+    "runtime/test_simulation",
+    "audit/test_replay",
+    "audit/test_recorded",
+    "runtime/test_faults",
 )
 assert all((Path(__file__).parent / f"{name}.py").is_file() for name in LONGEST)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fedbert_jax.glue.tasks import TASKS
 from fedbert_jax.workdir.checkpoint import Checkpoints
 
 assert jax.device_count() == 8, jax.devices()
+gc.set_threshold(50_000)  # as in conftest.py
 
 CASES = [  # bodies that are merged are so with clipping and noise
     ("parallel", "pooled", "parameters", 3),  # a first step and a loop, which XLA keeps if it has several iterations

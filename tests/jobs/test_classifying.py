@@ -181,7 +181,11 @@ def check_equal(federation: Classifiers, clients: dict[str, Any]) -> None:
         federation.job.judge(scores_of(federation), dict.fromkeys(NAMES, 1)),
     )
     expected.pop("spearman", None)  # which needs all answers in one order
-    assert found.fields["scores"] == {"dev": pytest.approx(expected, rel=1e-4, abs=1e-5)} and expected
+    # A correlation divides by the answers' spread, and a regression that has hardly begun answers almost the same to all:
+    # what rounding does to an answer is that much larger in it.
+    answers = simulation.logits(state.model, simulation.data.dev["dev"])[0]
+    rounding = 4 * np.finfo(np.float32).eps * np.abs(answers).max() / answers.std() if "pearson" in expected else 0
+    assert found.fields["scores"] == {"dev": pytest.approx(expected, rel=1e-4, abs=float(1e-5 + rounding))} and expected
     assert found.fields["eval_clients"].keys() == set(NAMES) and found.fields["eval_clients_scored"] == 3
 
 
