@@ -181,11 +181,10 @@ def check_equal(federation: Classifiers, clients: dict[str, Any]) -> None:
         federation.job.judge(scores_of(federation), dict.fromkeys(NAMES, 1)),
     )
     expected.pop("spearman", None)  # which needs all answers in one order
-    # A correlation divides by the answers' spread, and a regression that has hardly begun answers almost the same to all:
-    # what rounding does to an answer is that much larger in it.
-    answers = simulation.logits(state.model, simulation.data.dev["dev"])[0]
-    rounding = 4 * np.finfo(np.float32).eps * np.abs(answers).max() / answers.std() if "pearson" in expected else 0
-    assert found.fields["scores"] == {"dev": pytest.approx(expected, rel=1e-4, abs=float(1e-5 + rounding))} and expected
+    if "pearson" in expected:  # a correlation divides by the answers' spread: were they all alike, it would be of rounding
+        answers = simulation.logits(state.model, simulation.data.dev["dev"])[0]
+        assert answers.std() > 0.01 * np.abs(answers).max()
+    assert found.fields["scores"] == {"dev": pytest.approx(expected, rel=1e-4, abs=1e-5)} and expected
     assert found.fields["eval_clients"].keys() == set(NAMES) and found.fields["eval_clients_scored"] == 3
 
 
@@ -196,7 +195,12 @@ def scores_of(federation: Classifiers) -> dict[str, np.ndarray]:
 CASES = [
     ("SST-2", dict(average="gradients"), {}, 2),
     ("SST-2", dict(strategy="sequential"), {}, 1),
-    ("STS-B", {}, dict(wire=dict(downlink="all"), model=dict(hidden_dropout=0.1, attention_dropout=0.1)), 1),
+    (
+        "STS-B",
+        {},
+        dict(wire=dict(downlink="all"), model=dict(hidden_dropout=0.1, attention_dropout=0.1, initializer_range=0.3)),
+        1,
+    ),
 ]
 
 
