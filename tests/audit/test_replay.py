@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 
 from fedbert_jax.audit.case import Case, Sizes
+from fedbert_jax.audit.groups import gather
 from fedbert_jax.audit.replay import log, replay
 from fedbert_jax.audit.source import Source
 from fedbert_jax.runtime.simulation import Simulation
@@ -52,6 +56,18 @@ def test_a_replay_ends_as_the_round_does(case):
     assert_trees_close(
         found.state, end, rtol=2e-4 if name == "gradients" else 1e-6, atol=2e-6 if name == "gradients" else 1e-7
     )
+
+
+def test_an_attacker_knows_how_deep_the_cut_is():
+    """By it, rows are gathered in another way."""
+    source, _ = source_of(rounds=0, model=dict(client_layers=1), federated=dict(strategy="parallel", average="gradients"))
+    ids = dict(pad_token_id=0, unk_token_id=1, cls_token_id=2, sep_token_id=3, mask_token_id=4, all_special_ids=range(5))
+    tokenizer = SimpleNamespace(get_vocab=lambda: {str(n): n for n in range(VOCAB)}, name_or_path="", **ids)
+    source = dataclasses.replace(source, tokenizer=tokenizer)
+    log = Case(source, Sizes(), "", print).view.log
+    expected = gather(log.messages.h, log.geometry, log.messages.unasked, 0.0, layers=1)
+    np.testing.assert_array_equal(log.groups.of, expected.of)
+    assert (log.groups.of != gather(log.messages.h, log.geometry, log.messages.unasked, 0.0).of).any()
 
 
 def test_who_adds_up_numbers_under_pads_sees_no_words(case):
