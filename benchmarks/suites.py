@@ -81,12 +81,12 @@ def _gpu_rows(size: str) -> tuple[Row, ...]:
         Row("centralized/HF", "centralized", "hf", None, size),
         Row("centralized/torch gather, compiled", "centralized", "gather-compiled", None, size),
         Row("centralized/plain JAX", "centralized", "plain", None, size),
-        Row("parallel/centralized", "parallel", "centralized", 0.97, size),
         Row("parallel, gradients averaged/centralized", "parallel-gradients", "centralized", None, size),
-        Row("parallel/torch V2, gather", "parallel", "v2-gather", 10.0, size),
         Row("parallel, gradients averaged/torch V2, gather", "parallel-gradients", "v2-gather", None, size),
-        Row("parallel/torch V2", "parallel", "v2", 10.0, size),
         Row("parallel, gradients averaged/torch V2", "parallel-gradients", "v2", None, size),
+        Row("parallel/torch V2", "parallel", "v2", 10.0, size),
+        Row("parallel/torch V2, gather", "parallel", "v2-gather", 10.0, size),
+        Row("parallel/centralized", "parallel", "centralized", 0.97, size),
     )
 
 
