@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 from collections.abc import Coroutine
@@ -38,7 +39,8 @@ class Pace:
     """Says when bytes have left a line of a given rate: a token bucket that holds `SLACK` seconds' worth."""
 
     def __init__(self, megabits: float | None):
-        self._rate, self._free = None if megabits is None else 125_000 * megabits, 0.0  # bytes a second
+        self._rate = None if megabits is None else 125_000 * megabits  # bytes a second
+        self._free = -math.inf  # when the last of the bytes so far leaves: there were none
 
     def leaves(self, size: int, now: float, waited: bool) -> float:
         """Returns the time at which the last of `size` bytes has left.
@@ -51,7 +53,8 @@ class Pace:
         """
         if self._rate is None:
             return now
-        self._free = (max(self._free, now - SLACK) if waited else self._free) + size / self._rate
+        idle = waited or self._free == -math.inf
+        self._free = (max(self._free, now - SLACK) if idle else self._free) + size / self._rate
         return self._free
 
 
