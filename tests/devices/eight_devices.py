@@ -24,14 +24,14 @@ CASES = [  # bodies that are merged are so with clipping and noise
     ("parallel", "pooled", "parameters", 3),  # a first step and a loop, which XLA keeps if it has several iterations
     ("parallel", "pooled", "gradients", 2),
     ("parallel", "merged", "parameters", 2),
-    ("sequential", "pooled", "parameters", 2),
-    ("local", "pooled", "parameters", 2),
-    ("fedavg", "pooled", "parameters", 2),
+    ("sequential", "pooled", "parameters", 1),
+    ("local", "pooled", "parameters", 1),
+    ("fedavg", "pooled", "parameters", 1),
 ]
 # With one seed, each step's sequences are split over devices; with four seeds on data=4, the seeds are.
-FINETUNING = [("centralized", (0,)), ("centralized", (0, 1, 2, 3)), ("parallel", (0,))]
-MESHES = [(4, 2), (8, 1)]  # the second for the first case only
-RESTORED = [(2, 4), (8, 1), (1, 1)]  # what was saved on the first mesh
+FINETUNING = [("centralized", (0, 1, 2, 3)), ("parallel", (0,))]
+MESHES = {CASES[0]: [(4, 2), (8, 1)], CASES[1]: [(8, 1)]}  # of the others, the first
+RESTORED = [(2, 4), (1, 1)]  # what was saved on the first mesh
 
 
 def build(strategy: str, body: str, average: str, local_steps: int, data: int, model: int):
@@ -66,12 +66,12 @@ def build(strategy: str, body: str, average: str, local_steps: int, data: int, m
     return make_simulation(config, clients=clients)
 
 
-def end_of_run(*case_and_mesh):
-    simulation = build(*case_and_mesh)
+def end_of_run(strategy, *case_and_mesh):
+    simulation = build(strategy, *case_and_mesh)
     state = simulation.init_state()
     for n in range(2):
         state, metrics = simulation.run_round(state, n)
-    scores = simulation.evaluate(state)
+    scores = simulation.evaluate(state) if strategy in ("parallel", "local") else None  # with a model for all, and each
     simulation.close()
     metrics = metrics._replace(failed=metrics.failed[: simulation.feed.cohort])  # without the padding
     return simulation, state, jax.device_get((state, metrics)), scores
@@ -143,27 +143,26 @@ def end_of_finetuning(strategy: str, seeds: tuple[int, ...], data: int, model: i
 def main() -> None:
     for case in CASES:
         _, _, expected, scores = end_of_run(*case, 1, 1)
-        for mesh in MESHES if case == CASES[0] else MESHES[:1]:
+        for mesh in MESHES.get(case, [(4, 2)]):
             simulation, state, actual, same = end_of_run(*case, *mesh)
             for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(
                     a, b, rtol=1e-5, atol=2e-6, err_msg=f"{case} on {mesh}: {jax.tree_util.keystr(path)}"
                 )
-            np.testing.assert_allclose(same.by_text.loss, scores.by_text.loss, rtol=1e-5)
+            if scores:
+                np.testing.assert_allclose(same.by_text.loss, scores.by_text.loss, rtol=1e-5)
             kernel = state.model.server["layers"]["attention"]["qkv"]["kernel"]
             assert len(kernel.sharding.device_set) == 8
             parts = {shard.index[-1].indices(16) for shard in kernel.addressable_shards}
             assert len(parts) == mesh[1], (case, mesh, parts)  # the heads really are split
             if case in CASES[:2]:
                 assert (simulation.feed.cohort + simulation.feed.padding) % mesh[0] == 0
-            if case == CASES[0]:
-                if mesh == MESHES[0]:
-                    restore_elsewhere(state, case)
-                else:
-                    check_collectives(simulation)
+            if mesh == (8, 1):
+                check_collectives(simulation)
+            elif case == CASES[0]:
+                restore_elsewhere(state, case)
             assert simulation.compiled() == 1, "the round was compiled again"
         print("equal:", *case, flush=True)
-    check_collectives(build(*CASES[1], *MESHES[1]))
     for strategy, seeds in FINETUNING:
         expected = end_of_finetuning(strategy, seeds, 1, 1)
         for a, b in zip(end_of_finetuning(strategy, seeds, 4, 2), expected, strict=True):
