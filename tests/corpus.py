@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from forking import environment, start
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,11 +62,12 @@ def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "fedbert_jax.main", "--config", str(config), "--workdir", str(workdir), *flags]
 
 
-def environment() -> dict[str, str]:
-    """This process's environment, including the tests' compilation cache, so that processes share their programs."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
-
-
 def run(*args: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Runs a command of the package to its end."""
-    return subprocess.run([str(a) for a in args], env=environment(), capture_output=True, text=True, timeout=timeout)
+    command = [str(a) for a in args]
+    process = start(command, environment())
+    try:
+        out, err = process.communicate(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

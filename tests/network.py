@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from corpus import environment, write_corpus
+from corpus import write_corpus
+from forking import environment, start
 from processes import FLAGS, free_port
 
 from fedbert_jax.data.tokenizer import save_tokenizer
@@ -42,7 +42,7 @@ class Party:
         self.log = log
         with log.open("a") as out:
             env = environment() | {"XLA_FLAGS": FLAGS}
-            self.process = subprocess.Popen(args, env=env, cwd=ROOT, stdout=out, stderr=out)
+            self.process = start(args, env, ROOT, out)
 
     def said(self) -> str:
         """What it has printed so far, in all its lives."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from corpus import environment
+from forking import environment, start
 
 # The tests compile much and compute little: LLVM need not optimise, and older emitters are quicker; each halves the time.
 # Parts of a program that are compiled side by side cost more altogether, and the cores have other tests to run.
@@ -28,7 +28,7 @@ def free_port() -> int:
 def start_alone(args: list[str], devices: int = 1) -> list[subprocess.Popen]:
     """Starts a command in one process, with `devices` of XLA's fake CPU devices."""
     env = environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}"}
-    return [subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)]
+    return [start(args, env)]
 
 
 def start_two(args: list[str], *more: list[str], program: str | None = None) -> list[subprocess.Popen]:

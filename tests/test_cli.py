@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
-from corpus import environment
+from forking import environment
 
 from fedbert_jax import cli
 from fedbert_jax.errors import ConfigError, DivergedError, UserError

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import command, environment, run, write_corpus
+from corpus import command, run, write_corpus
+from forking import environment, start
 from rich.console import Console
 from safetensors.numpy import load_file
 from test_main import load
@@ -57,7 +58,7 @@ def finished_rounds(workdir: Path) -> int:
 
 def kill_after(args: list[str], workdir: Path, rounds: int, number: int = signal.SIGKILL) -> subprocess.Popen:
     """Starts the command and sends the signal once `rounds` rounds are written."""
-    process = subprocess.Popen(args, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(args, environment(), merged=True)
     until = time.monotonic() + 240
     while finished_rounds(workdir) < rounds and process.poll() is None:
         assert time.monotonic() < until

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from forking import environment, start
 from rich.console import Console
 from sentences import make_config, write_glue, write_tokenizer
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast, pipeline
@@ -380,7 +380,7 @@ def test_killed_and_started_again(tokenizer: BertTokenizerFast, glue: Path, tmp_
     assert done.returncode == 0, done.stderr
 
     args = corpus.command(path, tmp_path / "killed")
-    process = subprocess.Popen(args, env=corpus.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(args, environment())
     until = time.monotonic() + 240
     while seeds_finished(tmp_path / "killed") < 8 and process.poll() is None:
         assert time.monotonic() < until

@@ -23,8 +23,7 @@ def simulated(federation: Federation) -> tuple[Any, list[Any]]:
 CASES = [
     (dict(), {}, 1),
     (dict(), {}, 2),
-    (dict(client_optimizer_state="reset", weighting="uniform"), {}, 1),
-    (dict(client_optimizer_state="keep"), {}, 1),
+    (dict(client_optimizer_state="keep", weighting="uniform"), {}, 1),
     (dict(average="gradients"), {}, 1),
     (dict(average="gradients"), dict(wire=dict(gradient_codec="bfloat16")), 1),
     (dict(body="merged"), {}, 1),
