@@ -126,6 +126,17 @@ def run(args: argparse.Namespace, ceiling: dict[str, Any], cores: int, console: 
     return 1 if failed else 0
 
 
+def caching(processes: str, rows: Sequence[Row], folder: str) -> dict[str, str]:
+    """Returns the environment that says what JAX keeps of compiled programs.
+
+    A side with a process of its own may be ended and started again: only its first start compiles then, and that time is
+    reported. Where a row times compiling several times, nothing is kept.
+    """
+    if processes == "one" or any(row.kind == "seconds" for row in rows):
+        return {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
+
+
 def ordered(record: measure.Record, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Returns the record's results in the suite's order."""
     found = {(r["size"], r["name"]): r for r in record["rows"]}
@@ -141,11 +152,8 @@ def main() -> None:
     if args.suite == "cpu":
         machine.keep_freed_memory()
     cores = machine.limit_cores(args.threads)
-    if args.processes == "one":
-        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compile times are reported
-    else:  # a side's process may be ended and started again: only its first start compiles, and that time is reported
-        cache = tempfile.TemporaryDirectory(prefix="benchmarks-")
-        os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache.name, "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
+    cache = tempfile.TemporaryDirectory(prefix="benchmarks-")
+    os.environ |= caching(args.processes, args.rows, cache.name)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share the GPU
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.suite == "cpu":

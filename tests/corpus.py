@@ -26,7 +26,7 @@ def get_config():
     config.data.eval_fraction = 0.1
     config.model.hidden_size = 16
     config.model.max_position_embeddings = 32
-    config.model.num_layers = 1
+    config.model.unroll_layers = False
     config.federated.rounds = 12
     config.federated.local_steps = 2
     config.federated.batch_size = 2

@@ -1,8 +1,9 @@
 """Starts the package's commands by forking a process that has imported what they import, which takes seconds each time.
 
 A started command is a process of its own in every other respect: it has its pid, its signals, its environment, and it ends
-as Python ends. JAX is imported before the fork, but has no backend and no threads yet. All commands of a test process share
-one seed of Python's hashes, so whatever may depend on that is tested with `subprocess`.
+as Python ends. JAX is imported before the fork, but has no backend yet, and no threads: the only ones are OpenBLAS's, which
+knows forks. All commands of a test process share one seed of Python's hashes, so what may depend on that is tested with
+`subprocess`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ class Forked:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
-        return self.stdout.read() if self.stdout else "", self.stderr.read() if self.stderr else ""
+        said = ["", ""]
+        for n, file in enumerate((self.stdout, self.stderr)):
+            if file is not None:
+                with file:
+                    said[n] = file.read()
+        return said[0], said[1]
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -73,7 +79,7 @@ class Server:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment()
             )
-        self._begun, self._codes, self._pids = b"", dict[int, int](), list[int]()
+        self._partial, self._codes, self._pids = b"", dict[int, int](), list[int]()
         self._lock = threading.RLock()
 
     def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, out: int, err: int) -> int:
@@ -102,7 +108,7 @@ class Server:
     def _hear(self) -> None:
         news = self._socket.recv(1 << 16)
         assert news, "the process that forks has ended"
-        *lines, self._begun = (self._begun + news).split(b"\n")
+        *lines, self._partial = (self._partial + news).split(b"\n")
         for pid, code in map(json.loads, lines):
             if code is None:
                 self._pids.append(pid)

@@ -288,6 +288,15 @@ def test_flops_are_counted_by_the_stated_formula():
     assert executed == pytest.approx(masked - (6 * 12 * d * d + 12 * t * d) + last)
 
 
+def test_no_compilation_that_is_timed_is_read_from_a_cache():
+    cpu, gpu = SUITES["cpu"].rows, SUITES["gpu"].rows
+    off = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    assert command.caching("one", gpu, "folder") == command.caching("two", cpu, "folder") == off
+    kept = command.caching("two", gpu, "folder")
+    assert kept["JAX_COMPILATION_CACHE_DIR"] == "folder" and kept["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] == "none"
+    assert kept.keys().isdisjoint(off)
+
+
 def test_a_record_is_gone_on_with(tmp_path):
     """Rows measured before stay, unless their size has changed; machines without any rows left are dropped."""
     path, other = tmp_path / "r.json", dataclasses.replace(SMALLEST, batch=5)

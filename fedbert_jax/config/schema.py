@@ -43,7 +43,7 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     layer_norm_eps: float = 1e-12  # added to LayerNorm's variance
     initializer_range: float = 0.02  # standard deviation of the weights at the start
-    unroll_layers: bool = True  # False scans over the layers: smaller programs, quicker compiles, slower steps on CPU
+    unroll_layers: bool = True  # False scans over the layers: smaller programs, quicker compiles, slower steps
     # What the body's backward pass recomputes to save memory: nothing, all but matrix products, or everything.
     remat: Literal["none", "dots", "full"] = "none"
     logits_at_once: int | None = None  # how many of a client's masked positions have logits at a time; None: all of them

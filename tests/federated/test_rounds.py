@@ -237,7 +237,7 @@ def test_local_models_never_meet():
         assert_trees_close(strategy.model_of(new, jnp.int32(c)), end)
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "sequential"])
+@pytest.mark.parametrize("strategy", ["parallel", "fedavg", "sequential"])
 def test_optimizer_state_reset_and_keep(strategy):
     """`reset` begins every round with zero moments; `keep` gives each client its own back."""
     reset = run(tiny(strategy, client_optimizer_state="reset"), rounds=2)[0]
@@ -280,7 +280,7 @@ def test_outer_update_against_its_formula(aggregator):
 
 @pytest.mark.parametrize(
     ("strategy", "body", "at_once"),
-    [("parallel", "pooled", None), ("fedavg", "pooled", 2)],
+    [("parallel", "pooled", None), ("parallel", "private", None), ("fedavg", "pooled", 2)],
 )
 def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body, at_once):
     """Averaging copies of positions beyond the blocks' length must not change them: Adam would scale a difference up."""

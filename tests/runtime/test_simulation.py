@@ -86,7 +86,7 @@ def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog
     assert simulation.compiled() == 1
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "parallel gradients"])
+@pytest.mark.parametrize("strategy", ["parallel", "parallel gradients", "fedavg"])
 def test_a_cohort_in_slices_of_any_size(strategy):
     """Five of nine clients, two at a time: three slices, the last one padded."""
     strategy, _, average = strategy.partition(" ")
