@@ -28,6 +28,8 @@ from fedbert_jax.data.masking import MaskedBatch, mask_blocks
 from fedbert_jax.models.bert import Segments, make_segments
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Here, what compiles faster than it is written is compiled again; processes begin with many such programs, and share them.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 gc.set_threshold(50_000)  # tracing makes many objects that live, and looking through them again and again costs a tenth
 
 # Bytes that a process of the tests may grow to: altogether three quarters of the machine's, but no more than it needs.
@@ -43,7 +45,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(scope="session")
 def config() -> Config:
-    return tiny_config()
+    """Two layers, in one loop."""
+    return tiny_config(model=dict(num_layers=2, unroll_layers=False))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """Starts the package's commands by forking a process that has imported what they import, which takes seconds each time.
 
 A started command is a process of its own in every other respect: it has its pid, its signals, its environment, and it ends
-as Python ends. JAX is imported before the fork, but has no backend yet, and no threads: the only ones are OpenBLAS's, which
-knows forks. All commands of a test process share one seed of Python's hashes, so what may depend on that is tested with
-`subprocess`.
+as Python ends. JAX and gRPC are imported before the fork, but have done nothing yet, and have no threads: the only ones are
+OpenBLAS's, which knows forks. All commands of a test process share one seed of Python's hashes, so what may depend on that
+is tested with `subprocess`.
 """
 
 from __future__ import annotations
@@ -126,11 +126,21 @@ def server() -> Server:
     return Server()
 
 
+def await_stop(process: Any) -> None:
+    """Returns once a process that was started here has been stopped by a signal."""
+    if isinstance(process, Forked):
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.002)
+    else:
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+
+
 def start(
     args: Sequence[str],
     env: Mapping[str, str],
     cwd: Path | str | None = None,
     log: IO[Any] | None = None,
+    errors: IO[Any] | None = None,
     merged: bool = False,
 ) -> Any:
     """Starts `python -m fedbert_jax.NAME ...` or `python FILE ...`, forked where that is the same.
@@ -140,6 +150,7 @@ def start(
       env: its environment.
       cwd: its folder.
       log: where it writes to; None: into what `communicate` returns.
+      errors: where its errors go; None: into `log`, if there is one.
       merged: errors and output are one.
 
     Returns:
@@ -148,10 +159,10 @@ def start(
     read = lambda e: {k: v for k, v in e.items() if k.startswith(AT_IMPORT)}  # noqa: E731
     ours = args[0] == sys.executable and ((args[1] == "-m" and args[2].startswith("fedbert_jax")) or args[1].endswith(".py"))
     if not ours or sys.platform != "linux" or read(env) != read(environment()):
-        err = log or (subprocess.STDOUT if merged else subprocess.PIPE)
+        err = errors or log or (subprocess.STDOUT if merged else subprocess.PIPE)
         return subprocess.Popen(args, env=env, cwd=cwd, stdout=log or subprocess.PIPE, stderr=err, text=True)
     files = [] if log else [tempfile.TemporaryFile("w+") for _ in range(1 if merged else 2)]  # noqa: SIM115
-    out, err = (log, log) if log else (files[0], files[-1])
+    out, err = (log, errors or log) if log else (files[0], files[-1])
     pid = server().start(args, env, str(cwd or Path.cwd()), out.fileno(), err.fileno())
     reads = [open(f"/proc/self/fd/{file.fileno()}") for file in files]  # noqa: SIM115  (with a place of their own)
     for file in files:
@@ -218,7 +229,7 @@ if __name__ == "__main__":
 
     for name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "orbax.checkpoint", "fedbert_jax.cli"):
         importlib.import_module(name)
-    for name in ("data.vocabulary", "experiment", "report.page", "train", "workdir.checkpoint"):
+    for name in ("data.vocabulary", "experiment", "join", "report.page", "serve", "train", "workdir.checkpoint"):
         importlib.import_module(f"fedbert_jax.{name}")
     transformers.BertTokenizerFast  # noqa: B018  (it is imported when it is first asked for)
     warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)

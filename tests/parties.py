@@ -120,7 +120,7 @@ class Place:
             "data.seq_len": 16,
             "model.hidden_size": 16,
             "model.max_position_embeddings": 32,
-            "model.unroll_layers": False,
+            "model.num_layers": 1,
             "federated.rounds": 6,
             "federated.local_steps": 2,
             "federated.batch_size": 2,

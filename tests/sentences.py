@@ -45,7 +45,7 @@ def make_config(tokenizer: BertTokenizerFast, glue: Path, task: str = "SST-2", *
     values: dict = dict(
         task="finetune",
         data=dict(source=f"glue:{task}@{glue}", tokenizer=tokenizer.name_or_path, seq_len=32),
-        model=dict(hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=32),
+        model=dict(hidden_size=16, num_layers=1, num_heads=2, max_position_embeddings=32),
         federated=dict(strategy="centralized", batch_size=8, local_steps=2),
         client_optimizer=adamw,
         server_optimizer=adamw,

@@ -20,7 +20,7 @@ from fedbert_jax.workdir.log import read_metrics
 from fedbert_jax.workdir.paths import Workdir
 
 SECRET = 2**80 + 23
-SETTINGS = dict(federated__client_optimizer_state="reset", federated__rounds=4, model__num_layers=1)
+SETTINGS = dict(federated__client_optimizer_state="reset", federated__rounds=4)
 
 
 @pytest.fixture(scope="module")

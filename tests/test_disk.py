@@ -188,7 +188,9 @@ def no_compilation_cache():
 def test_a_run_on_a_full_disk_goes_on_once_there_is_room(tmp_path, monkeypatch, no_compilation_cache):
     """The disk is full while preparing data, and in a checkpoint; each time, the workdir is free for the next try."""
     config = write_corpus(tmp_path, clients=2, documents=12)
-    config = load(config, federated__rounds=2, checkpoint__every_rounds=1, model__num_layers=1, fill_mask=())
+    config = load(
+        config, federated__rounds=2, checkpoint__every_rounds=1, federated__local_steps=1, model__num_layers=1, fill_mask=()
+    )
     root, console = tmp_path / "w", Console(file=io.StringIO(), width=200)
     monkeypatch.setattr(Pretraining, "finish", lambda *_: None)  # a report takes seconds
     for size, place, left in ((300, "w/data", set()), (8_000, "checkpoints/1", {"data", "config.json", "metrics.jsonl"})):

@@ -33,6 +33,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijkl")]
 
+MODEL = tiny_config(model=dict(num_layers=2)).model
+
 
 def torch_model(kind: str, model: ModelConfig | None = None, **settings):
     """A random BERT of transformers, whose biases and LayerNorms are not 0 and 1."""
@@ -40,7 +42,7 @@ def torch_model(kind: str, model: ModelConfig | None = None, **settings):
     class Tokenizer:
         pad_token_id = 0
 
-    config = huggingface.hf_config(model or tiny_config().model, Tokenizer)
+    config = huggingface.hf_config(model or MODEL, Tokenizer)
     config = {k: v for k, v in config.items() if k not in ("architectures", "dtype")} | settings
     torch.manual_seed(0)
     result = getattr(transformers, kind)(transformers.BertConfig(**config)).eval()
@@ -86,7 +88,7 @@ def check_equal(directory: Path, reference, names=huggingface.CLIENT, outputs=No
     """Imports the directory and compares it with torch, as far as it has the model's parts; returns what was missing."""
     tensors, hf = huggingface.load_tensors(directory)
     assert {v.dtype for v in tensors.values()} == {np.dtype(np.float32)}
-    model = dataclasses.replace(tiny_config().model, **huggingface.sizes_of(hf, str(directory)))
+    model = dataclasses.replace(MODEL, **huggingface.sizes_of(hf, str(directory)))
     empty, apply = forward(resolve_model(model, hf["vocab_size"]), outputs)
     client, server, missing = huggingface.from_tensors(tensors, *empty, names)
     tokens, types, mask = inputs(hf["vocab_size"])
@@ -232,7 +234,7 @@ def test_a_classifier_keeps_its_pooler_and_its_labels(tmp_path):
 def test_a_classifier_for_other_labels_is_lacking_not_wrong(tmp_path):
     torch_model("BertForSequenceClassification", num_labels=3).save_pretrained(tmp_path)
     tensors, _ = huggingface.load_tensors(tmp_path)
-    segments = make_segments(tiny_config().model, outputs=2)
+    segments = make_segments(MODEL, outputs=2)
     fresh = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     client, _, missing = huggingface.from_tensors(tensors, *fresh, huggingface.CLASSIFIER_CLIENT)
     assert missing == list(huggingface.CLASSIFIER)
@@ -250,7 +252,7 @@ def test_a_classifier_for_other_labels_is_lacking_not_wrong(tmp_path):
 def test_a_saved_classifier_is_transformers_own(tmp_path, labels, regression):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = load_tokenizer(str(tmp_path))
-    model = dataclasses.replace(tiny_config().model, hidden_dropout=0.0)
+    model = dataclasses.replace(MODEL, hidden_dropout=0.0)
     segments = make_segments(model, outputs=len(labels))
     client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     huggingface.save(tmp_path / "hf", client, server, model, tokenizer, "card", labels, regression)
@@ -272,10 +274,10 @@ def test_import_then_export_is_bit_for_bit(tmp_path, change):
     original = {k: v.numpy() for k, v in load_file(tmp_path / "model.safetensors").items()}
     rename(tmp_path, change)
     tensors, _ = huggingface.load_tensors(tmp_path)
-    empty, _ = forward(tiny_config().model)
+    empty, _ = forward(MODEL)
     client, server, _ = huggingface.from_tensors(tensors, *empty)
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    huggingface.save(tmp_path / "hf", client, server, tiny_config().model, load_tokenizer(str(tmp_path)), "card")
+    huggingface.save(tmp_path / "hf", client, server, MODEL, load_tokenizer(str(tmp_path)), "card")
     again = {k: v.numpy() for k, v in load_file(tmp_path / "hf" / "model.safetensors").items()}
     assert again.keys() == original.keys()
     for name, value in original.items():
@@ -294,7 +296,7 @@ def saved(tmp_path) -> Path:
 def imported(directory: Path):
     tensors, hf = huggingface.load_tensors(directory)
     huggingface.sizes_of(hf, str(directory))
-    return huggingface.from_tensors(tensors, *forward(tiny_config().model)[0])
+    return huggingface.from_tensors(tensors, *forward(MODEL)[0])
 
 
 @pytest.mark.parametrize("name", ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"])

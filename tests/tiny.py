@@ -24,9 +24,7 @@ VOCAB, LENGTH = 61, 12
 def tiny_config(**changes: Any) -> config_lib.Config:
     """A config of the tiny test model; `changes` are nested sections, `federated=dict(rounds=2)`."""
     values: dict[str, Any] = dict(
-        model=dict(
-            hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_position_embeddings=16, unroll_layers=False
-        ),
+        model=dict(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position_embeddings=16),
         data=dict(seq_len=LENGTH),
         federated=dict(num_clients=3, local_steps=2, batch_size=2, rounds=4),
         # The key's bias has no gradient except rounding errors (softmax ignores it). Adam would blow these up to full steps,

@@ -22,6 +22,7 @@ from fedbert_jax.glue.finetune import finetune
 from fedbert_jax.report.audits import read_audit, strongest
 from fedbert_jax.report.page import write_report
 from fedbert_jax.train import train
+from fedbert_jax.workdir.paths import Workdir
 
 SMALL = ("--blocks", "12", "--log", "60", "--known_blocks", "3")
 
@@ -34,7 +35,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(corpus):
     """A run with two checkpoints, whose clients have a secret of their own; and what is public."""
-    config = load(corpus, federated__rounds=6, privacy__client_seed=77)
+    config = load(corpus, federated__rounds=6, privacy__client_seed=77, model__num_layers=1)
     assert train(config, corpus.parent / "run", Console(quiet=True)) == 0
     (corpus.parent / "public.txt").write_text((corpus.parent / "text" / "client_0" / "all.txt").read_text()[::-1])
     return corpus.parent / "run", f"text:{corpus.parent / 'public.txt'}"
@@ -95,15 +96,6 @@ def test_the_same_numbers_when_repeated(audited, trained, tmp_path):
     assert without(again) == without(audited[1])
 
 
-def test_a_seed_that_everybody_knows_reads_the_text(corpus):
-    """The same run without a secret of the clients'."""
-    workdir = corpus.parent / "open"
-    assert train(load(corpus, federated__rounds=6), workdir, Console(quiet=True)) == 0
-    assert main([str(workdir), "--knows", "seed", "--attacks", "nearest", *SMALL]) == 0
-    (row,) = read_audit(workdir)
-    assert row["top1"] > 0.8
-
-
 def test_what_is_supposed_stays_apart(audited, capsys):
     workdir, rows, _ = audited
     assert main([str(workdir), "--knows", "segment", "--config.wire.noise=3", "--attacks", "nearest", *SMALL]) == 0
@@ -119,13 +111,16 @@ def test_a_damaged_audit_is_no_audit(content, tmp_path):
     assert read_audit(tmp_path) == []
 
 
-def test_all_hidden_states_sent_back_are_read_too(corpus, tmp_path):
-    config = load(corpus, federated__rounds=1, wire__downlink="all")
+def test_a_seed_that_everybody_knows_reads_the_text_and_all_hidden_states_are_read_too(corpus, tmp_path):
+    """A run without a secret of the clients', to whom all hidden states come back."""
+    config = load(corpus, federated__rounds=3, wire__downlink="all", model__num_layers=1)
     assert train(config, tmp_path, Console(quiet=True)) == 0
-    assert main([str(tmp_path), "--knows", "segment", *SMALL]) == 0
-    labels = next(row for row in read_audit(tmp_path) if row["of"] == "labels")
-    assert labels["top1"] > 0.98 and labels["given"] == {
-        "blocks": 12, "log": 12, "known_blocks": 3, "public": "", "divergence": None,
+    assert main([str(tmp_path), "--knows", "seed,segment", "--attacks", "nearest,gradient", *SMALL]) == 0
+    by = {(row["knows"], row["attack"]): row for row in read_audit(tmp_path)}
+    assert by["seed", "nearest"]["top1"] > 0.8
+    labels = by["segment", "gradient"]
+    assert labels["top1"] > 0.98 and labels["of"] == "labels" and labels["given"] == {
+        "blocks": 12, "log": 36, "known_blocks": 3, "public": "", "divergence": None,
     }  # fmt: skip
 
 
@@ -153,6 +148,7 @@ def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
         glue,
         federated=dict(strategy="parallel", num_clients=2, batch_size=4),
         data=dict(partition=dict(kind="iid")),
+        finetune=dict(epochs=1.0),
     )
     assert finetune(config, tmp_path, Console(quiet=True)) == 0
     assert main([str(tmp_path), "--knows", "segment,known_text,old_segment,seed", *SMALL]) == 0
@@ -190,8 +186,8 @@ def test_a_mistake_is_one_sentence(given, said, trained, corpus, tmp_path):
 def test_runs_in_which_nothing_crosses_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         main([str(tmp_path)])
-    config = load(corpus, federated__strategy="centralized", federated__rounds=1)
-    assert train(config, tmp_path / "run", Console(quiet=True)) == 0
+    (tmp_path / "run").mkdir()
+    Workdir(tmp_path / "run").write_config(load(corpus, federated__strategy="centralized", federated__rounds=1))
     with pytest.raises(UserError, match="in which no activations cross"):
         main([str(tmp_path / "run")])
 

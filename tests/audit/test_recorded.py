@@ -38,7 +38,7 @@ CASES = {
     "parameters": dict(wire__microbatches=2, federated__weighting="uniform"),
     "sequential": dict(federated__strategy="sequential", wire__downlink="all"),
 }
-SHORT = dict(federated__rounds=3, eval__every_rounds=3, model__num_layers=1)
+SHORT = dict(federated__rounds=3, eval__every_rounds=3)
 SMALL = ("--blocks", "12", "--log", "60", "--known_blocks", "3")
 
 

@@ -60,7 +60,9 @@ def test_a_replay_ends_as_the_round_does(case):
 
 def test_an_attacker_knows_how_deep_the_cut_is():
     """By it, rows are gathered in another way."""
-    source, _ = source_of(rounds=0, model=dict(client_layers=1), federated=dict(strategy="parallel", average="gradients"))
+    source, _ = source_of(
+        rounds=0, model=dict(num_layers=2, client_layers=1), federated=dict(strategy="parallel", average="gradients")
+    )
     ids = dict(pad_token_id=0, unk_token_id=1, cls_token_id=2, sep_token_id=3, mask_token_id=4, all_special_ids=range(5))
     tokenizer = SimpleNamespace(get_vocab=lambda: {str(n): n for n in range(VOCAB)}, name_or_path="", **ids)
     source = dataclasses.replace(source, tokenizer=tokenizer)

@@ -122,11 +122,11 @@ def test_a_registered_strategy_trains(row):
     for nameless in ("", " x", "x\ny", 3):
         with pytest.raises(ValueError, match="accepted: text that can be printed"):
             fedbert_jax.register(nameless, **row)
-    config = tiny_config(federated=dict(strategy="mine"), model=dict(num_layers=1))
+    config = tiny_config(federated=dict(strategy="mine", local_steps=1))
     assert config.federated.arrangement.averages == ("copies" in row.values())
     with pytest.raises(ValueError, match="there is a strategy 'mine' already"):
         fedbert_jax.register("mine", clients="pooled", client="one", body="one")
-    simulation = make_simulation(tiny_config(federated=dict(strategy="mine"), model=dict(num_layers=1)))
+    simulation = make_simulation(config)
     state = simulation.init_state()
     before = [simulation.model_of(state, c) for c in range(3)]
     losses = []
@@ -153,7 +153,7 @@ def test_rows_by_size_are_centralized_training_across_the_cut():
     """Both draw from one stream of all blocks: the same batches and so, up to rounding, the same run."""
     ends = []
     for federated in (dict(strategy="centralized"), dict(average="gradients", batch_by="size")):
-        simulation = make_simulation(tiny_config(federated=federated, model=dict(num_layers=1, hidden_dropout=0.1)))
+        simulation = make_simulation(tiny_config(federated=federated, model=dict(hidden_dropout=0.1)))
         state = simulation.init_state()
         for n in range(3):
             state, metrics = simulation.run_round(state, n)
@@ -188,7 +188,7 @@ def test_what_fine_tuning_does_not_take_is_refused(federated, wire, key):
 def test_each_party_draws_from_its_own_secret():
     """Invariant 10: the server's draws stay when the clients' secret changes, and the reverse."""
     config = lambda **changes: tiny_config(  # noqa: E731
-        federated=dict(num_clients=8, clients_per_round=3), model=dict(num_layers=1, hidden_dropout=0.5), **changes
+        federated=dict(num_clients=8, clients_per_round=3), model=dict(hidden_dropout=0.5), **changes
     )
     assert seeds_of(config(seed=3)) == Seeds(3, 3)
     assert seeds_of(config(seed=3, privacy=dict(client_seed=7))) == Seeds(3, 7)

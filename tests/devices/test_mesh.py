@@ -44,7 +44,7 @@ def test_every_array_of_a_state_has_a_rule(federated, wire, optimizer):
     """The last case's state holds what a codec has lost of each client's gradients; both sides have layers."""
     opt = dict(name=optimizer, eps=None)
     config = tiny_config(
-        model=dict(client_layers=1), federated=federated, wire=wire, client_optimizer=opt, server_optimizer=opt
+        model=dict(num_layers=2, client_layers=1), federated=federated, wire=wire, client_optimizer=opt, server_optimizer=opt
     )
     setting = make_setting(config)
     rule = make_strategy(setting)

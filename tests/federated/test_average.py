@@ -79,7 +79,7 @@ def test_an_outer_update_leaves_a_client_of_weight_0_out(name):
 
 def test_across_the_cut_a_client_of_weight_0_changes_nothing(batch):
     """Its segment is NaN everywhere; the body's gradient and the other clients' gradients are as without it."""
-    rng, segments = np.random.default_rng(0), make_segments(tiny_config(model=dict(num_layers=1)).model)
+    rng, segments = np.random.default_rng(0), make_segments(tiny_config().model)
     one, body = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     three = jax.tree.map(lambda x: np.asarray(x)[None] + 0.1 * rng.standard_normal((3, *x.shape)).astype(np.float32), one)
     cut = make_cut(segments, WireConfig())

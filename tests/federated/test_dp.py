@@ -34,7 +34,6 @@ def plain(**federated: Any):
     optimizer = dict(warmup_steps=0, eps=1e-3, learning_rate=0.01)
     return tiny_config(
         federated=federated,
-        model=dict(num_layers=1),
         client_optimizer=optimizer,
         server_optimizer=optimizer,
         aggregator=dict(learning_rate=1.0 if federated.get("strategy") == "fedavg" else 0.5),  # 1.0: the average as it is
@@ -185,7 +184,6 @@ def test_a_resumed_run_is_the_same_bit_for_bit():
         ),
         privacy=dict(dp="client", dp_clip=0.1, dp_noise=0.5),
         aggregator=dict(momentum=0.5),
-        model=dict(num_layers=1),
     )
     ends = []
     saved = None

@@ -145,7 +145,7 @@ def test_scored_blocks_are_a_draw():
 def test_scores_do_not_depend_on_how_rows_fall_into_batches():
     found = []
     for size in (1, 2, 32):
-        made = make_simulation(tiny_config(model=dict(num_layers=1), eval=dict(batch_size=size)))
+        made = make_simulation(tiny_config(eval=dict(batch_size=size)))
         found.append(made.evaluate(made.init_state()))
         made.close()
     for other in found[1:]:

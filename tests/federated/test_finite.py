@@ -112,7 +112,7 @@ def nan_for(client: int, tree):
 )
 def test_a_round_counts_the_steps_that_failed_by_client(strategy, mode, failed):
     federated = dict(strategy=strategy, client_optimizer_state=mode, local_steps=3, batch_size=1)
-    config = tiny_config(federated=federated, model=dict(num_layers=1))
+    config = tiny_config(federated=federated)
     _, rule, state = make_strategy(config)
     opt = Pair(nan_for(1, state.opt.client), state.opt.server)
     state = State(nan_for(1, state.model) if strategy == "local" else state.model, opt, state.outer)

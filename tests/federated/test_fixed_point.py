@@ -76,7 +76,7 @@ def test_ranges_follow_the_last_average_and_keep_the_digits_of_small_numbers():
 
 def trained(rounds: int = 3, weights=(0.5, 0.2, 0.3), spoiled: int | None = None, **changes):
     """The state after some rounds, and all the states on the way."""
-    config = tiny_config(**{"model": dict(num_layers=1), **changes})
+    config = tiny_config(**changes)
     setting, _, state, round = program(config)
     states = []
     for n in range(rounds):
@@ -87,9 +87,9 @@ def trained(rounds: int = 3, weights=(0.5, 0.2, 0.3), spoiled: int | None = None
 
 KINDS = [
     dict(average="gradients"),
-    dict(client_optimizer_state="reset"),
-    dict(body="merged", client_optimizer_state="reset"),
-    dict(strategy="fedavg", client_optimizer_state="reset"),
+    dict(client_optimizer_state="reset", local_steps=1),
+    dict(body="merged", client_optimizer_state="reset", local_steps=1),
+    dict(strategy="fedavg", client_optimizer_state="reset", local_steps=1),
 ]
 
 
@@ -109,7 +109,7 @@ def test_a_blinded_average_is_the_average(kind):
 
 def test_the_outer_optimizer_gets_the_moves_that_it_would():
     adam = dict(aggregator=dict(name="adam", learning_rate=1e-2, eps=1e-3))
-    kind = dict(client_optimizer_state="reset")
+    kind = KINDS[1]
     plain = trained(federated=kind, **adam)[1][-1]
     found = trained(federated=kind, privacy=BLINDED, **adam)[1][-1]
     assert_trees_close(found.model, plain.model, rtol=1e-4, atol=2e-6)

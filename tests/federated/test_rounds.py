@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_trees_close, cohort, make_strategy, mask_spec, program, random_blocks, tiny_config
+from tiny import assert_trees_close, cohort, make_setting, make_strategy, mask_spec, program, random_blocks, tiny_config
 
 from fedbert_jax.data.masking import mask_blocks
 from fedbert_jax.federated.joined import joined_loss
@@ -31,8 +31,7 @@ def run(config, rounds=1, **kwargs):
 
 def tiny(strategy="parallel", sgd=False, model=None, **federated):
     optimizers = dict(client_optimizer=SGD, server_optimizer=SGD) if sgd else {}
-    model = dict(num_layers=1) | (model or {})
-    return tiny_config(federated=dict(strategy=strategy, **federated), model=model, **optimizers)
+    return tiny_config(federated=dict(strategy=strategy, **federated), model=model or {}, **optimizers)
 
 
 def test_one_client_trains_alike_by_any_strategy():
@@ -81,7 +80,7 @@ def test_averaged_gradients_are_training_on_the_weighted_pooled_batch(optimizer)
     """Invariant 3, with clipping, schedule, dropout, unequal weights, and an absent client whose text is nonsense."""
     config = tiny_config(
         federated=dict(average="gradients", num_clients=4),
-        model=dict(num_layers=1, hidden_dropout=0.1),
+        model=dict(hidden_dropout=0.1),
         client_optimizer=optimizer,
         server_optimizer=optimizer,
     )
@@ -112,9 +111,7 @@ def test_averaged_gradients_need_the_memory_of_centralized_training():
     """No table, gradient or moment exists per client: a large vocabulary times eight clients would show."""
     bytes_needed = {}
     for kind in (dict(strategy="centralized"), dict(average="gradients"), dict()):
-        config = tiny_config(
-            federated=dict(num_clients=8, **kind), model=dict(num_layers=1, hidden_size=64, vocab_size=8000)
-        )
+        config = tiny_config(federated=dict(num_clients=8, **kind), model=dict(hidden_size=64, vocab_size=8000))
         setting, strategy, _ = make_strategy(config)
         pooled = config.federated.arrangement.pools_text
         clients, rows = (1, 16) if pooled else (8, 2)
@@ -240,12 +237,11 @@ def test_local_models_never_meet():
 @pytest.mark.parametrize("strategy", ["parallel", "fedavg", "sequential"])
 def test_optimizer_state_reset_and_keep(strategy):
     """`reset` begins every round with zero moments; `keep` gives each client its own back."""
-    reset = run(tiny(strategy, client_optimizer_state="reset"), rounds=2)[0]
+    trained = lambda mode: run(tiny(strategy, client_optimizer_state=mode, local_steps=1), rounds=2)[0]  # noqa: E731
+    reset, average, keep = map(trained, ("reset", "average", "keep"))
     assert reset.opt.client == ()
-    average = run(tiny(strategy), rounds=2)[0]
     differs = lambda a, b: not np.allclose(a.model.client["head"]["bias"], b.model.client["head"]["bias"], atol=1e-6)  # noqa: E731
     assert differs(reset, average)
-    keep = run(tiny(strategy, client_optimizer_state="keep"), rounds=2)[0]
     moments = keep.opt.client[0].mu["head"]["bias"]
     assert moments.shape[0] == 3
     assert not np.allclose(moments[0], moments[1])
@@ -285,8 +281,7 @@ def test_outer_update_against_its_formula(aggregator):
 def test_an_outer_adam_leaves_alone_what_nobody_trains(strategy, body, at_once):
     """Averaging copies of positions beyond the blocks' length must not change them: Adam would scale a difference up."""
     config = tiny_config(
-        federated=dict(strategy=strategy, body=body, num_clients=4, clients_at_once=at_once),
-        model=dict(num_layers=1),
+        federated=dict(strategy=strategy, body=body, num_clients=4, clients_at_once=at_once, local_steps=1),
         aggregator=dict(name="adam", learning_rate=0.01),
         client_optimizer=dict(weight_decay=0.0),
     )
@@ -304,7 +299,6 @@ def test_schedules_count_global_steps():
         federated=dict(local_steps=2, client_optimizer_state="reset"),
         client_optimizer=opt,
         server_optimizer=opt,
-        model=dict(num_layers=1),
     )
     _, _, state, round = program(config)
     moved, _ = round(state, cohort(config, round=0))
@@ -317,9 +311,9 @@ def test_schedules_count_global_steps():
     "kind",
     [
         dict(),
-        dict(body="merged"),
-        dict(strategy="fedavg", client_optimizer_state="reset"),
-        dict(average="gradients"),
+        dict(body="merged", local_steps=1),
+        dict(strategy="fedavg", client_optimizer_state="reset", local_steps=1),
+        dict(average="gradients", local_steps=1),
     ],
     ids=str,
 )
@@ -330,14 +324,14 @@ def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
     for at_once in (None, 1 if "strategy" in kind else 2):
         config = tiny_config(
             federated=dict(num_clients=6, clients_at_once=at_once, **kind),
-            model=dict(hidden_dropout=0.1, num_layers=1),
+            model=dict(hidden_dropout=0.1),
             aggregator=outer,
         )
         ends.append(run(config, rounds=2, clients=6, weights=[0.1, 0.3, 0.2, 0.15, 0.25, 0.0]))
     assert_trees_close(ends[1], ends[0], atol=3e-6)
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(average="gradients"), dict(strategy="sequential")], ids=str)
+@pytest.mark.parametrize("kind", [dict(average="gradients"), dict(strategy="sequential")], ids=str)
 def test_a_short_round_is_a_round_of_fewer_steps(kind):
     """The last round of fine-tuning has fewer steps; its schedules go on from where the previous round ended."""
     models = []
@@ -355,7 +349,7 @@ def test_traffic_counts_messages_and_averaging():
     """Bytes are those of the four messages in every step, and of the segment (and its moments) there and back."""
     config = tiny()
     setting, _, state, _ = program(config)
-    traffic = lambda config: round_traffic(program(config)[0], jax.ShapeDtypeStruct((2, 12), jnp.int32))  # noqa: E731
+    traffic = lambda config: round_traffic(make_setting(config), jax.ShapeDtypeStruct((2, 12), jnp.int32))  # noqa: E731
     found = traffic(config)
     f, size, masked = config.federated, config.model.hidden_size, mask_spec(config).num_masked
     steps = f.local_steps * 3 * f.batch_size
@@ -378,7 +372,7 @@ def test_traffic_counts_messages_and_averaging():
     assert gradients["segment_gradient"] == gradients["mean_gradient"] == f.local_steps * 3 * client
     away = traffic(tiny(average="gradients", clients_per_round=2))
     assert away["segment"] == 2 * client and away["segment_optimizer"] == 2 * (2 * client + 4)
-    coded = tiny_config(federated=dict(average="gradients"), wire=dict(gradient_codec="int8"), model=dict(num_layers=1))
+    coded = tiny_config(federated=dict(average="gradients"), wire=dict(gradient_codec="int8"))
     rows = sum(x.size // x.shape[-1] for x in jax.tree.leaves(state.model.client))
     assert traffic(coded)["segment_gradient"] == f.local_steps * 3 * (client // 4 + 4 * rows)
     assert traffic(coded)["mean_gradient"] == f.local_steps * 3 * client // 2
@@ -393,7 +387,6 @@ def test_what_a_client_does_to_its_own_gradient_is_the_same_however_gradients_ar
     for federated, codec in ((gradients, "float32"), (gradients, "bfloat16"), ({}, "float32")):
         config = tiny_config(
             federated=dict(local_steps=1, **federated),
-            model=dict(num_layers=1),
             wire=dict(gradient_codec=codec, **wire),
             client_optimizer=SGD,
             server_optimizer=SGD,
@@ -409,7 +402,6 @@ def test_what_int8_has_yet_to_send_is_kept_by_client():
     """For a cohort of some clients in any order, padded by one that takes part anyway, and for absent clients."""
     config = tiny_config(
         federated=dict(average="gradients", num_clients=5, clients_per_round=3),
-        model=dict(num_layers=1),
         wire=dict(gradient_codec="int8"),
     )
     _, _, state, round = program(config)
@@ -438,7 +430,6 @@ def test_the_mean_gradient_comes_back_in_bfloat16():
     opt = SGD | dict(learning_rate=1.0)
     config = tiny_config(
         federated=dict(average="gradients", local_steps=1),
-        model=dict(num_layers=1),
         wire=dict(gradient_codec="int8"),
         client_optimizer=opt,
         server_optimizer=opt,
@@ -475,7 +466,7 @@ def test_the_mean_gradient_comes_back_in_bfloat16():
 def test_traffic_of_each_row_by_what_travels():
     """Segments handed on in turn, kept optimizers, bodies that stay on the server, and clients that missed a round."""
     traffic = lambda **federated: set(  # noqa: E731
-        round_traffic(program(tiny(**federated))[0], jax.ShapeDtypeStruct((2, 12), jnp.int32))
+        round_traffic(make_setting(tiny(**federated)), jax.ShapeDtypeStruct((2, 12), jnp.int32))
     )
     step = {"activations", "positions", "hidden_states", "head_gradient", "input_gradient"}
     both, moments = {"segment", "trained_segment"}, {"segment_optimizer", "trained_segment_optimizer"}
@@ -493,7 +484,7 @@ def test_traffic_of_each_row_by_what_travels():
 def test_bytes_of_an_average_in_fixed_point_are_those_of_its_payload():
     """An integer for each number, and for each tensor the 4 bytes that say whether all its numbers are finite."""
     federated, privacy = dict(client_optimizer_state="reset"), dict(averaging="blinded")
-    config = tiny_config(model=dict(num_layers=1), federated=federated, privacy=privacy)
+    config = tiny_config(federated=federated, privacy=privacy)
     setting, _, state, _ = program(config)
     found = round_traffic(setting, jax.ShapeDtypeStruct((2, 12), jnp.int32))
     leaves = jax.tree.leaves(state.model.client)
@@ -502,13 +493,17 @@ def test_bytes_of_an_average_in_fixed_point_are_those_of_its_payload():
 
 
 def test_optimizer_states_of_bodies_that_are_copies_go_by_the_same_setting():
-    merged = lambda mode: run(tiny(body="merged", client_optimizer_state=mode))[0]  # noqa: E731
+    def merged(mode):
+        config = tiny(body="merged", client_optimizer_state=mode)
+        _, strategy, state = make_strategy(config)
+        return jax.eval_shape(strategy.round, state, cohort(config))[0]
+
     states = {mode: merged(mode) for mode in ("average", "reset", "keep")}
     assert states["reset"].opt.server == () and states["average"].opt.server[0].mu["layers"]["up"]["bias"].ndim == 2
     assert states["keep"].opt.server[0].mu["layers"]["up"]["bias"].shape[0] == 3
 
 
 def test_attention_dropout_alone_has_keys():
-    setting = program(tiny(model=dict(attention_dropout=0.1)))[0]
+    setting = make_setting(tiny(model=dict(attention_dropout=0.1)))
     _, keys = setting.draw(random_blocks(0, 3, 2), 0, 0, jnp.arange(3))
     assert keys.client is not None and keys.server is not None and keys.noise is None

@@ -62,7 +62,7 @@ def test_gradients_equal_the_joined_models(segments, batch, clients, downlink):
 
 def test_gradients_in_float64(batch):
     """The same in double precision, where the remaining difference is not due to the algebra."""
-    segments = make_segments(tiny_config().model, jnp.float64)
+    segments = make_segments(tiny_config(model=dict(num_layers=2, unroll_layers=False)).model, jnp.float64)
     fresh = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     with jax.enable_x64(True):
         client, server = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), fresh)
@@ -120,7 +120,7 @@ def test_a_codec_trains_through_what_the_wire_carries(segments, batch, clients, 
 
 
 def test_dropout_draws_are_a_clients_own(batch):
-    config = tiny_config(model=dict(num_layers=1, hidden_dropout=0.2, attention_dropout=0.2))
+    config = tiny_config(model=dict(hidden_dropout=0.2, attention_dropout=0.2))
     segments = make_segments(config.model)
     client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     draws = jax.random.split(jax.random.key(1), (2, 3))
@@ -231,7 +231,7 @@ def test_bytes_are_those_of_the_messages(segments, batch, clients, config):
 
 def test_what_is_computed_in_bfloat16_crosses_as_it_is(batch):
     """The codec float32 is for numbers computed in float32; it doesn't widen others."""
-    segments = make_segments(tiny_config(model=dict(num_layers=1)).model, jnp.bfloat16)
+    segments = make_segments(tiny_config().model, jnp.bfloat16)
     client, server = jax.eval_shape(segments.init, *[jax.eval_shape(lambda: jax.random.key(0))] * 2)
     copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), client)
     messages = messages_of(cut_of(segments, codec="float32"), (copies, server), batch)
@@ -278,7 +278,7 @@ begin, forward, head, backward, finish = (
 @pytest.fixture(scope="module")
 def dropping():
     """Segments with dropout, three clients' own parameters and a server's; without keys, it is the model of dropout 0."""
-    made = make_segments(tiny_config(model=dict(num_layers=1, hidden_dropout=0.1, attention_dropout=0.1)).model)
+    made = make_segments(tiny_config(model=dict(hidden_dropout=0.1, attention_dropout=0.1)).model)
     client, server = jax.device_get(jax.jit(made.init)(*jax.random.split(jax.random.key(0))))
     rng = np.random.default_rng(0)
     own = jax.tree.map(lambda x: x[None] + 0.1 * rng.standard_normal((3, *x.shape)).astype(np.float32), client)

@@ -55,7 +55,7 @@ def make(config: config_lib.Config, tokenizer: BertTokenizerFast, seeds: tuple[i
 
 @pytest.mark.parametrize("task", ["SST-2", "STS-B"])
 def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
-    tuning = make(make_config(tokenizer, glue, task), tokenizer)
+    tuning = make(make_config(tokenizer, glue, task, model=dict(num_layers=2)), tokenizer)
     state, _ = tuning.init_state()
     ft.export(tuning, state, tokenizer, tmp_path / "before")
     batches = tuning.batches(0)
@@ -97,7 +97,7 @@ def test_seeds_side_by_side_are_seeds_one_by_one(
 ) -> None:
     """This also holds if a round is padded further for another seed's sake."""
     monkeypatch.setattr(sequences, "BUCKETS", (11, 13))
-    dropout = dict(hidden_dropout=0.1, attention_dropout=0.1, num_layers=1)
+    dropout = dict(hidden_dropout=0.1, attention_dropout=0.1)
     config = make_config(tokenizer, glue, model=dropout)
     padded: dict[tuple[int, ...], list[int]] = {}
 
@@ -156,7 +156,6 @@ def test_a_classifier_is_trained_across_clients(kind: dict, tokenizer: BertToken
         federated=dict(num_clients=3, **{"strategy": "parallel", **kind}),
         finetune=dict(epochs=36.0),
         data=dict(partition=dict(kind="dirichlet", alpha=1.0)),
-        model=dict(num_layers=1),
         client_optimizer=adamw,
         server_optimizer=adamw,
     )
@@ -302,7 +301,6 @@ def test_epochs_are_trained_to_the_step(strategy: str, tokenizer: BertTokenizerF
         federated=federated,
         data=dict(partition=dict(kind="iid")),
         finetune=dict(epochs=1.5),
-        model=dict(num_layers=1),
         client_optimizer=dict(schedule="linear"),
         server_optimizer=dict(schedule="linear"),
     )
@@ -371,9 +369,8 @@ def seeds_finished(root: Path) -> int:
 @pytest.mark.slow
 def test_killed_and_started_again(tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path) -> None:
     """SIGKILL of the command's process, within the second seed: it ends bit for bit like a run never stopped."""
-    values = config_lib.to_dict(
-        make_config(tokenizer, glue, finetune=dict(seeds=2, epochs=6.0), model=dict(hidden_dropout=0.1, unroll_layers=False))
-    )
+    model = dict(num_layers=2, hidden_dropout=0.1, unroll_layers=False)
+    values = config_lib.to_dict(make_config(tokenizer, glue, finetune=dict(seeds=2, epochs=6.0), model=model))
     path = tmp_path / "config.py"
     path.write_text(f"import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({values!r})\n")
     done = corpus.run(*corpus.command(path, tmp_path / "whole"))
@@ -460,7 +457,7 @@ def test_the_glue_command_prints_a_table(
     )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    words = f"glue --model {tmp_path / 'model'} --glue {glue} --seeds 2 --epochs 1 --max-length 16 "
+    words = f"glue --model {tmp_path / 'model'} --glue {glue} --seeds 1 --epochs 1 --max-length 16 "
     words += f"--workdir {tmp_path / 'w'}"
     words += f" --tasks sst2,stsb --learning-rate 1e-4,1e-3 --json {tmp_path / 'out.json'}"
     monkeypatch.setattr("sys.argv", words.split())

@@ -85,7 +85,7 @@ def make_config(folder: Path, task: str, source: str, federated: dict[str, Any] 
     values: dict[str, Any] = dict(
         task=task,
         data=dict(source=f"glue:{source}", tokenizer=str(folder / "tokenizer"), seq_len=32),
-        model=dict(hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=32, unroll_layers=False),
+        model=dict(hidden_size=16, num_layers=1, num_heads=2, max_position_embeddings=32),
         federated=dict(num_clients=3, local_steps=STEPS, batch_size=BATCH) | (federated or {}),
         eval=dict(batch_size=8),
     )
@@ -198,7 +198,10 @@ CASES = [
     (
         "STS-B",
         {},
-        dict(wire=dict(downlink="all"), model=dict(hidden_dropout=0.1, attention_dropout=0.1, initializer_range=0.3)),
+        dict(
+            wire=dict(downlink="all"),
+            model=dict(num_layers=2, hidden_dropout=0.1, attention_dropout=0.1, initializer_range=0.3),
+        ),
         1,
     ),
 ]

@@ -18,6 +18,8 @@ from fedbert_jax.models.losses import cross_entropy
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+LOOP = dict(num_layers=2, unroll_layers=False)  # layers in one loop, like those of the fixture
+
 
 def torch_model(config: ModelConfig, seed: int = 0):
     class Tokenizer:
@@ -43,7 +45,7 @@ def tensors_of(model):
 
 @pytest.fixture(scope="module")
 def pair():
-    config = tiny_config().model
+    config = tiny_config(model=LOOP).model
     model = torch_model(config)
     segments = make_segments(config)
     client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
@@ -116,7 +118,7 @@ def test_gradients_equal_torchs(pair, asked):
 @pytest.mark.parametrize("change", [dict(unroll_layers=True), dict(remat="full"), dict(remat="dots")])
 def test_scanning_unrolling_and_remat_are_one_function(segments, change):
     _, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
-    other = make_segments(tiny_config(model=change).model)
+    other = make_segments(tiny_config(model=LOOP | change).model)
     h, at = jax.random.normal(jax.random.key(1), (2, 12, 16)), jnp.array([[1, 5, 9], [0, 2, 11]])
 
     def loss(fn):
@@ -127,7 +129,7 @@ def test_scanning_unrolling_and_remat_are_one_function(segments, change):
 
 def test_explicit_attention_equals_the_fused(segments):
     """A vanishing attention dropout takes the explicit path and must give the fused path's numbers."""
-    explicit = make_segments(tiny_config(model=dict(attention_dropout=1e-7)).model)
+    explicit = make_segments(tiny_config(model=LOOP | dict(attention_dropout=1e-7)).model)
     _, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     h = jax.random.normal(jax.random.key(1), (2, 12, 16))
     lengths = jnp.array([12, 7])
@@ -151,7 +153,7 @@ def test_dropout_keeps_the_mean_and_its_groups_apart():
 
 def test_dropout_does_not_depend_on_padding():
     """The body's output at real positions is the same however far a batch is padded, with all dropouts."""
-    segments = make_segments(tiny_config(model=dict(hidden_dropout=0.3, attention_dropout=0.3)).model)
+    segments = make_segments(tiny_config(model=LOOP | dict(hidden_dropout=0.3, attention_dropout=0.3)).model)
     _, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     h = jax.random.normal(jax.random.key(1), (4, 12, 16))
     keys, lengths = jax.random.split(jax.random.key(2), 2), np.array([7, 5, 3, 7])
@@ -166,7 +168,7 @@ def test_dropout_does_not_depend_on_padding():
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_logits():
-    segments = make_segments(tiny_config().model, jnp.bfloat16)
+    segments = make_segments(tiny_config(model=LOOP).model, jnp.bfloat16)
     client, server = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     assert {x.dtype for x in jax.tree.leaves((client, server))} == {jnp.dtype("float32")}
     h = segments.embed(client, sequences(jnp.zeros((1, 12), jnp.int32)))

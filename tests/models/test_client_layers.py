@@ -98,7 +98,8 @@ def test_each_party_draws_its_own_layers():
 
 @pytest.mark.parametrize("kind", [dict(), dict(average="gradients"), dict(body="merged")], ids=str)
 def test_a_deeper_cut_trains_and_is_judged(kind):
-    simulation = make_simulation(tiny_config(federated=kind, model=dict(client_layers=1), wire=dict(clip=4.0)))
+    federated, model = dict(local_steps=1) | kind, dict(num_layers=2, client_layers=1)
+    simulation = make_simulation(tiny_config(federated=federated, model=model, wire=dict(clip=4.0)))
     state = simulation.init_state()
     before = simulation.evaluate(state).over_clients.loss
     for n in range(3):

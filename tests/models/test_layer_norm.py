@@ -19,7 +19,7 @@ from fedbert_jax.models.bert import make_segments
 from fedbert_jax.models.layers import ClassifierSegment, ClientSegment, Layer, LayerNorm
 
 EPS = 0.3  # so large that another would show
-MODEL = tiny_config(model=dict(layer_norm_eps=EPS)).model
+MODEL = tiny_config(model=dict(num_layers=2, layer_norm_eps=EPS)).model
 
 
 class Tokenizer:

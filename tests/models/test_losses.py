@@ -85,7 +85,7 @@ def test_memory_is_that_of_a_chunk():
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_split_step_in_chunks(batch, shared):
     """Three clients of 6 masked positions each, 4 of them at a time: 2 chunks."""
-    chunked, whole = (make_segments(tiny_config(model=dict(logits_at_once=n, num_layers=1)).model) for n in (4, None))
+    chunked, whole = (make_segments(tiny_config(model=dict(logits_at_once=n)).model) for n in (4, None))
     init = jax.jit(whole.init)
     inits = [init(*jax.random.split(jax.random.key(0 if shared else n))) for n in range(3)]
     clients = inits[0][0] if shared else jax.tree.map(lambda *x: jnp.stack(x), *[c for c, _ in inits])
@@ -105,10 +105,10 @@ def test_a_split_step_in_chunks(batch, shared):
 
 @pytest.mark.parametrize("strategy", ["parallel", "centralized"])
 def test_a_round_in_chunks(strategy):
-    cohort = Cohort(random_blocks(0, 2, 3, 2), jnp.arange(3), jnp.array([0.5, 0.2, 0.3]), jnp.int32(0))
+    cohort = Cohort(random_blocks(0, 1, 3, 2), jnp.arange(3), jnp.array([0.5, 0.2, 0.3]), jnp.int32(0))
     results = []
     for size in (None, 4):
-        config = tiny_config(federated=dict(strategy=strategy), model=dict(logits_at_once=size, num_layers=1))
+        config = tiny_config(federated=dict(strategy=strategy, local_steps=1), model=dict(logits_at_once=size))
         _, chosen, state = make_strategy(config)
         results.append(jax.jit(chosen.round)(state, cohort))
     assert_trees_close(results[1], results[0], rtol=1e-4, atol=1e-5)

@@ -45,7 +45,6 @@ def test_two_rounds_of_parallel_training():
     section = dict(learning_rate=0.01, warmup_steps=2, eps=1e-3, weight_decay=0.1)
     config = tiny_config(
         seed=SEED,
-        model=dict(num_layers=1),
         federated=dict(num_clients=CLIENTS, clients_per_round=C, local_steps=K, batch_size=B, rounds=ROUNDS),
         client_optimizer=section | dict(clip_norm=0.2),
         server_optimizer=section | dict(clip_norm=0.01),

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 import toy
+from forking import await_stop, environment, start
 from toy import NAMES, ROUNDS, STEPS, Local, Part, same
 
 from fedbert_jax.errors import UserError
@@ -411,30 +411,35 @@ class Processes:
     """A server and clients in processes of their own."""
 
     def __init__(self, folder: Path):
-        self.folder, self.port, self.running = folder, 0, {}
+        self.folder, self.port = folder, 0
+        self.running: dict[str, Any] = {}
+        self.said: dict[int, IO[str]] = {}  # by each process
 
-    def start(self, kind: str, what: str, **given: Any) -> subprocess.Popen[str]:
+    def start(self, kind: str, what: str, **given: Any) -> Any:
         command = [sys.executable, toy.__file__, kind, str(self.port), what, json.dumps(given)]
-        here = os.environ | {"PYTHONPATH": str(Path(toy.__file__).parents[1])}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here)
+        said, says = os.pipe()
+        with os.fdopen(says, "w") as log, (self.folder / "errors").open("a") as errors:
+            process = start(command, environment(), log=log, errors=errors)
+        self.said[process.pid] = os.fdopen(said)
         self.running[what] = process
         return process
 
-    def server(self, **given: Any) -> subprocess.Popen[str]:
+    def server(self, **given: Any) -> Any:
         process = self.start("server", str(self.folder / "c.json"), **given)
         word, port = self.line(process).split()
         assert word == "UP"
         self.port = int(port)
         return process
 
-    def line(self, process: subprocess.Popen[str]) -> str:
-        assert process.stdout is not None
-        return process.stdout.readline()
+    def line(self, process: Any) -> str:
+        return self.said[process.pid].readline()
 
     def end(self) -> None:
         for process in self.running.values():
             process.kill()
             process.wait()
+        for said in self.said.values():
+            said.close()
 
 
 @pytest.fixture
@@ -444,7 +449,7 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     made.end()
 
 
-def result(processes: Processes, server: subprocess.Popen[str]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+def result(processes: Processes, server: Any) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     """What a server ends with: body, segment, history."""
     word, _, text = processes.line(server).partition(" ")
     assert word == "END", (word, text)
@@ -452,12 +457,12 @@ def result(processes: Processes, server: subprocess.Popen[str]) -> tuple[np.ndar
     return np.float32(body), np.float32(client), [(phase, step, tuple(who)) for phase, step, who in history]
 
 
-def ended(processes: Processes, server: subprocess.Popen[str], quiet: toy.Work) -> bool:
+def ended(processes: Processes, server: Any, quiet: toy.Work) -> bool:
     body, client, _ = result(processes, server)
     return np.array_equal(body, quiet.body) and np.array_equal(client, quiet.client)
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Any) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -489,12 +494,6 @@ def test_kill_9_of_the_server(processes, quiet, spot):
 
 
 # --- half-open connections: a process that is there and does nothing -------------------------------------------------
-
-
-def await_stop(process: subprocess.Popen[str]) -> None:
-    """Returns once a process has stopped itself."""
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
 
 
 @pytest.mark.slow

@@ -21,28 +21,30 @@ def simulated(federation: Federation) -> tuple[Any, list[Any]]:
 
 
 CASES = [
-    (dict(), {}, 1),
+    (dict(), dict(model=dict(num_layers=2)), 1),
     (dict(), {}, 2),
-    (dict(client_optimizer_state="keep", weighting="uniform"), {}, 1),
+    (dict(local_steps=1, client_optimizer_state="keep", weighting="uniform"), {}, 1),
     (dict(average="gradients"), {}, 1),
-    (dict(average="gradients"), dict(wire=dict(gradient_codec="bfloat16")), 1),
+    (dict(local_steps=1, average="gradients"), dict(wire=dict(gradient_codec="bfloat16")), 1),
     (dict(body="merged"), {}, 1),
-    (dict(average="gradients"), dict(privacy=dict(averaging="blinded")), 1),
+    (dict(local_steps=1, average="gradients"), dict(privacy=dict(averaging="blinded")), 1),
     (
-        dict(client_optimizer_state="reset"),
+        dict(local_steps=1, client_optimizer_state="reset"),
         dict(privacy=dict(averaging="blinded"), aggregator=dict(name="adam", learning_rate=1e-2, eps=1e-3)),
         2,
     ),
     (dict(strategy="sequential"), {}, 1),
-    (dict(), dict(aggregator=dict(name="sgd", learning_rate=0.7, momentum=0.9)), 1),
-    (dict(), dict(model=dict(hidden_dropout=0.1, attention_dropout=0.1, client_layers=1)), 1),
-    (dict(), dict(wire=dict(codec="bfloat16", downlink="all")), 1),
+    (dict(local_steps=1), dict(aggregator=dict(name="sgd", learning_rate=0.7, momentum=0.9)), 1),
+    (dict(local_steps=1), dict(model=dict(num_layers=2, hidden_dropout=0.1, attention_dropout=0.1, client_layers=1)), 1),
+    (dict(local_steps=1), dict(wire=dict(codec="bfloat16", downlink="all")), 1),
 ]
 
 
 @pytest.mark.parametrize("federated, others, parts", CASES)
 def test_a_federation_equals_the_simulation(federated, others, parts):
-    federation = Federation(tiny_config(federated=dict(rounds=2) | federated, **others), parts=parts, evaluates=not others)
+    evaluates = not others and "local_steps" not in federated
+    config = tiny_config(federated=dict(rounds=2) | federated, **others)
+    federation = Federation(config, parts=parts, evaluates=evaluates)
     clients = federation.run()
     state, metrics = simulated(federation)
     work = federation.engine.state
@@ -60,7 +62,7 @@ def test_a_federation_equals_the_simulation(federated, others, parts):
             assert_trees_close(jax.device_get(held.segment), jax.device_get(state.model.client), **loose)
     losses = [numbers["train_loss"] for _, numbers in federation.rounds]
     np.testing.assert_allclose(losses, [float(m.loss) for m in metrics], rtol=1e-3 if "wire" in others else 1e-5)
-    if not others:
+    if evaluates:
         sums = federation.rounds[-1][1]["scores"]
         scored = federation.simulation.evaluate(state).clients
         for n, name in enumerate(NAMES):

@@ -12,8 +12,6 @@ from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 from fedbert_jax.federated.setting import slices
 from fedbert_jax.workdir.checkpoint import Checkpoints
 
-ONE = dict(num_layers=1)  # for tests in which depth doesn't matter
-
 
 def rounds(simulation, count=3):
     state = simulation.init_state()
@@ -26,7 +24,7 @@ def rounds(simulation, count=3):
 
 
 def test_text_from_memory_and_from_disk_trains_the_same():
-    ends = [rounds(make_simulation(tiny_config(model=ONE, data=dict(store=store)))) for store in ("device", "memmap")]
+    ends = [rounds(make_simulation(tiny_config(data=dict(store=store)))) for store in ("device", "memmap")]
     assert ends[0][1] == ends[1][1]
     for a, b in zip(jax.tree.leaves(ends[0][0]), jax.tree.leaves(ends[1][0]), strict=True):
         assert np.array_equal(a, b)
@@ -36,7 +34,7 @@ def test_text_from_memory_and_from_disk_trains_the_same():
 def test_averaged_gradients_go_on_bit_for_bit(codec, tmp_path):
     """They go on from a checkpoint in another simulation, which includes what int8 has yet to send."""
     config = tiny_config(
-        model=ONE, federated=dict(average="gradients", num_clients=5, clients_per_round=3), wire=dict(gradient_codec=codec)
+        federated=dict(average="gradients", num_clients=5, clients_per_round=3), wire=dict(gradient_codec=codec)
     )
     first, checkpoints = make_simulation(config, clients=5), Checkpoints(tmp_path, keep=1)
     state = first.init_state()
@@ -56,7 +54,7 @@ def test_averaged_gradients_go_on_bit_for_bit(codec, tmp_path):
 
 
 def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
-    simulation = make_simulation(tiny_config(model=ONE, federated=dict(num_clients=5, clients_per_round=2)), clients=5)
+    simulation = make_simulation(tiny_config(federated=dict(num_clients=5, clients_per_round=2)), clients=5)
     wanted = jax.device_get(simulation.feed.draw(2))
     rounds(simulation)
     again = jax.device_get(simulation.feed.draw(2))
@@ -65,7 +63,7 @@ def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
 
 def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog, tmp_path):
     """Nothing is compiled again, and nothing moves between host and device except by `device_put`."""
-    config = tiny_config(model=ONE, federated=dict(num_clients=5, clients_per_round=2, rounds=6))
+    config = tiny_config(federated=dict(num_clients=5, clients_per_round=2, rounds=6))
     simulation = make_simulation(config, clients=5)
     state = simulation.init_state()
     state, _ = simulation.run_round(state, 0)
@@ -86,22 +84,13 @@ def test_one_program_a_run_over_changing_cohorts_evaluations_and_a_resume(caplog
     assert simulation.compiled() == 1
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "parallel gradients", "fedavg"])
-def test_a_cohort_in_slices_of_any_size(strategy):
+def test_a_cohort_in_slices_of_any_size():
     """Five of nine clients, two at a time: three slices, the last one padded."""
-    strategy, _, average = strategy.partition(" ")
     whole, sliced = (
         rounds(
             make_simulation(
                 tiny_config(
-                    model=ONE,
-                    federated=dict(
-                        strategy=strategy,
-                        average=average or "parameters",
-                        num_clients=9,
-                        clients_per_round=5,
-                        clients_at_once=at_once,
-                    ),
+                    federated=dict(strategy="fedavg", num_clients=9, clients_per_round=5, clients_at_once=at_once),
                 ),
                 clients=9,
             ),
@@ -137,7 +126,6 @@ def test_every_strategy_learns(strategy):
     opt = dict(learning_rate=0.02, warmup_steps=5, clip_norm=None, eps=1e-6)
     strategy, _, average = strategy.partition(" ")
     config = tiny_config(
-        model=ONE,
         federated=dict(strategy=strategy, average=average or "parameters", rounds=25, local_steps=4, batch_size=4),
         client_optimizer=opt,
         server_optimizer=opt,

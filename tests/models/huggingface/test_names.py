@@ -81,7 +81,7 @@ def test_another_architecture_is_refused(change, words):
     class Tokenizer:
         pad_token_id = 0
 
-    hf = huggingface.hf_config(tiny_config().model, Tokenizer) | change
+    hf = huggingface.hf_config(tiny_config(model=dict(num_layers=2)).model, Tokenizer) | change
     hf = {k: v for k, v in hf.items() if v is not None}
     with pytest.raises(UserError, match=words):
         huggingface.sizes_of(hf, "somewhere")

@@ -27,7 +27,7 @@ from fedbert_jax.export import check_place
 from fedbert_jax.models import huggingface
 from fedbert_jax.models.huggingface import check_target, writing
 
-MODEL = tiny_config().model
+MODEL = tiny_config(model=dict(num_layers=2)).model
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -390,7 +390,7 @@ def test_a_tokenizer_asks_for_no_more_than_the_model_has_positions(
     ],
 )
 def test_who_trains_an_export_on_has_dropout(own: Any, said: Any, expected: Any, export: Any, tmp_path: Path) -> None:
-    model = tiny_config(model=dict(hidden_dropout=own[0], attention_dropout=own[1])).model
+    model = tiny_config(model=dict(num_layers=2, hidden_dropout=own[0], attention_dropout=own[1])).model
     asked = ExportConfig(hidden_dropout=said[0], attention_dropout=said[1])
     huggingface.save(tmp_path / "out", *forward(MODEL)[0], model, BertTokenizer(vocab={"[PAD]": 0}), "card", export=asked)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
