@@ -248,6 +248,25 @@ def test_optimizer_state_reset_and_keep(strategy):
     assert differs(keep, average)
 
 
+@pytest.mark.parametrize("strategy", ["parallel", "fedavg", "sequential"])
+def test_a_reset_optimizer_begins_with_moments_of_zero(strategy):
+    """A second round with `reset` is one of handed-on moments, begun with none; in turns, each turn begins so."""
+    federated = dict(strategy=strategy, local_steps=1)
+    first = run(tiny(**federated, client_optimizer_state="reset"))[0]
+    second = run(tiny(**federated, client_optimizer_state="reset"), rounds=2)[0]
+    setting, _, _, round = program(tiny(**federated))
+    fresh, data = setting.init_opt(first.model), cohort(setting.config, round=1, seed=1)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh))
+    if strategy == "sequential":
+        model, opt = first.model, first.opt
+        for n in range(3):
+            model, opt = by_hand(setting, model, opt._replace(client=fresh.client), data.rows[:, n], n, 1, 3 + n)
+    else:
+        server = fresh.server if strategy == "fedavg" else first.opt.server
+        model = round(first._replace(opt=first.opt._replace(client=fresh.client, server=server)), data)[0].model
+    assert_trees_close(second.model, model)
+
+
 @pytest.mark.parametrize(
     "aggregator", [dict(name="sgd", learning_rate=0.5), dict(momentum=0.9), dict(name="adam", learning_rate=0.01)], ids=str
 )
