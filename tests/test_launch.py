@@ -205,7 +205,7 @@ def tpu(fake) -> Fake:
 def root(tmp_path) -> Path:
     """A checkout of its own, whose .venv a test may make."""
     place = tmp_path / "a checkout"
-    shutil.copytree(LAUNCH, place / "launch")
+    shutil.copytree(LAUNCH, place / "launch", ignore=shutil.ignore_patterns("__pycache__"))  # other tests import from it
     (place / "configs").mkdir()
     for name in ("pyproject.toml", "constraints.txt", "requirements-tpu.txt", "configs/demo.py"):
         shutil.copy(ROOT / name, place / name)
@@ -469,7 +469,8 @@ def test_a_single_host_is_reused(tpu):
 
 def test_a_worker_whose_python_is_too_old(tpu, root):
     """The checkout here isn't git's, as if it had been downloaded as an archive."""
-    for name in (".venv/bin/python", "runs/demo/metrics.jsonl", "configs/runs/mine.py"):
+    stay = {".venv/bin/python", "runs/demo/metrics.jsonl", "launch/__pycache__/x.pyc"}
+    for name in stay | {"configs/runs/mine.py"}:
         (root / name).parent.mkdir(parents=True)
         (root / name).touch()
     (tpu.path / "hosts").write_text("1")
@@ -479,10 +480,7 @@ def test_a_worker_whose_python_is_too_old(tpu, root):
     assert done.returncode == 0, done.stderr
     tree = tpu.path / "worker0/.fedbert_jax/tree"
     copied = {str(p.relative_to(tree)) for p in tree.rglob("*") if p.is_file()}
-    assert copied == {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} - {
-        ".venv/bin/python",
-        "runs/demo/metrics.jsonl",
-    }
+    assert copied == {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} - stay
     venv = str(tpu.path / "worker0/.fedbert_jax/venv")
     assert [c[1:] for c in tpu.log("python3") if c[1] == "-m"] == [
         ["-m", "pip", "install", "--quiet", "--user", "uv"],
