@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo federation test lint types clean
+.PHONY: help demo federation test test-slow lint types clean
 
 help:
 	@echo 'make demo    train a small federation on the text that is already here, into $(WORKDIR)'
 	@echo 'make federation  a server and three clients in processes of their own, and the difference to the simulation'
-	@echo 'make test    the tests'
+	@echo 'make test    the tests, but for the slow ones'
+	@echo 'make test-slow  the slow ones: whole commands, killed and started again, several devices, benchmarks'
 	@echo 'make lint    ruff, of format and of faults, and the arrows between modules'
 	@echo 'make types   mypy'
 	@echo 'make clean   remove $(VENV), caches and build products; runs/ stays'
@@ -30,7 +31,10 @@ federation: $(VENV)/.runtime
 	$(BIN)/python launch/federation.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -140,6 +140,7 @@ def test_a_suite_runs_from_end_to_end(name, tmp_path):
     assert "| fast |" in stream.getvalue() and tables.UNMEASURED not in stream.getvalue()
 
 
+@pytest.mark.slow
 def test_sides_in_processes_of_their_own():
     """A pair may live in two processes, each with its own memory, which is freed when they end."""
     bench = measure.Bench({"tiny": SMALLEST}, samples=1, processes="two")
@@ -167,6 +168,7 @@ def test_compiling_is_timed_in_fresh_processes(monkeypatch):
     assert not result["met"] and tables.verdict(result) == "missed by 0.0 s"
 
 
+@pytest.mark.slow
 def test_compiling_is_timed_in_every_way(monkeypatch, capsys):
     """One way really is a process of its own; of the others, the command only says which they are."""
     flag = "--xla_backend_optimization_level=0"
@@ -186,6 +188,7 @@ def test_compiling_is_timed_in_every_way(monkeypatch, capsys):
     assert rows[0][3:] == [f"{found['compiling']:.1f}", f"{found['ms']:.1f}"] and rows[1][3].startswith("more than 5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version, strategy", [("v1", "merged"), ("relay", "sequential")])
 def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     """Same weights, same masked text: SplitFed V1 is `merged`, and V2 with the segment handed on is `sequential`."""
@@ -226,6 +229,7 @@ def test_splitfed_in_torch_learns_what_fedbert_jax_learns(version, strategy):
     assert [theirs.round(torch_batches).item() for _ in range(3)] == pytest.approx(losses, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_torch_split_trains_as_parallel_does():
     """Same text, same optimizer, same averaging: after equally many rounds, the losses differ only by the draws."""
     ours, theirs = sides.make_side("parallel", SMALLEST), sides.make_side("split", SMALLEST)
@@ -439,6 +443,7 @@ def test_quartiles():
     assert pairs.quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 4.0)
 
 
+@pytest.mark.slow
 def test_clients_measures_each_number_in_its_own_process(tmp_path):
     out = tmp_path / "clients.json"
     command = [sys.executable, "-m", "benchmarks.clients", "--clients", "3", "--rounds", "2", "--size", "fast"]
@@ -452,6 +457,7 @@ def test_clients_measures_each_number_in_its_own_process(tmp_path):
     assert "peak after training" in done.stdout
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_both_sides_from_the_same_weights(tmp_path):
     """Same weights, batches and rate: except for dropout, both sides' losses go the same way."""
     model = finetune.synthetic_model(tmp_path, hidden=16)
@@ -554,6 +560,7 @@ def test_a_wrong_argument_of_the_network_is_named(arguments, says, capsys):
     assert says in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_federation_is_measured_in_processes_of_its_own():
     """Two clients, two microbatches, certificates: every part of a sample, and what crosses is what `traffic` says."""
     changes = dict(hidden_size=64, num_layers=1, num_heads=2)

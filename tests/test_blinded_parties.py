@@ -39,6 +39,7 @@ def run(place: Place, where: str) -> None:
     all_end_well(*clients, server)
 
 
+@pytest.mark.slow
 def test_the_model_is_that_of_plain_averaging(place):
     plain = copy.copy(place)
     plain.changes = SETTINGS
@@ -71,11 +72,13 @@ def saved(root: Path) -> bytes:
     return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_and_starts_again_goes_on(place):
     place.leave_and_return("left")
     assert place.model("left", NAMES[0]) == place.model("left", NAMES[1]) == place.model("whole", NAMES[0])
 
 
+@pytest.mark.slow
 def test_a_server_that_crashes_goes_on_after_its_checkpoint(place, monkeypatch):
     """The clients, who are further, go back to the segment that one of them has sealed for that round."""
     assert "resuming after round 2 of 4" in place.crash_and_return("crash", 2, monkeypatch)

@@ -211,7 +211,9 @@ def test_half_precision_becomes_float32(tmp_path, kind):
     assert check_equal(tmp_path, model.float()) == []
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=pytest.mark.slow if p in ("base", "large") else ()) for p in PRESETS]
+)
 def test_every_presets_shape(tmp_path, preset):
     """Real widths, heads and depths (but only four of large's 24 equal layers), with a small vocabulary."""
     sizes = dict(PRESETS[preset], num_layers=min(PRESETS[preset]["num_layers"], 4 if preset == "large" else 12))
@@ -392,6 +394,7 @@ def test_pickled_weights_are_refused_unopened(saved, tmp_path):
     assert not (tmp_path / "opened").exists()
 
 
+@pytest.mark.slow
 def test_the_command_that_converts_pickled_weights_does(saved, tmp_path):
     before, _ = huggingface.load_tensors(saved)
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")

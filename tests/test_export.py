@@ -187,6 +187,7 @@ def test_a_round_without_a_checkpoint_is_refused(trained, tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_an_exported_model(trained, tmp_path):
     """`model.init_from`: sizes and tokenizer are the checkpoint's, and the first evaluation is its last."""
     config = trained.read_config()

@@ -311,6 +311,7 @@ def test_without_held_out_text_a_word_tells_whether_the_model_speaks(monkeypatch
         job._check_model(MagicMock())
 
 
+@pytest.mark.slow
 def test_a_profile_of_some_rounds_is_written(config_file, tmp_path):
     small = dict(federated__rounds=4, federated__local_steps=1, model__num_layers=1)
     config = load(config_file, profile="2:3", **small)

@@ -214,6 +214,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("job"))
 
 
+@pytest.mark.slow
 def test_a_job_ends_with_the_models_of_serve_and_join(job, place):
     hall = Hall()
     server = place.serve("whole", hall.listen)

@@ -30,6 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return place
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_and_starts_again_goes_on(place):
     assert "the same command goes on" in place.leave_and_return("left")
     assert place.model("left", NAMES[0]) == place.model("left", NAMES[1]) == place.model("whole", NAMES[0])
@@ -39,6 +40,7 @@ def test_a_client_that_stops_and_starts_again_goes_on(place):
         assert all(later[key] > sooner[key] for sooner, later in pairwise(records))
 
 
+@pytest.mark.slow
 def test_a_server_that_crashes_and_starts_again_goes_on_after_its_checkpoint(place, monkeypatch):
     """Clients are in a round meanwhile: what they send of it is too early for a server that has just come back."""
     assert "resuming after round 4 of 6" in place.crash_and_return("crash", 4, monkeypatch)

@@ -121,6 +121,7 @@ def finished_in(said: str) -> int:
     return int(said.split("stopped after round ")[1].split(";")[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(undisturbed):
     config, reference = undisturbed
     before = (reference / "metrics.jsonl").read_bytes()
@@ -183,6 +184,7 @@ def test_a_run_that_goes_on_with_more_rounds_is_not_finished(undisturbed, tmp_pa
     np.testing.assert_allclose(rates, [[2e-3 / 4, 2e-3]])  # four steps of warm-up, again
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(undisturbed, tmp_path):
     config, reference = undisturbed
     workdir = tmp_path / "damaged"

@@ -88,6 +88,7 @@ def test_the_log_lies_before_the_round_and_known_text_is_not_what_is_read(traine
     assert len(set(messages.client[places].tolist())) == 3  # spread over the log
 
 
+@pytest.mark.slow
 def test_the_same_numbers_when_repeated(audited, trained, tmp_path):
     workdir, public = trained
     assert main([str(workdir), "--public", public, *SMALL, "--out", str(tmp_path), "--json", str(tmp_path / "x")]) == 0
@@ -96,6 +97,7 @@ def test_the_same_numbers_when_repeated(audited, trained, tmp_path):
     assert without(again) == without(audited[1])
 
 
+@pytest.mark.slow
 def test_what_is_supposed_stays_apart(audited, capsys):
     workdir, rows, _ = audited
     assert main([str(workdir), "--knows", "segment", "--config.wire.noise=3", "--attacks", "nearest", *SMALL]) == 0
@@ -111,6 +113,7 @@ def test_a_damaged_audit_is_no_audit(content, tmp_path):
     assert read_audit(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_seed_that_everybody_knows_reads_the_text_and_all_hidden_states_are_read_too(corpus, tmp_path):
     """A run without a secret of the clients', to whom all hidden states come back."""
     config = load(corpus, federated__rounds=6, wire__downlink="all", model__num_layers=1)
@@ -141,6 +144,7 @@ def test_a_report_and_a_comparison_have_it(audited, tmp_path, capsys):
     assert "Read off what crossed" not in write_report(other).read_text()
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
     tokenizer, glue = (write(tmp_path_factory.mktemp("glue")) for write in (write_tokenizer, write_glue))
     config = make_config(

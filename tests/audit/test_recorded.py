@@ -78,6 +78,7 @@ def trained(request, place) -> tuple[str, Any, Source]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_what_the_simulated_round_sends(trained, place):
     name, begun, source = trained
     expected = replay(source)
@@ -121,6 +122,7 @@ def audited(server: Path, *given: str, clients: Sequence[str | Path] = NAMES) ->
     return "\n".join(said)
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_clients_text_off_what_a_server_has_recorded(server):
     said = audited(server, "--knows", "segment,old_segment,seed,checkpoint,known_text,aggregator,neighbour")
     by = {(row["knows"], row["attack"]): row for row in read_audit(server)}

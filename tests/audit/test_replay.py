@@ -42,7 +42,11 @@ def source_of(rounds: int = 2, **changes) -> tuple[Source, Simulation]:
     ), sim  # fmt: skip
 
 
-@pytest.fixture(params=STRATEGIES, scope="module")
+# A round each, compiled and replayed.
+@pytest.fixture(
+    params=[pytest.param(s, marks=pytest.mark.slow if s in ("private", "sequential") else ()) for s in STRATEGIES],
+    scope="module",
+)
 def case(request):
     source, sim = source_of(**STRATEGIES[request.param])
     return request.param, source, sim, replay(source)

@@ -221,6 +221,7 @@ def cohort_rows(simulation):
     return simulation.train.tokens[:6].reshape(3, 2, -1).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_the_documented_strategy_runs_as_it_stands(tmp_path):
     """Runs the example of docs/strategies.md by the command, in a process of its own."""
     page = (PACKAGE.parent / "docs" / "strategies.md").read_text()

@@ -75,7 +75,11 @@ def test_parallel_of_one_sgd_step_is_centralized_sgd(weights):
     assert_trees_close(new.model, jax.tree.map(lambda p, g: p - 0.5 * g, state.model, grads))
 
 
-@pytest.mark.parametrize("optimizer", [dict(), dict(name="lamb", learning_rate=0.01, eps=1e-3)], ids=["adamw", "lamb"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [dict(), pytest.param(dict(name="lamb", learning_rate=0.01, eps=1e-3), marks=pytest.mark.slow)],
+    ids=["adamw", "lamb"],
+)
 def test_averaged_gradients_are_training_on_the_weighted_pooled_batch(optimizer):
     """Invariant 3, with clipping, schedule, dropout, unequal weights, and an absent client whose text is nonsense."""
     config = tiny_config(
@@ -234,7 +238,9 @@ def test_local_models_never_meet():
         assert_trees_close(strategy.model_of(new, jnp.int32(c)), end)
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "fedavg", "sequential"])
+@pytest.mark.parametrize(
+    "strategy", ["parallel", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fedavg", "sequential"))]
+)
 def test_optimizer_state_reset_and_keep(strategy):
     """`reset` begins every round with zero moments; `keep` gives each client its own back."""
     trained = lambda mode: run(tiny(strategy, client_optimizer_state=mode, local_steps=1), rounds=2)[0]  # noqa: E731
@@ -326,6 +332,7 @@ def test_schedules_count_global_steps():
     assert not np.allclose(moved.model.client["head"]["bias"], state.model.client["head"]["bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

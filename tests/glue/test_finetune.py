@@ -92,6 +92,7 @@ def test_logits_and_steps_are_those_of_torch(task: str, tokenizer: BertTokenizer
     np.testing.assert_allclose(tuning.logits(state.model, dev)[0], theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_seeds_one_by_one(
     tokenizer: BertTokenizerFast, glue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def test_seeds_side_by_side_are_seeds_one_by_one(
     assert abs(together[0] - together[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["parallel", "sequential"])
 def test_one_client_across_the_cut_is_centralized(strategy: str, tokenizer: BertTokenizerFast, glue: Path) -> None:
     """Padding, token types and all three dropouts cross the cut: STS-B has pairs of different lengths."""
@@ -317,6 +319,7 @@ def test_epochs_are_trained_to_the_step(strategy: str, tokenizer: BertTokenizerF
     assert np.isfinite(metrics.loss).all()
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_no_round(
     tokenizer: BertTokenizerFast, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +441,7 @@ def test_pairs_need_two_token_types(tokenizer: BertTokenizerFast, glue: Path) ->
         make(make_config(tokenizer, glue, "STS-B", model=dict(type_vocab_size=1)), tokenizer)
 
 
+@pytest.mark.slow
 def test_the_glue_command_prints_a_table(
     tokenizer: BertTokenizerFast,
     glue: Path,

@@ -207,6 +207,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, federated, others, parts", CASES)
 def test_a_federation_trains_the_simulations_classifier(task, federated, others, parts, folder, tmp_path):
     federation = Classifiers(folder, tmp_path, task, parts, federated=federated, **others)
@@ -295,6 +296,7 @@ def checkpoint(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_four_processes_two_of_which_are_killed_end_in_the_simulations_classifier(checkpoint, folder, tmp_path):
     """By the commands of the docs: the server's and the clients' own, which are given again."""
     start = dict(model=dict(init_from=str(checkpoint)))

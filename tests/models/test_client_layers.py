@@ -37,7 +37,7 @@ def moved(model, own: int):
     return {**client, "layers": part(0, own)}, {"layers": part(own, LAYERS)}
 
 
-@pytest.mark.parametrize("own", [1, 2])
+@pytest.mark.parametrize("own", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_same_model_wherever_it_is_cut(whole, batch, own):
     """Losses and gradients across the deeper cut, also of padded sequences, are those of the uncut model."""
     weights = jnp.array([0.5, 0.2, 0.3])

@@ -52,6 +52,7 @@ def config_of(text: Path, rounds: int = 2, **changes):
     return from_dict(values | changes)
 
 
+@pytest.mark.slow
 def test_a_run_says_and_records_its_epsilon(tmp_path, capsys):
     text, root = write_clients(tmp_path / "text", 100), tmp_path / "run"
     config = config_of(text)

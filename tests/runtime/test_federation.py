@@ -21,12 +21,12 @@ def simulated(federation: Federation) -> tuple[Any, list[Any]]:
 
 
 CASES = [
-    (dict(), dict(model=dict(num_layers=2)), 1),
-    (dict(), {}, 2),
+    pytest.param(dict(), dict(model=dict(num_layers=2)), 1, marks=pytest.mark.slow),
+    pytest.param(dict(), {}, 2, marks=pytest.mark.slow),
     (dict(local_steps=1, client_optimizer_state="keep", weighting="uniform"), {}, 1),
     (dict(average="gradients"), {}, 1),
     (dict(local_steps=1, average="gradients"), dict(wire=dict(gradient_codec="bfloat16")), 1),
-    (dict(body="merged"), {}, 1),
+    pytest.param(dict(body="merged"), {}, 1, marks=pytest.mark.slow),
     (dict(local_steps=1, average="gradients"), dict(privacy=dict(averaging="blinded")), 1),
     (
         dict(local_steps=1, client_optimizer_state="reset"),
@@ -35,7 +35,12 @@ CASES = [
     ),
     (dict(strategy="sequential"), {}, 1),
     (dict(local_steps=1), dict(aggregator=dict(name="sgd", learning_rate=0.7, momentum=0.9)), 1),
-    (dict(local_steps=1), dict(model=dict(num_layers=2, hidden_dropout=0.1, attention_dropout=0.1, client_layers=1)), 1),
+    pytest.param(
+        dict(local_steps=1),
+        dict(model=dict(num_layers=2, hidden_dropout=0.1, attention_dropout=0.1, client_layers=1)),
+        1,
+        marks=pytest.mark.slow,
+    ),
     (dict(local_steps=1), dict(wire=dict(codec="bfloat16", downlink="all")), 1),
 ]
 

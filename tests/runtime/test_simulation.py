@@ -23,6 +23,7 @@ def rounds(simulation, count=3):
     return state, losses
 
 
+@pytest.mark.slow
 def test_text_from_memory_and_from_disk_trains_the_same():
     ends = [rounds(make_simulation(tiny_config(data=dict(store=store)))) for store in ("device", "memmap")]
     assert ends[0][1] == ends[1][1]
