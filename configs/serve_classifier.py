@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ml_collections
 
-from fedbert_jax.config.flags import read_config
+from fedbert_jax.config.files import read_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -5,7 +5,20 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
+__all__ = [
+    "STOP",
+    "Config",
+    "Run",
+    "UserError",
+    "compare_runs",
+    "finetune_on_glue",
+    "load_config",
+    "register",
+    "register_attack",
+    "register_channel",
+]
 __version__ = "0.1.0"
 
 
@@ -20,6 +33,17 @@ def register(name: str, *, clients: str, client: str, body: str, cut: bool = Tru
     """
     config = importlib.import_module("fedbert_jax.config")  # imported here, since any module may import this one
     config.register(name, config.Arrangement(clients, client, body, cut))
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what scripts call when it is first asked for: commands have to read their arguments first, and fast."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("fedbert_jax.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def exit_on_interrupt() -> None:

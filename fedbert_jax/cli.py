@@ -16,6 +16,23 @@ from fedbert_jax.devices import platforms
 from fedbert_jax.errors import UserError
 
 INTERRUPTED = 128 + signal.SIGINT
+_called = ""  # the command's name, if it was called as `fedbert NAME`
+
+
+def called(name: str) -> None:
+    """Notes that the command was called as `fedbert NAME`."""
+    global _called
+    _called = name
+
+
+def program(module: str) -> str:
+    """Returns how the command of a module was called, for its usage: `fedbert NAME` or `python -m fedbert_jax.MODULE`."""
+    return f"fedbert {_called}" if _called else f"python -m fedbert_jax.{module}"
+
+
+def usage(text: str | None, module: str) -> str:
+    """Returns a module's docstring, with its command as it was called."""
+    return (text or "").replace(f"python -m fedbert_jax.{module}", program(module))
 
 
 def run(command: Callable[[], int | None]) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from fedbert_jax.errors import DiskError, UserError
 
@@ -68,17 +70,43 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             yield new
-            with new.open("rb") as file:
+            with new.open("r+b") as file:  # Windows brings to the disk only what may be written
                 os.fsync(file.fileno())
             os.replace(new, path)
         except Exception:
             new.unlink(missing_ok=True)
             raise
-        directory = os.open(path.parent, os.O_RDONLY)
+        if os.name != "nt":  # Windows opens no directories
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)  # the rename itself is on the disk only when the directory is
+            finally:
+                os.close(directory)
+
+
+def lock(file: int | IO[bytes]) -> None:
+    """Locks an open file until it is closed or its process ends, however that ends.
+
+    Args:
+      file: the file, or its descriptor. A directory can be locked, too, but not on Windows.
+
+    Raises:
+      BlockingIOError: if another process has locked it.
+      OSError: if its file system has no locks.
+    """
+    if os.name == "nt":
+        windows = importlib.import_module("msvcrt")
+        descriptor = file if isinstance(file, int) else file.fileno()
+        os.lseek(
+            descriptor, 1 << 30, os.SEEK_SET
+        )  # nobody reads there; Windows would keep others from reading what is locked
         try:
-            os.fsync(directory)  # the rename itself is on the disk only when the directory is
-        finally:
-            os.close(directory)
+            windows.locking(descriptor, windows.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(errno.EAGAIN, "locked by another process") from error
+    else:
+        unix = importlib.import_module("fcntl")
+        unix.flock(file, unix.LOCK_EX | unix.LOCK_NB)
 
 
 def explain(error: BaseException, place: str | os.PathLike[str] | None = None) -> DiskError | None:

@@ -38,7 +38,7 @@ from fedbert_jax.runtime.participant import Line, Participant, Transport
 from fedbert_jax.runtime.payloads import from_tensors, schema_of
 from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.runtime.waiting import Waiting, Watch
-from fedbert_jax.workdir import resume
+from fedbert_jax.workdir import resume, sinks
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import Journal, MetricsLog, read_metrics, truncate
 from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
@@ -70,6 +70,7 @@ def join(
     """
     console = console or make_console()
     optim.check(config)
+    sinks.check_installed(config)
     platforms.introduce(console, lambda: make_mesh(config.mesh).size)
     workdir, lock = open_workdir(root)
     with lock:
@@ -238,7 +239,7 @@ class Joining:
                     if log is not None:
                         log.close()
                     truncate(self.workdir.metrics, round)
-                    log = MetricsLog(self.workdir.metrics)
+                    log = MetricsLog(self.workdir.metrics, sinks.make_sinks(self.config, self.workdir))
                 self._record(log, round, ended, participant)
                 waiting.over()
                 bar.update(task, completed=round + 1, phase="trains", numbers=f"loss {ended.loss:.3f}")

@@ -7,7 +7,7 @@ handles signals, and ends the run when numbers stop being finite.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from fedbert_jax.federated.state import State
 from fedbert_jax.runtime.dispatch import Compiling, Dispatched, Dispatcher, Done
 from fedbert_jax.runtime.profiling import Profile
 from fedbert_jax.workdir.checkpoint import Checkpoints
-from fedbert_jax.workdir.log import MetricsLog, Record, truncate
+from fedbert_jax.workdir.log import MetricsLog, Record, Sink, truncate
 
 
 class Job(Protocol):
@@ -96,12 +96,21 @@ class Loop:
       log: the file of its metrics.
       console: where to print.
       profile: which rounds to trace.
+      sinks: where its metrics go, too.
     """
 
-    def __init__(self, job: Job, checkpoints: Checkpoints, log: Path, console: Console, profile: Profile | None = None):
+    def __init__(
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        log: Path,
+        console: Console,
+        profile: Profile | None = None,
+        sinks: Sequence[Sink] = (),
+    ):
         self.job, self.checkpoints, self.console = job, checkpoints, console
         self.round = 0  # finished rounds, whose lines are in the log
-        self._path = log
+        self._path, self._sinks = log, sinks
         self._log: MetricsLog | None = None
         self._profile = profile or Profile("", log.parent)
         self._dispatcher = Dispatcher()
@@ -171,8 +180,13 @@ class Loop:
         """Waits for the last checkpoint, and closes the files."""
         self.checkpoints.close()
         self._dispatcher.close()
+        self.close_log()
+
+    def close_log(self) -> None:
+        """Closes the metrics log and its sinks, whatever has ended the run."""
         if self._log is not None:
             self._log.close()
+            self._log = None
 
     @contextlib.contextmanager
     def guard(self, round: int) -> Iterator[None]:
@@ -219,7 +233,7 @@ class Loop:
             self._path.unlink(missing_ok=True)
         else:
             truncate(self._path, after)
-        self._log = MetricsLog(self._path)
+        self._log = MetricsLog(self._path, self._sinks)
 
     def _append(self, record: Record) -> None:
         if record and self._log is not None:

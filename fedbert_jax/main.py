@@ -1,4 +1,4 @@
-"""python -m fedbert_jax.main --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]
+"""python -m fedbert_jax.main --config NAME --workdir DIR [--config.KEY=VALUE ...]
 
 Trains what the config says, in DIR; the same command again resumes where it stopped.
 
@@ -22,7 +22,7 @@ def main() -> int:
     from fedbert_jax.config import flags
 
     given = flags.parse(sys.argv[1:])
-    told = flags.tell_about(given, __doc__ or "")
+    told = flags.tell_about(given, cli.usage(__doc__, "main"))
     if told is not None:
         cli.say(told)
         return 0

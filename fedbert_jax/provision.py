@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       UserError: for what the user can mend.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m fedbert_jax.provision", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.program("provision"),
+        description=cli.usage(__doc__, "provision"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     init = commands.add_parser("init", help="make an authority")

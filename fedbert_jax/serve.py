@@ -36,7 +36,7 @@ from fedbert_jax.runtime.recording import Recorder
 from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.turns import Rules
-from fedbert_jax.workdir import resume
+from fedbert_jax.workdir import resume, sinks
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import Journal, MetricsLog, read_metrics, truncate
 from fedbert_jax.workdir.paths import Workdir, check_same, open_workdir
@@ -69,6 +69,7 @@ def serve(
     """
     console = console or make_console()
     optim.check(config)
+    sinks.check_installed(config)
     platforms.introduce(console, lambda: make_mesh(config.mesh).size)
     workdir, lock = open_workdir(root)
     with lock:
@@ -96,6 +97,7 @@ class Serving:
         """Gathers the clients, serves them, and ends."""
         n = self.given.network
         self.exporter = Exporter(n.metrics_port) if n.metrics_port else None
+        self.log: MetricsLog | None = None
         self.facts = {"run": secrets.token_hex(6)} | self.workdir.read_facts()
         self.workdir.write_facts(self.facts)
         known, wanted = self._names(), self.given.federated.num_clients or 0
@@ -119,8 +121,9 @@ class Serving:
             server.stop()
             if self.exporter is not None:
                 self.exporter.close()
+            if self.log is not None:
+                self.log.close()
         self.checkpoints.close()
-        self.log.close()
         self.journal.close()
         if (rounds := self.config.federated.rounds) > self.done:
             if interrupts.received:
@@ -232,7 +235,7 @@ class Serving:
         # Of rounds that may have had other members, and of processes before this one.
         sums = (self.job.unit[0], "uplink_bytes", "downlink_bytes")
         self.before = {key: int(records[-1][key]) if records else 0 for key in sums}
-        self.log = MetricsLog(self.workdir.metrics)
+        self.log = MetricsLog(self.workdir.metrics, sinks.make_sinks(self.config, self.workdir))
         return done
 
     def _begin_with(self, tensors: dict[str, np.ndarray]) -> None:
@@ -318,6 +321,7 @@ class Serving:
         blocks = self.session.blocks()
         verdict = self.job.judge(engine.scores, {c: blocks.get(c, 0) for c in self.names}) if engine.scores else None
         record |= verdict.fields if verdict is not None else {}
+        assert self.log is not None
         self.log.append(record)
         if self.exporter is not None:
             self.exporter.set(record | {"round_seconds": record["seconds"]})

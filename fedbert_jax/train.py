@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +35,20 @@ from fedbert_jax.report.page import write_report
 from fedbert_jax.runtime.dispatch import Done
 from fedbert_jax.runtime.fill_mask import fill_mask
 from fedbert_jax.runtime.profiling import Profile
-from fedbert_jax.workdir import resume
+from fedbert_jax.workdir import resume, sinks
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import Record, read_metrics
 from fedbert_jax.workdir.paths import open_workdir
 
 
-def train(config: Config, root: Path, console: Console | None = None) -> int:
+def train(config: Config, root: Path, console: Console | None = None, watch: Callable[[Record], bool] | None = None) -> int:
     """Trains a run to its last round, starting from the state of its workdir.
 
     Args:
       config: validated.
       root: the workdir.
       console: where to print; by default the terminal and, with several processes, only that of the first one.
+      watch: is given every record of the metrics; True ends the run after the round under way, as SIGTERM does.
 
     Returns:
       The exit code: 0, or 128 + the signal that interrupted it.
@@ -56,6 +59,7 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
     console = console or make_console(quiet=not processes.first())
     optim.check(config)
     accountant.check_installed(config)
+    sinks.check_installed(config)
     platforms.introduce(console, lambda: make_mesh(config.mesh).size)
     processes.check_same("config", config_lib.flatten(config_lib.to_dict(config)))
     workdir, lock = open_workdir(root)
@@ -68,17 +72,48 @@ def train(config: Config, root: Path, console: Console | None = None) -> int:
         job.introduce()
         checkpoints = Checkpoints(workdir.checkpoints, run.config.checkpoint.keep)
         profile = Profile(run.config.profile if processes.first() else "", workdir.profile)
-        loop = Loop(job, checkpoints, workdir.metrics, console, profile)
-        state = loop.begin()
-        with Interrupts() as interrupts:
-            state = loop.run(state, interrupts)
-            if interrupts.settle():
-                console.print(f"stopped after round {loop.round}; the same command goes on from there")
-                return interrupts.exit_code
-        with loop.guard(loop.round):
-            job.finish(state)
-        loop.close()
+        interrupts = Interrupts()
+        told = sinks.make_sinks(run.config, workdir) + ([] if watch is None else [Watcher(watch, interrupts)])
+        loop = Loop(job, checkpoints, workdir.metrics, console, profile, told)
+        with contextlib.ExitStack() as ending:
+            ending.callback(loop.close_log)
+            state = loop.begin()
+            with interrupts:
+                state = loop.run(state, interrupts)
+                if interrupts.settle():
+                    console.print(f"stopped after round {loop.round}; the same command goes on from there")
+                    return interrupts.exit_code
+            with loop.guard(loop.round):
+                job.finish(state)
+            loop.close()
     return 0
+
+
+def evaluated(run: Run, state: State) -> dict[str, Any]:
+    """Returns the eval fields of a metrics line; {} if no client has held-out text."""
+    found, names = run.simulation.evaluate(state), run.dataset.client_names
+    if found is None:
+        return {}
+    fields: dict[str, Any] = found.fields("eval_loss", "eval_accuracy", run.config.federated.weighting)
+    clients = {names[c]: score._asdict() for c, score in found.clients.items()}
+    return fields | {"eval_clients_scored": len(clients), "eval_clients": clients}
+
+
+class Watcher:
+    """A sink of metrics that may ask for an end."""
+
+    def __init__(self, watch: Callable[[Record], bool], interrupts: Interrupts):
+        self._watch, self._interrupts = watch, interrupts
+
+    def begin(self, records: Sequence[Record]) -> None:
+        """What was trained before is not told again."""
+
+    def add(self, record: Record) -> None:
+        if self._watch(record):
+            self._interrupts.request()
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
 
 class Pretraining:
@@ -205,15 +240,13 @@ class Pretraining:
 
     def evaluate(self, state: State) -> dict[str, Any]:
         """Returns the eval fields of a metrics line; {} if no client has held-out text."""
-        found = self.sim.evaluate(state)
-        if found is None:
+        fields = evaluated(self.run, state)
+        if not fields:
             return {}
-        fields = found.fields("eval_loss", "eval_accuracy", self.run.config.federated.weighting)
-        fields["eval_clients_scored"] = len(found.clients)
+        clients = fields.pop("eval_clients")
         best = self.scores.get("best_eval_loss")
         self.scores = fields | {"best_eval_loss": fields["eval_loss"] if best is None else min(best, fields["eval_loss"])}
-        names = self.run.dataset.client_names
-        return fields | {"eval_clients": {names[c]: score._asdict() for c, score in found.clients.items()}}
+        return fields | {"eval_clients": clients}
 
     def _baselines(self) -> dict[str, float]:
         """Returns what guessing by frequency reaches, for run.json and the model card; {} without held-out text."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from fedbert_jax import config as config_lib
 from fedbert_jax import experiment as run_lib
 from fedbert_jax.config import MeshConfig, default_config, flatten, from_dict, to_dict
-from fedbert_jax.config.flags import read_config
+from fedbert_jax.config.files import read_config
 from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import ConfigError, DivergedError, UserError
 from fedbert_jax.loop import Loop

@@ -24,8 +24,8 @@ def test_the_citation_is_of_this_version():
 
 
 def test_a_wheel_says_that_the_package_is_typed():
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert data == {"fedbert_jax": ["py.typed"]} and (ROOT / "fedbert_jax/py.typed").is_file()
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["fedbert_jax"] and (ROOT / "fedbert_jax/py.typed").is_file()
 
 
 def test_what_is_checked_before_a_commit_is_what_make_checks():

@@ -161,7 +161,7 @@ def by_public_text(view: View) -> np.ndarray:
 
 TABLES = ("segment", "old_segment", "seed", "checkpoint")
 
-ATTACKS = (
+ATTACKS: list[Attack] = [
     Attack("nearest", TABLES, nearest, works=_flat),
     Attack("likeness", TABLES[1:], likeness),
     Attack("groups", TABLES[1:], by_groups, adds=_noisy),
@@ -171,4 +171,19 @@ ATTACKS = (
     Attack("gradient", ("segment",), predicted, of="labels", works=_classes),
     Attack("known words", ("known_text",), by_known_text),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),
-)
+]  # and those that are registered
+
+
+def register(attack: Attack) -> None:
+    """Adds an attack in this process.
+
+    Raises:
+      ValueError: if another attack of its name uses the same knowledge, or it names an unknown kind of knowledge.
+    """
+    if unknown := [kind for kind in attack.knows if kind not in KINDS]:
+        raise ValueError(f"the attack {attack.name!r} knows {unknown[0]!r}: accepted: {', '.join(KINDS)}")
+    if attack in ATTACKS:
+        return
+    if any(attack.name == other.name and set(attack.knows) & set(other.knows) for other in ATTACKS):
+        raise ValueError(f"there is an attack {attack.name!r} already that knows {' or '.join(attack.knows)}")
+    ATTACKS.append(attack)

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fedbert_jax import disk
+from fedbert_jax import cli, disk
 from fedbert_jax.audit import public, results, words
 from fedbert_jax.audit.attacks import ATTACKS, KINDS, Attack
 from fedbert_jax.audit.case import Case, Sizes
@@ -35,6 +35,9 @@ from fedbert_jax.report.plots import to_png
 from fedbert_jax.workdir.log import to_json
 from fedbert_jax.workdir.paths import Workdir
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 WORDS = "words"  # the attack of those who add segments up, or stand beside a client in turn
 ASKED = ("codec", "clip", "noise", "gradient_clip", "gradient_noise")  # keys of `wire` that an audit may suppose
 
@@ -42,7 +45,7 @@ ASKED = ("codec", "clip", "noise", "gradient_clip", "gradient_noise")  # keys of
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m fedbert_jax.audit",
+        prog=cli.program("audit"),
         description="Measures how much of the clients' text can be read off what crosses.",
         epilog="kinds of knowledge: " + "; ".join(f"{kind}: {said}" for kind, said in KINDS.items())
         + ". --config.wire.KEY=VALUE supposes that a key of the wire had been set, without training anew: "
@@ -184,14 +187,23 @@ def _recordings(flags: argparse.Namespace) -> Recordings | None:
     return Recordings(flags.workdir, flags.round, clients)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code.
+class Audited(NamedTuple):
+    """What an audit has found."""
+
+    rows: list[Row]
+    said: list[str]  # of what it was done with
+
+
+def audited(flags: argparse.Namespace, console: Console) -> Audited:
+    """Audits a run, and writes what it finds.
+
+    Args:
+      flags: as `parse` returns them.
+      console: where to print what is left out, and why.
 
     Raises:
       UserError: for a directory that is no run, a run in which nothing crosses, or a file that can't be written.
     """
-    flags = parse(arguments)
-    console = make_console()
     say = lambda text: console.print(shown(text), style="dim")  # noqa: E731
     # What is only supposed is not taken for the run's own by `compare` and the report.
     own = flags.workdir / "audit"
@@ -219,21 +231,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.json:
         with disk.writing(Path(flags.json)):
             Path(flags.json).write_text(written, encoding="utf-8")
+    supposed = "".join(f", supposing {key}={value}" for key, value in flags.supposed.items())
+    said = [
+        f"the round after {case.source.round}: {len(truth.tokens)} blocks of {len(set(owners.tolist()))} clients, with "
+        f"{int(truth.text.sum()):,} tokens of text and {int(truth.real.sum()):,} labels{supposed}; the floor is always the "
+        "commonest word, or, of words, how frequent they are"
+    ]
+    if recordings is not None:
+        said.append(recordings.describe_log(given["log"]))
+    if case.divergence is not None:
+        near = case.divergence <= public.FAR
+        weak = "" if near else ": of another domain, and weak; nearer text would tell more"
+        said.append(f"public text: {shown(text)}, {case.divergence:.3f} bits from the clients'{weak}")
+    return Audited(rows, said)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+      UserError: as `audited` does.
+    """
+    flags, console = parse(arguments), make_console()
+    rows, said = audited(flags, console)
     if flags.markdown:
         console.print(results.to_markdown(rows, KINDS))
     else:
         print_table(console, results.to_table(rows, KINDS))
-    supposed = "".join(f", supposing {key}={value}" for key, value in flags.supposed.items())
-    say(
-        f"the round after {case.source.round}: {len(truth.tokens)} blocks of {len(set(owners.tolist()))} clients, with "
-        f"{int(truth.text.sum()):,} tokens of text and {int(truth.real.sum()):,} labels{supposed}; the floor is always the "
-        "commonest word, or, of words, how frequent they are"
-    )
-    if recordings is not None:
-        say(recordings.describe_log(given["log"]))
-    if case.divergence is not None:
-        near = case.divergence <= public.FAR
-        weak = "" if near else ": of another domain, and weak; nearer text would tell more"
-        say(f"public text: {shown(text)}, {case.divergence:.3f} bits from the clients'{weak}")
+    for sentence in said:
+        console.print(shown(sentence), style="dim")
     console.print(results.strongest(rows))
     return 0

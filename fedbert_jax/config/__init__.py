@@ -3,6 +3,7 @@
 from fedbert_jax.config.arrangement import ARRANGEMENTS, Arrangement, register, strategy_title
 from fedbert_jax.config.changes import EXTENDABLE, FREE, HARMLESS, RESCHEDULED, WORKED_OUT
 from fedbert_jax.config.check import resolve_model, validate
+from fedbert_jax.config.codecs import CODECS, register_codec
 from fedbert_jax.config.extent import as_begun, choose, work_out
 from fedbert_jax.config.keys import all_keys, flatten, kind_of, listed, replace, to_dict, type_of, unknown_key
 from fedbert_jax.config.load import default_config, from_dict, from_text
@@ -11,11 +12,8 @@ from fedbert_jax.config.schema import (
     PRESETS,
     AggregatorConfig,
     AuditConfig,
-    CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
-    ExportConfig,
     FederatedConfig,
     FinetuneConfig,
     MeshConfig,
@@ -28,9 +26,11 @@ from fedbert_jax.config.schema import (
     PrivacyConfig,
     WireConfig,
 )
+from fedbert_jax.config.telling import CheckpointConfig, EvalConfig, ExportConfig, MetricsConfig
 
 __all__ = [
     "ARRANGEMENTS",
+    "CODECS",
     "EXTENDABLE",
     "FREE",
     "HARMLESS",
@@ -49,6 +49,7 @@ __all__ = [
     "FederatedConfig",
     "FinetuneConfig",
     "MeshConfig",
+    "MetricsConfig",
     "MlmConfig",
     "ModelConfig",
     "NetworkConfig",
@@ -67,6 +68,7 @@ __all__ = [
     "kind_of",
     "listed",
     "register",
+    "register_codec",
     "replace",
     "resolve_model",
     "strategy_title",

@@ -19,6 +19,7 @@ FREE = frozenset(
         "network.release_body",
         "network.leave",
         "audit.record",
+        "metrics.sinks",
         "export.license",
         "export.language",
         "export.datasets",

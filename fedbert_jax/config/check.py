@@ -6,12 +6,14 @@ import dataclasses
 from typing import Any
 
 from fedbert_jax.config.arrangement import ARRANGEMENTS, rows
+from fedbert_jax.config.codecs import CODECS
 from fedbert_jax.config.dp import check_dp
 from fedbert_jax.config.finetuning import check_finetuning
-from fedbert_jax.config.keys import flatten, to_dict
+from fedbert_jax.config.keys import flatten, kind_of, listed, to_dict
 from fedbert_jax.config.network import check_network
 from fedbert_jax.config.ranges import Need, check_each
 from fedbert_jax.config.schema import PRESETS, AggregatorConfig, Config, FederatedConfig, ModelConfig, WireConfig
+from fedbert_jax.config.telling import SINKS
 from fedbert_jax.errors import ConfigError
 
 
@@ -48,6 +50,11 @@ def validate(config: Config) -> None:
     _check_cohort(config, need)
     _check_wire(config, need)
     check_dp(config, need)
+    sinks = listed(config.metrics.sinks)
+    known = set(sinks) <= set(SINKS) and len(sinks) == len(set(sinks))
+    need(known, "metrics.sinks", config.metrics.sinks, f"'' or {' and '.join(SINKS)}, with a comma between")
+    alone = config.task != "finetune" or not sinks
+    need(alone, "metrics.sinks", config.metrics.sinks, "'' with task='finetune', whose numbers are of many runs")
     _check_schedules(config, need)
 
 
@@ -183,6 +190,7 @@ def _check_wire(config: Config, need: Need) -> None:
         for key, default in dataclasses.asdict(made()).items():
             value = flat[f"{section}.{key}"]
             need(ok or value == default, f"{section}.{key}", value, f"its default, {default!r}, {named}, which {why}")
+    need(w.codec in CODECS, "wire.codec", w.codec, kind_of("wire.codec"))
     for key in ("wire.clip", "wire.gradient_clip"):
         need(flat[key] is None or flat[key] > 0, key, flat[key], "None or above 0")
     for key in ("wire.noise", "wire.gradient_noise"):

@@ -7,29 +7,23 @@ mistake.
 from __future__ import annotations
 
 import difflib
-import importlib.machinery
-import importlib.util
-import os
 import re
 import shutil
 import sys
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from ml_collections import ConfigDict, FrozenConfigDict
 
 import fedbert_jax
 from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config, all_keys, from_dict, from_text, type_of
 from fedbert_jax.config.describe import show_default, show_help
+from fedbert_jax.config.files import change, names, read_config
 from fedbert_jax.errors import ConfigError
 
 # What a flag takes, and what it is for.
 FLAGS: dict[str, tuple[str, str]] = {
-    "config": ("FILE.py", "what to train: a file whose get_config() returns it"),
+    "config": ("NAME", "what to train: a FILE.py whose get_config() returns it, or the name of one that comes along: NAMES"),
     "workdir": ("DIR", "the run's directory: made if it isn't there, gone on with if it is"),
     "distributed": ("", "train with other processes that run the same command"),
     "coordinator": ("HOST:PORT", "of process 0"),
@@ -41,7 +35,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "version": ("", "print the version"),
 }
 INTEGERS = ("processes", "process", "join_timeout")
-EXAMPLE = {"config": "configs/NAME.py", "workdir": "DIR"}
+EXAMPLE = {"config": "NAME, such as demo, or FILE.py", "workdir": "DIR"}
 YES, NO = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
@@ -106,15 +100,7 @@ def load_config(given: Given) -> Config:
       ConfigError: if the file is missing, fails, or has a key or value that can't be used.
     """
     values = read_config(given.need("config"))
-    with values.unlocked(), values.ignore_type():  # the schema decides the types
-        for key, value in given.keys.items():
-            *sections, name = key.split(".")
-            node = values
-            for section in sections:
-                if not isinstance(node.get(section), ConfigDict):
-                    node[section] = ConfigDict()
-                node = node[section]
-            node[name] = value
+    change(values, given.keys)
     return config_lib.choose(from_dict(values), given.keys)
 
 
@@ -127,8 +113,9 @@ def tell_about(given: Given, usage: str) -> str | None:
     """
     if given.flags.get("help"):
         width = min(shutil.get_terminal_size().columns, 120) if sys.stdout.isatty() else None
-        names = {name: f"--{name} {value}".strip() for name, (value, _) in FLAGS.items()}
-        flags = "\n".join(f"  {names[name]:24}  {about}" for name, (_, about) in FLAGS.items())
+        shown = {name: f"--{name} {value}".strip() for name, (value, _) in FLAGS.items()}
+        flags = "\n".join(f"  {shown[name]:24}  {about}" for name, (_, about) in FLAGS.items())
+        flags = flags.replace("NAMES", ", ".join(names()))
         keys = f"Keys, as --config.KEY=VALUE after the file's; each with its default, and what it takes:\n{show_help(width)}"
         return f"{usage.strip()}\n\n{flags}\n\n{keys}"
     if given.flags.get("list_keys"):
@@ -216,55 +203,3 @@ def _unknown_flag(argument: str, name: str) -> ConfigError:
     hint = f" (did you mean {meant}?)" if meant else ""
     accepted = ", ".join(f"--{name}" for name in FLAGS)
     return ConfigError(f"there is no flag {flag}{hint}; accepted: {accepted} and --config.KEY=VALUE.")
-
-
-# --- the config file --------------------------------------------------------------------------------------------------
-
-
-def read_config(file: str | Path) -> ConfigDict:
-    """Runs a config file and returns what its `get_config()` returns; config files call it, too, to build on another one.
-
-    Raises:
-      ConfigError: if there is no such file, it fails, or it returns no config.
-    """
-    path = Path(file).expanduser()
-    if not os.path.isfile(path):  # raises no error for a name that is too long
-        kind = "is a directory" if os.path.isdir(path) else "is no file"
-        what = kind if os.path.lexists(path) else "does not exist"
-        raise ConfigError(f"config file {file} {what}; accepted: --config FILE.py, such as configs/demo.py.")
-    loader = importlib.machinery.SourceFileLoader("fedbert_config", str(path))
-    spec = importlib.util.spec_from_file_location("fedbert_config", path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        code = compile(path.read_bytes(), str(path), "exec")
-        exec(code, module.__dict__)
-        if not callable(getattr(module, "get_config", None)):
-            raise ConfigError(f"config file {file} has no get_config(); accepted: one that returns the config.")
-        values = module.get_config()
-    except ConfigError:
-        raise
-    except Exception as e:  # the file's own code runs here
-        raise ConfigError(f"config file {file} fails{_where(e, str(path))}: {type(e).__name__}: {_first(e)}") from e
-    if isinstance(values, FrozenConfigDict):
-        return values.as_configdict()
-    if isinstance(values, ConfigDict):
-        return values
-    if isinstance(values, Mapping):
-        return ConfigDict(dict(values))
-    raise ConfigError(
-        f"config file {file}: get_config() returns {type(values).__name__}; accepted: a ConfigDict, as "
-        "fedbert_jax.config.default_config() makes it."
-    )
-
-
-def _where(error: Exception, path: str) -> str:
-    if isinstance(error, SyntaxError):
-        return f" at line {error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return f" at line {lines[-1]}" if lines else ""
-
-
-def _first(error: Exception) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return " ".join(text.split())[:300]

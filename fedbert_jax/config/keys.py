@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fedbert_jax.config.arrangement import ARRANGEMENTS
+from fedbert_jax.config.codecs import CODECS
 from fedbert_jax.config.schema import Config
 from fedbert_jax.errors import ConfigError
 
@@ -75,6 +76,8 @@ def kind_of(key: str) -> str:
     """Returns in words what type of value a dotted key accepts."""
     if key == "federated.strategy":  # text, since a strategy may be registered from outside
         return " or ".join(dict.fromkeys(repr(name) for name, *_ in ARRANGEMENTS))
+    if key == "wire.codec":  # this, too
+        return ", ".join(map(repr, [*CODECS][:-1])) + f" or {[*CODECS][-1]!r}"
     found = type_of(key)
     args = typing.get_args(found)
     if typing.get_origin(found) is Literal:

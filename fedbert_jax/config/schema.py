@@ -1,7 +1,8 @@
 """Every key a user can set, with its default and what it does, as frozen dataclasses.
 
-No other module adds a key. Code past the configuration receives a `Config` and trusts it. The comment at a key, above it or
-behind it, and the docstring of a section are what `python -m fedbert_jax.main --help` prints.
+`config/telling.py` has four of the sections, and no other module adds a key. Code past the configuration receives a `Config`
+and trusts it. The comment at a key, above it or behind it, and the docstring of a section are what
+`python -m fedbert_jax.main --help` prints.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedbert_jax.config.arrangement import ARRANGEMENTS, Arrangement, strategy_title
+from fedbert_jax.config.telling import CheckpointConfig, EvalConfig, ExportConfig, MetricsConfig
 
 PRESETS: dict[str, dict[str, int]] = {
     # Turc et al. 2019 (the miniatures) and Devlin et al. 2019 (base, large).
@@ -188,7 +190,7 @@ class WireConfig:
 
     # How activations and their gradients are sent. float32: as they were computed, which is bfloat16 if
     # precision.compute_dtype is; bfloat16; int8: whole numbers, with a float32 scale for each row.
-    codec: Literal["float32", "bfloat16", "int8"] = "float32"
+    codec: str = "float32"
     downlink: Literal["masked", "all"] = "masked"  # which positions' hidden states come back to the client
     clip: float | None = None  # clips each row of a client's activations to this norm before it leaves; None: no clipping
     # Standard deviation of the noise that the client adds to each number of its activations. Whoever knows
@@ -238,40 +240,6 @@ class MeshConfig:
 
     data: int = -1  # devices along this axis; -1 takes all that are left
     model: int = 1  # devices along this axis
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """How often the whole state is saved, and how many of the newest saves stay."""
-
-    every_rounds: int = 50  # rounds between two saves; there is one at the end, too
-    times: int | None = None  # saves in the whole run; takes the place of every_rounds
-    keep: int = 3  # how many of the newest saves stay
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation on held-out text."""
-
-    every_rounds: int = 20  # rounds between two evaluations; there is one at the start and one at the end, too
-    times: int | None = None  # evaluations in the whole run; takes the place of every_rounds
-    batch_size: int = 32  # blocks evaluated at a time
-    max_clients: int = 64  # the most clients evaluated (drawn once, by seed), so that cost does not grow with num_clients
-    max_blocks: int = 64  # the most held-out blocks evaluated per client
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What an exported model says about itself beyond what the run knows; it claims nothing that isn't set."""
-
-    license: str = ""  # of the model, as the hub names it: apache-2.0, mit, other, ...
-    language: str = ""  # of the text, as codes with commas between: en,de
-    datasets: str | None = None  # the text's hub names, with commas between; None: NAME of hf:NAME, if it is on the hub
-    base_model: str | None = None  # a hub name; None: model.init_from, if it is one
-    # config.json's hidden_dropout_prob, for further training of the model. None: the run's own, the starting checkpoint's
-    # or BERT's 0.1, whichever comes first and is above 0.
-    hidden_dropout: float | None = None
-    attention_dropout: float | None = None  # the same for attention_probs_dropout_prob
 
 
 @dataclass(frozen=True)
@@ -338,6 +306,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)

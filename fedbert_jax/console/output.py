@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -56,9 +57,15 @@ def make_console(**options: Any) -> Console:
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
-    if not console.is_terminal:
+    if not console.is_terminal and not console.is_jupyter:
         console.width = FILE_WIDTH
     return console
+
+
+def is_live(console: Console) -> bool:
+    """Whether what was shown can be shown anew: on a terminal, and in a notebook that has widgets."""
+    widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return (console.is_terminal or widgets) and not console.quiet
 
 
 class Name:

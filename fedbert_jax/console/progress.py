@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedbert_jax.console.output import shown
+from fedbert_jax.console.output import is_live, shown
 
 LIVE_SECONDS, PLAIN_SECONDS = 0.1, 30.0  # between two counts shown
 
@@ -36,7 +36,7 @@ def bar(console: Console, *fields: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not is_live(console),
     )
 
 
@@ -44,7 +44,7 @@ def bar(console: Console, *fields: str) -> Progress:
 def waiting(console: Console, text: str) -> Iterator[None]:
     """Shows a text with the elapsed time on a terminal, until `with` ends."""
     columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+    with Progress(*columns, console=console, transient=True, disable=not is_live(console)) as shown:
         shown.add_task(text, total=None)
         yield
 
@@ -67,7 +67,7 @@ class Stages:
         self._clear()
         self._console.print(shown(text), style="dim", markup=False, highlight=False, soft_wrap=True)
         self._unit, self._total, self._shown = unit, total or 0, self._clock()
-        if unit and self._console.is_terminal and not self._console.is_dumb_terminal and not self._console.quiet:
+        if unit and is_live(self._console) and not self._console.is_dumb_terminal:
             columns = BarColumn(), TextColumn("{task.fields[shown]}"), TimeElapsedColumn()
             live = Progress(*columns, console=self._console, transient=True)
             self._live = live, live.add_task("", total=total, shown=self._describe(0))

@@ -58,6 +58,10 @@ class Interrupts:
             signal.raise_signal(number)
         self.received, self._own = number, True
 
+    def request(self) -> None:
+        """Asks for what the first SIGTERM asks for."""
+        self.received = self.received or signal.SIGTERM
+
     def stop(self) -> bool:
         """Whether to begin no further round.
 

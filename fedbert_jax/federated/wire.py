@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fedbert_jax.config import WireConfig
+from fedbert_jax.config import CODECS, WireConfig
 from fedbert_jax.models.bert import Keys, Segments
 
 Payload = Any  # a pytree of arrays: what crosses, and whose bytes are counted
@@ -103,9 +104,11 @@ def codec(name: str, dtype: DTypeLike) -> Channel:
 
     Args:
       name: `float32` (as it was computed), `bfloat16`, or `int8`: integers from -127 to 127 in units of a scale, with one
-        scale for each row along the last axis. A number is off by at most half a unit.
+        scale for each row along the last axis. A number is off by at most half a unit. Or one that was registered.
       dtype: the type in which the receiver computes.
     """
+    if (make := CODECS[name]) is not None:
+        return typing.cast(Channel, make(dtype))
 
     def send(x: jax.Array) -> Payload:
         if name == "float32":

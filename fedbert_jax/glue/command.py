@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,22 @@ FLAGS = {
 
 def main() -> None:
     """Fine-tunes task by task, each in a workdir of its own, and prints the table of medians over seeds."""
-    parser = argparse.ArgumentParser(prog="python -m fedbert_jax.glue", description=__doc__)
+    cli.raise_on_interrupt()
+    run(None, make_console())
+
+
+def run(arguments: Sequence[str] | None, console: Console) -> dict[str, Any]:
+    """Does what the command does, and returns the contents of each task's results.json.
+
+    Args:
+      arguments: the command's; None: those of this process.
+      console: where to print.
+
+    Raises:
+      UserError: for what can be mended.
+      SystemExit: if a signal has ended it.
+    """
+    parser = argparse.ArgumentParser(prog=cli.program("glue"), description=cli.usage(__doc__, "glue"))
     parser.add_argument("--model", required=True, help="a Hugging Face BERT directory or hub name to start from")
     parser.add_argument("--glue", required=True, type=Path, help="GLUE's folder: one folder a task, official TSV files")
     parser.add_argument("--tasks", default="all", help="all (that are there), or names with commas between")
@@ -64,7 +79,7 @@ def main() -> None:
     parser.add_argument("--random-start", action="store_true", help="the model's sizes and tokenizer with random weights")
     parser.add_argument("--predict", action="store_true", help="write predictions for the test files")
     parser.add_argument("--json", type=Path, help="write the results there, too")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     from rich import box
     from rich.table import Table
@@ -72,7 +87,7 @@ def main() -> None:
     from fedbert_jax.glue.finetune import choose_rate, finetune, resolve, tokenizer_of, with_rate
     from fedbert_jax.models import huggingface
 
-    console, results = make_console(), {}
+    results = {}
     with _by_flags():
         tasks = _tasks(args, console)
         model: dict[str, Any] = dict(init_from=args.model)
@@ -87,7 +102,6 @@ def main() -> None:
                 check(task, args.glue, args.predict)
         if args.json:
             _check_json(args.json)
-        cli.raise_on_interrupt()
         for task, config in zip(tasks, configs, strict=True):
             workdir = args.workdir / task.name
             rate, code = choose_rate(config, args.learning_rate, args.workdir / f"{task.name}-rates", console)
@@ -115,6 +129,7 @@ def main() -> None:
             args.json.write_text(json.dumps({"model": args.model, "tasks": results, "average": average}, indent=2) + "\n")
         except OSError as e:
             raise UserError(f"--json {args.json} can't be written ({e.strerror}).") from e
+    return results
 
 
 def _tasks(args: argparse.Namespace, console: Console) -> list[Task]:

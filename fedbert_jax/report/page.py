@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedbert_jax import disk
+from fedbert_jax import cli, disk
 from fedbert_jax.config import strategy_title
 from fedbert_jax.console.output import shown
 from fedbert_jax.errors import UserError
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       UserError: if there is no such run, or its report can't be written.
     """
-    parser = argparse.ArgumentParser(prog="python -m fedbert_jax.report", description="Writes the report of a run.")
+    parser = argparse.ArgumentParser(prog=cli.program("report"), description="Writes the report of a run.")
     parser.add_argument("--workdir", required=True, help="of a run that has finished, stopped or is still going on")
     flags = parser.parse_args(arguments)
     try:

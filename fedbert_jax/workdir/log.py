@@ -10,10 +10,10 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,19 +26,41 @@ Record = dict[str, Any]
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+class Sink(Protocol):
+    """Another place that a run's records go to."""
+
+    def begin(self, records: Sequence[Record]) -> None:
+        """Takes the records that there are: those of rounds that stand, when a run is gone on with."""
+        ...
+
+    def add(self, record: Record) -> None:
+        """Takes the next one, as it reads back from metrics.jsonl."""
+        ...
+
+    def close(self) -> None:
+        """Ends it; nothing more comes."""
+        ...
+
+
 class MetricsLog:
     """metrics.jsonl, open for appending: one JSON object per line, on its way to the disk when `append` returns.
 
     A resumed run calls `truncate` first, and opens the log after that: truncating replaces the file.
+
+    Args:
+      path: of the file.
+      sinks: where the records go, too.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], sinks: Sequence[Sink] = ()) -> None:
+        self._path, self._sinks = path, sinks = Path(path), tuple(sinks)
         with disk.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.read_bytes().endswith(b"\n"):  # else the next line would join the torn one
                 _rewrite(path, [line for line, _ in _parsed_lines(path)])
             self._file = path.open("ab", buffering=0)
+            for sink in sinks:
+                sink.begin(read_metrics(path))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one line; scalars and arrays of numpy and JAX become numbers and lists, NaN and infinities null.
@@ -46,13 +68,19 @@ class MetricsLog:
         Raises:
           DiskError: if it can't be written whole; the part that was written is a torn line.
         """
-        line = to_json(record).encode() + b"\n"
+        text = to_json(record)
+        line = text.encode() + b"\n"
         with disk.writing(self._path):
             while line:  # a disk that fills up takes a part first
                 line = line[self._file.write(line) or 0 :]
+        for sink in self._sinks:
+            sink.add(json.loads(text))
 
     def close(self) -> None:
         self._file.close()
+        sinks, self._sinks = self._sinks, ()
+        for sink in sinks:
+            sink.close()
 
     def __enter__(self) -> MetricsLog:
         return self

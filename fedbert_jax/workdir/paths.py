@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -164,7 +163,7 @@ def _lock(root: Path) -> IO[bytes]:
     except OSError as e:
         raise UserError(f"workdir {root} can't be written ({e.strerror}); give another --workdir.") from e
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        disk.lock(lock)
     except BlockingIOError as e:
         raise UserError(f"workdir {root} is in use by another run; wait for it or give another --workdir.") from e
     except OSError as e:

@@ -107,7 +107,7 @@ def test_which_of_rounds_and_epochs_decides(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("", "no config given; accepted: --config configs/NAME.py."),
+        ("", "no config given; accepted: --config NAME, such as demo, or FILE.py."),
         ("--config.federated.rounds=1", "no config given"),
         ("--workdir --config a.py", "--workdir has no value, but --config after it; accepted: --workdir DIR."),
         ("--config --workdir w", "--config has no value, but --workdir after it"),

@@ -57,7 +57,7 @@ def glue(tmp_path: Path) -> Path:
 @pytest.fixture
 def refused(model: Path, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Runs the command with more flags, which must be refused; returns the sentence."""
-    monkeypatch.setattr("fedbert_jax.workdir.paths.fcntl.flock", lambda *_: None)  # an error's frames keep the lock
+    monkeypatch.setattr("fedbert_jax.disk.lock", lambda *_: None)  # an error's frames keep the lock
 
     def call(more: str, words: str = "--max-length 16 --epochs 1") -> str:
         line = f"glue --model {model} --glue {glue} --workdir {tmp_path / 'w'} {words} {more}"

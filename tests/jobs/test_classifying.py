@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config
-from fedbert_jax.config.flags import read_config
+from fedbert_jax.config.files import read_config
 from fedbert_jax.data.sampling import draw_cohort, turn_order
 from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.errors import ConfigError, UserError

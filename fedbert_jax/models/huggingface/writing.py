@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedbert_jax import __version__
+from fedbert_jax import __version__, disk
 from fedbert_jax.config import ExportConfig, ModelConfig
 from fedbert_jax.data.tokenizer import save_tokenizer
 from fedbert_jax.errors import UserError
@@ -231,16 +230,17 @@ def _workshop(beside: Path) -> Iterator[Path]:
     try:
         _clear(beside)
         workshop = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=beside))
-        lock = os.open(workshop, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # on a file system without locks, nothing is cleared
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield workshop
-        finally:
-            shutil.rmtree(workshop / "new", ignore_errors=True)
-            with contextlib.suppress(OSError):  # it isn't empty if an earlier export could not be put back
-                workshop.rmdir()
-            os.close(lock)
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # on a file system without locks, or on Windows, nothing is cleared
+                lock = os.open(workshop, os.O_RDONLY)
+                held.callback(os.close, lock)
+                disk.lock(lock)
+            try:
+                yield workshop
+            finally:
+                shutil.rmtree(workshop / "new", ignore_errors=True)
+                with contextlib.suppress(OSError):  # it isn't empty if an earlier export could not be put back
+                    workshop.rmdir()
     except BaseException:
         with contextlib.suppress(OSError):
             for path in above:
@@ -259,7 +259,7 @@ def _clear(directory: Path) -> None:
                 continue
             lock = os.open(path, os.O_RDONLY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                disk.lock(lock)
                 shutil.rmtree(path)
             finally:
                 os.close(lock)
