@@ -144,7 +144,7 @@ def test_files_keys_and_options_that_are_named_exist(page):
         assert found and re.search(rf"^(class |def |){part}\b", found[0], re.M), f"there is no {name}::{part}"
     sections = "|".join(sorted({key.partition(".")[0] for key in all_keys() if "." in key}))
     keys = re.findall(rf"--config\.([a-z_.0-9]+)=|`((?:{sections})\.[a-z_.0-9]+)(?==|`)", text)
-    assert {a or b for a, b in keys} - {"model.safetensors", "export.py"} <= set(all_keys())
+    assert {a or b for a, b in keys} - {"model.safetensors", "export.py", "metrics.jsonl"} <= set(all_keys())
     ours = "".join(path.read_text() for path in ROOT.glob("[fbl]*/**/*.[ps]*") if path.suffix in (".py", ".sh", ".sbatch"))
     ours += "".join(f" --{name} --{name.replace('_', '-')}" for name in (*flags.FLAGS, *export.CARD))
     assert {*re.findall(r"`(--[a-z][\w-]*)", text)} <= {"--logdir", *re.findall(r"--[a-z][\w-]*", ours)}  # tensorboard's
