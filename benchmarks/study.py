@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,11 @@ from rich.console import Console
 from benchmarks import machine
 from benchmarks.studies import STUDIES, Arm, Study, Tasks
 from benchmarks.tables import markdown
+from fedbert_jax import cli
+from fedbert_jax.study import all_of
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT, RANDOM = "checkpoint", "random"  # starts of fine-tuning beside the arms
-
-
-class Stopped(Exception):
-    """A command failed or was interrupted."""
 
 
 def run_command(study: Study, arm: Arm, seed: int, workdir: Path, places: dict[str, Path], more: Sequence[str]) -> list[str]:
@@ -47,38 +43,6 @@ def glue_command(model: Path, glue: Path, tasks: Tasks, seeds: int, workdir: Pat
     return command + (["--random-start"] if random else [])
 
 
-def run(name: str, command: list[str], root: Path, say: Any) -> None:
-    """Runs a command to its end, unless that has been done; its output goes to a log.
-
-    Raises:
-      Stopped: if it fails, or is interrupted.
-    """
-    done = root / f"{name}.done"
-    if done.exists() and json.loads(done.read_text()) == command:
-        return
-    say(f"{name} ...")
-    with (root / f"{name}.log").open("a") as log:
-        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
-            raise Stopped(f"{name} stopped (see {log.name}); the same command goes on from there")
-    done.write_text(json.dumps(command))
-
-
-def all_of(jobs: dict[str, list[str]], root: Path, at_once: int, say: Any) -> None:
-    """Runs commands by name, `at_once` at a time.
-
-    Raises:
-      SystemExit: if one of them stopped; those that have begun come to their end first.
-    """
-    with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(run, name, command, root, say) for name, command in jobs.items()]
-        try:
-            for future in futures:
-                future.result()
-        except (Stopped, KeyboardInterrupt) as error:
-            pool.shutdown(cancel_futures=True)
-            raise SystemExit(str(error) or "stopped; the same command goes on from there") from None
-
-
 def audits(runs: dict[str, dict[int, Path]], root: Path, at_once: int, say: Any) -> str:
     """Audits runs, and returns the price list as Markdown."""
     from fedbert_jax.report import audits, comparison
@@ -89,6 +53,7 @@ def audits(runs: dict[str, dict[int, Path]], root: Path, at_once: int, say: Any)
         root,
         at_once,
         say,
+        ROOT,
     )
     return audits.to_markdown(comparison.load_groups(workdirs))
 
@@ -250,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         first = {known["baseline"].name: jobs.pop(known["baseline"].name)}
         for some in (first, jobs):  # the others may use what the baseline has made
-            all_of(some, root, args.jobs, console.print)
+            all_of(some, root, args.jobs, console.print, ROOT)
     text, numbers = pretraining(study, runs)
     result: dict[str, Any] = {"study": args.name, "machine": facts, "changes": more, "pretraining": numbers}
     said = [study.about, text]
@@ -267,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for start, model in starts.items()
             for group in study.tasks
         }
-        all_of(glue, root, args.jobs, console.print)
+        all_of(glue, root, args.jobs, console.print, ROOT)
         text, result["finetuning"] = finetuning(study, starts, root, runs[study.baseline][0])
         said.append(text)
     if args.json:
@@ -276,4 +241,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

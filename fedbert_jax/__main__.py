@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "status": ("says where a federation stands", "status:main", ()),
     "report": ("writes a page about a run, also while it goes on", "report.page:main", ()),
     "compare": ("puts runs side by side", "compare:main", ()),
+    "study": ("trains configs with changes over seeds, and compares them", "study:main", ()),
     "audit": ("measures what the messages of a run give away", "audit.command:main", ()),
     "export": ("writes a run's model as a Hugging Face directory", "export:main", ()),
     "glue": ("fine-tunes a model on GLUE", "glue.command:main", ()),

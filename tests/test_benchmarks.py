@@ -47,6 +47,7 @@ from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.state import Cohort, Pair
 from fedbert_jax.models import huggingface
+from fedbert_jax.study import Stopped
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = sizes.Size(hidden=16, layers=1, heads=2, vocab=128, length=16, clients=3, batch=2, steps=4, compiler="eager")
@@ -635,7 +636,7 @@ def commands(monkeypatch):
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr("fedbert_jax.study.subprocess.run", run)
     return given
 
 
@@ -672,7 +673,7 @@ def test_a_study_audits_what_it_has_trained(tmp_path, commands, capsys):
 
 
 def test_a_study_stops_with_a_command_that_fails(tmp_path, commands):
-    with pytest.raises(SystemExit, match=r"float32-1 stopped .*goes on from there"):
+    with pytest.raises(Stopped, match=r"float32-1 stopped .*goes on from there"):
         study.main(["bf16", "--workdir", str(tmp_path), "--config.data.seq_len=17"])
 
 

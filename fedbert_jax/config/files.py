@@ -44,7 +44,7 @@ def change(values: ConfigDict, changes: Mapping[str, Any]) -> None:
             node[name] = value
 
 
-def read_config(file: str | Path) -> ConfigDict:
+def read_config(file: str | os.PathLike[str]) -> ConfigDict:
     """Runs a config file and returns what its `get_config()` returns; config files call it, too, to build on another one.
 
     Args:
