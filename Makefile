@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo federation test test-slow lint types clean
+.PHONY: help demo federation test test-slow lint types docs clean
 
 help:
 	@echo 'make demo    train a small federation on the text that is already here, into $(WORKDIR)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-slow  the slow ones: whole commands, killed and started again, several devices, benchmarks'
 	@echo 'make lint    ruff, of format and of faults, and the arrows between modules'
 	@echo 'make types   mypy'
+	@echo 'make docs    the documentation as a site, in site/; its notebook is run, at a small size'
 	@echo 'make clean   remove $(VENV), caches and build products; runs/ stays'
 	@echo
 	@echo 'Variables: PYTHON=python3.12, WORKDIR=DIR and ARGS="--config.KEY=VALUE ..." (demo), PYTEST_ARGS="-n 2 -k NAME" (test)'
@@ -44,8 +45,12 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet
+	NOTEBOOK_ROUNDS=4 NOTEBOOK_PLACE="$$(mktemp -d)" $(BIN)/python -m pytest --nbmake --nbmake-timeout=1200 docs/notebooks
+
 clean:
-	rm -rf $(VENV) build dist fedbert_jax.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site fedbert_jax.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find . -name .git -prune -o -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is newer than what it was installed from. The package is installed editable, so its own code never makes one old;
@@ -62,6 +67,11 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	@echo 'Installing the runtime and test packages into $(VENV) (a few minutes the first time)'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $(VENV)/.runtime $@
+
+$(VENV)/.docs: $(VENV)/.test
+	@echo 'Installing what the documentation is built with into $(VENV)'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # Makes .venv unless there is one that works (it may be half made, or its Python gone).
 define ensure_venv
