@@ -18,6 +18,7 @@ from fedbert_jax.config.dp import check_clients
 from fedbert_jax.data import hub
 from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.data.masking import MaskSpec, mask_blocks, num_masked
+from fedbert_jax.data.neutral import Neutral, neutral_text
 from fedbert_jax.data.progress import Progress
 from fedbert_jax.data.tokenizer import continuation_mask, load_tokenizer, special_ids, vocab_size
 from fedbert_jax.devices import processes
@@ -47,6 +48,7 @@ class Run:
     dataset: Dataset
     tokenizer: Any
     simulation: Simulation
+    extra: Neutral | None = None  # `eval.extra`
 
 
 def open_run(config: Config, workdir: Workdir, progress: Progress, warn: Callable[[str], None]) -> Run:
@@ -103,6 +105,8 @@ def build(
     def prepared() -> str:
         with disk.writing(workdir.data):
             data.append(prepare(config, workdir.data, progress=progress, warn=warn))
+            if config.eval.extra:
+                neutral_text(config, workdir.data, data[0][1], warn)
         return ""
 
     processes.share(prepared)
@@ -121,7 +125,8 @@ def build(
         keys = "data.client_field, data.client_pattern and data.partition"
         warn(f"there is one client only, so nothing is federated; {keys} say who holds which text.")
     simulation = Simulation(config, dataset.train, dataset.heldout, mask_spec(config, tokenizer), mesh)
-    return Run(config, workdir, dataset, tokenizer, simulation)
+    extra = neutral_text(config, workdir.data, tokenizer, warn) if config.eval.extra else None
+    return Run(config, workdir, dataset, tokenizer, simulation, extra)
 
 
 def mask_spec(config: Config, tokenizer: Any) -> MaskSpec:

@@ -7,7 +7,7 @@ handles signals, and ends the run when numbers stop being finite.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +56,10 @@ class Job(Protocol):
         """Whether the state after this round is evaluated."""
         ...
 
+    def enough(self) -> bool:
+        """Whether the evaluations so far end the training before its last round."""
+        ...
+
     def saves(self, round: int) -> bool:
         """Whether the state after this round is saved."""
         ...
@@ -83,6 +87,23 @@ class Job(Protocol):
     def meta(self, round: int) -> dict[str, Any]:
         """Returns what a checkpoint holds beside the state, which `resume` takes up."""
         ...
+
+
+class Watcher:
+    """A sink of metrics that may ask for an end."""
+
+    def __init__(self, watch: Callable[[Record], bool], interrupts: Interrupts):
+        self._watch, self._interrupts = watch, interrupts
+
+    def begin(self, records: Sequence[Record]) -> None:
+        """What was trained before is not told again."""
+
+    def add(self, record: Record) -> None:
+        if self._watch(record):
+            self._interrupts.request()
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
 
 class Loop:
@@ -144,7 +165,7 @@ class Loop:
 
             waiting: Dispatched | None = None
             for n in range(self.round + 1, job.total + 1):
-                if interrupts.stop():
+                if interrupts.stop() or job.enough():
                     break
                 self.checkpoints.check()
                 self._profile.before(n, state)
@@ -159,7 +180,7 @@ class Loop:
                 if evaluates or saves:
                     collect(waiting, state if evaluates else None)
                     waiting = None
-                if saves:
+                if saves or (evaluates and job.enough()):
                     self._save(state)
             self._profile.close(state)
             if self._profile.written:
@@ -174,7 +195,7 @@ class Loop:
     @property
     def finished(self) -> bool:
         """Whether the last round is over."""
-        return self.round == self.job.total
+        return self.round == self.job.total or self.job.enough()
 
     def close(self) -> None:
         """Waits for the last checkpoint, and closes the files."""

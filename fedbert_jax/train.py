@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedbert_jax.federated import finite, optim
 from fedbert_jax.federated.metrics import RoundMetrics
 from fedbert_jax.federated.state import Pair, State
 from fedbert_jax.federated.wire import by_way
-from fedbert_jax.loop import Loop
+from fedbert_jax.loop import Loop, Watcher
 from fedbert_jax.models import huggingface
 from fedbert_jax.models.bert import count_parameters
 from fedbert_jax.privacy import accountant
@@ -84,7 +85,7 @@ def train(config: Config, root: Path, console: Console | None = None, watch: Cal
                     console.print(f"stopped after round {loop.round}; the same command goes on from there")
                     return interrupts.exit_code
             with loop.guard(loop.round):
-                job.finish(state)
+                job.finish(state, loop.round)
             loop.close()
     return 0
 
@@ -92,28 +93,17 @@ def train(config: Config, root: Path, console: Console | None = None, watch: Cal
 def evaluated(run: Run, state: State) -> dict[str, Any]:
     """Returns the eval fields of a metrics line; {} if no client has held-out text."""
     found, names = run.simulation.evaluate(state), run.dataset.client_names
+    extra: dict[str, Any] = {}
+    if run.extra is not None:
+        by_client = run.simulation.pseudo_perplexity(state, *run.extra)
+        extra = {"eval_extra_perplexity": statistics.fmean(by_client.values())}
+        if run.config.federated.arrangement.keeps_own:
+            extra |= {"eval_extra_clients": {names[c]: {"perplexity": value} for c, value in by_client.items()}}
     if found is None:
-        return {}
+        return extra
     fields: dict[str, Any] = found.fields("eval_loss", "eval_accuracy", run.config.federated.weighting)
-    clients = {names[c]: score._asdict() for c, score in found.clients.items()}
-    return fields | {"eval_clients_scored": len(clients), "eval_clients": clients}
-
-
-class Watcher:
-    """A sink of metrics that may ask for an end."""
-
-    def __init__(self, watch: Callable[[Record], bool], interrupts: Interrupts):
-        self._watch, self._interrupts = watch, interrupts
-
-    def begin(self, records: Sequence[Record]) -> None:
-        """What was trained before is not told again."""
-
-    def add(self, record: Record) -> None:
-        if self._watch(record):
-            self._interrupts.request()
-
-    def close(self) -> None:
-        """Nothing is left to do."""
+    clients: dict[str, dict[str, float]] = {names[c]: score._asdict() for c, score in found.clients.items()}
+    return fields | {"eval_clients_scored": len(clients), "eval_clients": clients} | extra
 
 
 class Pretraining:
@@ -201,6 +191,11 @@ class Pretraining:
         """True every `eval.every_rounds` rounds, and after the last."""
         return round % self.run.config.eval.every_rounds == 0 or round == self.total
 
+    def enough(self) -> bool:
+        """True once `eval.patience` evaluations in a row were no better than the best."""
+        patience = self.run.config.eval.patience
+        return patience is not None and self.scores.get("eval_stale", 0) >= patience
+
     def saves(self, round: int) -> bool:
         """True every `checkpoint.every_rounds` rounds, and after the last."""
         return round % self.run.config.checkpoint.every_rounds == 0 or round == self.total
@@ -243,10 +238,15 @@ class Pretraining:
         fields = evaluated(self.run, state)
         if not fields:
             return {}
-        clients = fields.pop("eval_clients")
-        best = self.scores.get("best_eval_loss")
-        self.scores = fields | {"best_eval_loss": fields["eval_loss"] if best is None else min(best, fields["eval_loss"])}
-        return fields | {"eval_clients": clients}
+        numbers = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+        before, self.scores = self.scores, numbers
+        if "eval_loss" in fields:
+            self.scores |= {"best_eval_loss": min(before.get("best_eval_loss", math.inf), fields["eval_loss"])}
+        judged = fields.get("eval_extra_perplexity", fields.get("eval_loss"))
+        best = before.get("best_eval_judged", math.inf)
+        stale = 0 if judged < best else before.get("eval_stale", 0) + 1
+        self.scores |= {"best_eval_judged": min(best, judged), "eval_stale": stale}
+        return fields
 
     def _baselines(self) -> dict[str, float]:
         """Returns what guessing by frequency reaches, for run.json and the model card; {} without held-out text."""
@@ -263,6 +263,8 @@ class Pretraining:
         if "eval_loss" in record:
             parts.append(f"held-out loss {record['eval_loss']:.3f}  accuracy {record['eval_accuracy']:.1%}")
             parts.append(f"({self.scope})")
+        if "eval_extra_perplexity" in record:
+            parts.append(f"pseudo-perplexity of eval.extra {record['eval_extra_perplexity']:,.1f}")
         if "seconds" in record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"wire {(record['uplink_bytes'] + record['downlink_bytes']) / 1e6:,.0f} MB")
@@ -288,12 +290,12 @@ class Pretraining:
 
     # --- after the last round ---
 
-    def finish(self, state: State) -> None:
+    def finish(self, state: State, round: int) -> None:
         """Exports the model, fills in the examples, writes the report, and prints where everything is."""
         run, workdir, config = self.run, self.run.workdir, self.run.config
         model = self.sim.model_of(state)
         self._check_model(model)
-        name = experiment.export(run, state, workdir.hf, self._facts(self.total))
+        name = experiment.export(run, state, workdir.hf, self._facts(round))
         self.sim.close()
         if not processes.first():
             return
@@ -301,6 +303,7 @@ class Pretraining:
         filled = fill_mask(segments, model.client, model.server, run.tokenizer, list(config.fill_mask))
         self.facts |= {
             "finished": True,
+            "ended_early_after": round if round < self.total else None,
             "fill_mask": [{"text": t, "predictions": p} for t, p in zip(config.fill_mask, filled, strict=True)],
             "seconds_total": sum(r.get("seconds", 0.0) for r in read_metrics(workdir.metrics)),
         }
@@ -322,7 +325,7 @@ class Pretraining:
                 "at the same masked positions"
             )
         if self.accountant is not None:
-            self.console.print(self.accountant.sentence(self.total, over=True))
+            self.console.print(self.accountant.sentence(round, over=True))
 
     def _check_model(self, model: Pair) -> None:
         """Requires finite predictions: those of the last evaluation or, without one, the prediction of one word."""

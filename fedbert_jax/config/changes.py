@@ -42,6 +42,7 @@ HARMLESS = FREE | frozenset(
         "checkpoint.keep",
         "eval.every_rounds",
         "eval.times",
+        "eval.patience",
         "mesh.data",
         "mesh.model",
         "data.store",

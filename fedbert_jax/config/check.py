@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from fedbert_jax.config.arrangement import ARRANGEMENTS, rows
@@ -56,6 +57,8 @@ def validate(config: Config) -> None:
     alone = config.task != "finetune" or not sinks
     need(alone, "metrics.sinks", config.metrics.sinks, "'' with task='finetune', whose numbers are of many runs")
     _check_schedules(config, need)
+    known = config.eval.extra == "" or re.fullmatch(r"(docs|text|hf):.+", config.eval.extra) is not None
+    need(known, "eval.extra", config.eval.extra, "'', or 'text:GLOB', 'hf:NAME[/CONFIG]' or 'docs:PACKAGE,...'")
 
 
 def _check_text(config: Config, need: Need) -> None:

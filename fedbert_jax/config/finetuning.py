@@ -24,6 +24,9 @@ UNUSED_IN_FINETUNING = {
         "checkpoint.every_rounds",
         "checkpoint.keep",
         "eval.every_rounds",
+        "eval.extra",
+        "eval.extra_blocks",
+        "eval.patience",
         "fill_mask",
     ),
 }

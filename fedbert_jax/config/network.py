@@ -15,6 +15,7 @@ UNUSED = {
     "goes by federated.rounds: nobody knows how much text all have": ("federated.epochs",),
     "has one party a process": ("federated.clients_at_once", "mesh.model", "data.store"),
     "fills in no sentences": ("fill_mask", "profile"),
+    "judges by held-out text alone, and trains to its last round": ("eval.extra", "eval.extra_blocks", "eval.patience"),
     "gives every client batch_size rows": ("federated.batch_by",),
 }
 UNUSED_WITH_LABELS_HERE = {

@@ -26,6 +26,8 @@ AT_LEAST_1 = (
     "eval.batch_size",
     "eval.max_clients",
     "eval.max_blocks",
+    "eval.extra_blocks",
+    "eval.patience",
     "model.hidden_size",
     "model.num_layers",
     "model.num_heads",

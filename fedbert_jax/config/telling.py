@@ -25,6 +25,13 @@ class EvalConfig:
     batch_size: int = 32  # blocks evaluated at a time
     max_clients: int = 64  # the most clients evaluated (drawn once, by seed), so that cost does not grow with num_clients
     max_blocks: int = 64  # the most held-out blocks evaluated per client
+    # Text beside the clients', as in data.source (text:FILE), whose pseudo-perplexity is measured, too: every token of it
+    # predicted from the rest of its block. Where clients have models of their own, by each model that is evaluated.
+    extra: str = ""
+    extra_blocks: int = 8  # the most blocks of that text, spread over it; a block of T tokens costs T forward passes
+    # Ends the run after so many evaluations in a row that were no better than the best: by the pseudo-perplexity of
+    # eval.extra or, without that, by the held-out loss. None: it ends with its last round. Schedules stay as they are.
+    patience: int | None = None
 
 
 @dataclass(frozen=True)

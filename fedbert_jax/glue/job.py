@@ -70,6 +70,10 @@ class SeedGroup:
         epochs = self.tuning.epochs
         return int(epochs(round)) > int(epochs(round - 1)) or round == self.total
 
+    def enough(self) -> bool:
+        """Fine-tuning goes on to its last epoch, whose score is the one that counts."""
+        return False
+
     def saves(self, round: int) -> bool:
         """Returns whether to save: at the end of every epoch but the last, after which results are written at once."""
         return self.evaluates(round) and round < self.total

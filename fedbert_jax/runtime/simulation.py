@@ -6,6 +6,7 @@ Several processes simulate together: each runs this same program, and gathers on
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from fedbert_jax.federated.evaluation import (
 from fedbert_jax.federated.finite import first_to_fail
 from fedbert_jax.federated.metrics import RoundMetrics
 from fedbert_jax.federated.optim import schedule_span
+from fedbert_jax.federated.perplexity import perplexity, pseudo_log_likelihood
 from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.setting import make_setting
 from fedbert_jax.federated.state import Pair, State
@@ -75,6 +77,12 @@ class Simulation:
             )
             self._evaluate_frequencies = jax.jit(make_evaluate_frequencies(mask, seeds), out_shardings=self._everywhere)
             self._model_of = jax.jit(self.strategy.model_of, out_shardings=self._everywhere)
+
+            def scored(state: State, client: jax.Array, tokens: jax.Array, asked: jax.Array) -> jax.Array:
+                model = self.strategy.model_of(state, client)
+                return pseudo_log_likelihood(self.setting.segments, model, tokens, asked, mask.mask_id)
+
+            self._pseudo = jax.jit(scored, out_shardings=self._everywhere)
         self._eval_set, self._owners = make_eval_set(config, heldout, mesh)
 
     def _fresh_state(self) -> State:
@@ -128,6 +136,24 @@ class Simulation:
         with jax.set_mesh(self.mesh):
             sums = self._evaluate_frequencies(log_probs, self._eval_set)
         return evaluation(np.asarray(sums), self._owners, self.train.sizes)
+
+    def pseudo_perplexity(
+        self, state: State, tokens: np.ndarray, asked: np.ndarray, clients: Sequence[int] | None = None
+    ) -> dict[int, float]:
+        """Returns the pseudo-perplexity of a text by the models of clients.
+
+        Args:
+          state: the state.
+          tokens: int32 [S, T].
+          asked: bool [S, T], which tokens are predicted.
+          clients: whose models; None: of those evaluated if each has its own, else of client 0, which is everyone's.
+        """
+        if clients is None:
+            own = self.config.federated.arrangement.keeps_own and len(self._owners)
+            clients = np.unique(self._owners).tolist() if own else (0,)
+        text = put(tokens, self._everywhere), put(asked, self._everywhere)
+        with jax.set_mesh(self.mesh):
+            return {int(c): perplexity(np.asarray(self._pseudo(state, np.int32(c), *text))) for c in clients}
 
     def model_of(self, state: State, client: int = 0) -> Pair:
         """Returns the model that a client would use (for most strategies, everyone's).

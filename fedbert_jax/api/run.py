@@ -1,7 +1,4 @@
-"""What scripts and notebooks call: a run in a directory, trained, looked at, exported and audited from Python.
-
-`fedbert_jax` has these names, too, and imports them (and with them JAX) when they are first asked for.
-"""
+"""A run in a directory: trained, stopped and gone on with, looked at, exported and audited from Python."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedbert_jax import config as config_lib
 from fedbert_jax import disk
+from fedbert_jax.api.functions import known, load_config
 from fedbert_jax.config import Config
-from fedbert_jax.config.files import change, read_config
 from fedbert_jax.console.output import make_console
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.workdir.log import Record, read_metrics
@@ -26,9 +23,7 @@ from fedbert_jax.workdir.paths import Workdir
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedbert_jax.audit.attacks import Attack
     from fedbert_jax.federated.state import Pair
-    from fedbert_jax.federated.wire import Channel
 
 Documents = Iterable[tuple[str, str]]  # (client, text), a document each
 Callback = Callable[[Record], object]
@@ -37,21 +32,6 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 STOP: Literal["stop"] = "stop"  # what a callback returns to end the training after the round under way
 DOCUMENTS = "documents.jsonl"
 INTERRUPTED = 130
-
-
-def load_config(name: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
-    """Reads a config, changes it and validates it.
-
-    Args:
-      name: of a config that comes with the package ("demo", "text", ...), or a file whose `get_config()` returns one.
-      changes: values by dotted key, such as {"federated.rounds": 20}; `fedbert train --help` lists the keys.
-
-    Raises:
-      ConfigError: for an unknown key, a value of the wrong type, or a combination that cannot run.
-    """
-    values, changes = read_config(name), dict(changes or {})
-    change(values, _known(changes))
-    return config_lib.choose(config_lib.from_dict(values), changes)
 
 
 class Run:
@@ -84,7 +64,7 @@ class Run:
         if config is None:
             config = Workdir(self.workdir).read_config()  # says so if there is no run
         if isinstance(config, Config):
-            self._given = config_lib.from_dict(config_lib.to_dict(config_lib.replace(config, _known(changes))))
+            self._given = config_lib.from_dict(config_lib.to_dict(config_lib.replace(config, known(changes))))
         else:
             self._given = load_config(config, changes)
 
@@ -219,6 +199,47 @@ class Run:
         state, _ = experiment.restore(run, checkpoints, found)
         return evaluated(run, state)
 
+    def perplexity(self, text: str = "", blocks: int = 8, *, round: int | None = None) -> dict[str, float]:
+        """Returns the pseudo-perplexity of text: each token predicted from the rest of its block, one [MASK] at a time.
+
+        Salazar et al., "Masked Language Model Scoring" (ACL 2020). A block of T tokens costs T forward passes.
+
+        Args:
+          text: as `data.source` names it, such as "text:FILE"; "" is each client's own held-out text.
+          blocks: the most blocks scored: of the text, or of each client's, spread over it.
+          round: which checkpoint; None: the newest.
+
+        Returns:
+          By client: of its own held-out text, or of the text by its own model; under "", of the text by one that all share.
+
+        Raises:
+          UserError: if there is no such checkpoint, or the text can't be read.
+        """
+        import numpy as np
+
+        from fedbert_jax import experiment
+        from fedbert_jax.data.encoded import usual_tokens
+        from fedbert_jax.data.neutral import read_blocks
+        from fedbert_jax.finished import reopen
+
+        run, checkpoints, found = reopen(self.workdir, round)
+        state, _ = experiment.restore(run, checkpoints, found)
+        usual, names = usual_tokens(run.tokenizer), run.dataset.client_names
+        own = run.config.federated.arrangement.keeps_own
+        if text:
+            tokens = read_blocks(text, run.config.data, run.tokenizer, blocks, lambda _: None, "text")
+            scores = run.simulation.pseudo_perplexity(state, tokens, usual[tokens])
+            return {names[c] if own else "": value for c, value in scores.items()}
+        held, scores = run.dataset.heldout, {}
+        for c in range(held.num_clients):
+            first, end = int(held.offsets[c]), int(held.offsets[c + 1])
+            if end > first:
+                rows = np.unique(np.linspace(first, end - 1, min(blocks, end - first)).astype(int))
+                tokens = np.asarray(held.tokens[rows], np.int32)
+                by_model = run.simulation.pseudo_perplexity(state, tokens, usual[tokens], (c if own else 0,))
+                scores[c] = next(iter(by_model.values()))
+        return {names[c]: value for c, value in scores.items()}
+
     def parameters(self, *, client: str = "", round: int | None = None) -> Pair:
         """Returns a checkpoint's model as pytrees of NumPy arrays, float32.
 
@@ -303,111 +324,6 @@ class Run:
         return read_metrics(path) if path.is_file() else []
 
 
-def compare_runs(workdirs: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
-    """Returns runs side by side, as `fedbert compare` does: a row for all runs that differ in nothing but their seed.
-
-    Returns:
-      Columns `label`, `strategy`, `seeds`, and for every quantity, such as `final_eval_loss_by_text`, its mean over seeds
-      and `..._sd`, the standard deviation of a sample; None where a run doesn't have it.
-
-    Raises:
-      UserError: for a directory that is not a run.
-    """
-    import pandas as pd
-
-    from fedbert_jax.report import comparison
-
-    rows = []
-    for group in comparison.to_dict(comparison.load_groups(list(workdirs)))["groups"]:
-        row = {name: group[name] for name in ("label", "strategy", "seeds")}
-        for name in comparison.QUANTITIES:
-            row |= {name: group[name]["mean"], f"{name}_sd": group[name]["sd"]}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def finetune_on_glue(
-    model: str | os.PathLike[str], glue: str | os.PathLike[str], workdir: str | os.PathLike[str], *arguments: str
-) -> pd.DataFrame:
-    """Fine-tunes a model on GLUE tasks, as `fedbert glue` does; when called again, it goes on.
-
-    Args:
-      model: a Hugging Face BERT directory or hub name.
-      glue: GLUE's folder, one folder a task with its official TSV files.
-      workdir: one folder a task is made in it.
-      arguments: of the command, such as "--tasks=RTE,CoLA" or "--seeds=3".
-
-    Returns:
-      A row a metric of a seed: `task`, `seed`, `split` (dev), `metric` and `score`, a fraction, the last epoch's.
-
-    Raises:
-      UserError: for what can be mended.
-    """
-    import pandas as pd
-
-    from fedbert_jax.glue.command import run
-
-    given = [f"--model={os.fspath(model)}", f"--glue={os.fspath(glue)}", f"--workdir={os.fspath(workdir)}", *arguments]
-    return pd.DataFrame(
-        [
-            {"task": task, "seed": int(seed), "split": split, "metric": metric, "score": score}
-            for task, results in run(given, make_console()).items()
-            for seed, by_split in results["seeds"].items()
-            for split, scores in by_split.items()
-            for metric, score in scores.items()
-        ]
-    )
-
-
-def register_channel(name: str, make: Callable[[Any], Channel]) -> None:
-    """Adds the codec `wire.codec=name` in this process: what activations and their gradients go through.
-
-    Call it before the config is read, for example in a config file.
-
-    Args:
-      name: text that can be printed.
-      make: given the type in which the receiver computes, returns the `federated.wire.Channel`: its `send` is
-        (a pytree of arrays, None) -> what crosses, whose bytes are counted; its `receive` undoes that. Both are traced by
-        JAX; gradients do not go through them.
-
-    Raises:
-      ValueError: if the name can't be printed, or another codec has it.
-    """
-    config_lib.register_codec(name, make)
-
-
-def register_attack(attack: Attack) -> None:
-    """Adds an attack to audits in this process; `audit.attacks.Attack` says what one is.
-
-    Raises:
-      ValueError: if another attack of its name uses the same knowledge, or it names an unknown kind of knowledge.
-    """
-    from fedbert_jax.audit import attacks
-
-    attacks.register(attack)
-
-
-def _known(changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns the changes; raises ConfigError for a key that there isn't."""
-    for key in changes:
-        if key not in config_lib.all_keys():
-            raise config_lib.unknown_key(key)
-    return changes
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-__all__ = [
-    "STOP",
-    "Config",
-    "Run",
-    "UserError",
-    "compare_runs",
-    "finetune_on_glue",
-    "load_config",
-    "register_attack",
-    "register_channel",
-]

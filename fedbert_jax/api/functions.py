@@ -1,0 +1,125 @@
+"""What scripts call beside `Run`: configs, runs side by side, fine-tuning, and what they register."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedbert_jax import config as config_lib
+from fedbert_jax.config import Config
+from fedbert_jax.config.files import change, read_config
+from fedbert_jax.console.output import make_console
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedbert_jax.audit.attacks import Attack
+    from fedbert_jax.federated.wire import Channel
+
+
+def load_config(name: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
+    """Reads a config, changes it and validates it.
+
+    Args:
+      name: of a config that comes with the package ("demo", "text", ...), or a file whose `get_config()` returns one.
+      changes: values by dotted key, such as {"federated.rounds": 20}; `fedbert train --help` lists the keys.
+
+    Raises:
+      ConfigError: for an unknown key, a value of the wrong type, or a combination that cannot run.
+    """
+    values, changes = read_config(name), dict(changes or {})
+    change(values, known(changes))
+    return config_lib.choose(config_lib.from_dict(values), changes)
+
+
+def compare_runs(workdirs: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """Returns runs side by side, as `fedbert compare` does: a row for all runs that differ in nothing but their seed.
+
+    Returns:
+      Columns `label`, `strategy`, `seeds`, and for every quantity, such as `final_eval_loss_by_text`, its mean over seeds
+      and `..._sd`, the standard deviation of a sample; None where a run doesn't have it.
+
+    Raises:
+      UserError: for a directory that is not a run.
+    """
+    import pandas as pd
+
+    from fedbert_jax.report import comparison
+
+    rows = []
+    for group in comparison.to_dict(comparison.load_groups(list(workdirs)))["groups"]:
+        row = {name: group[name] for name in ("label", "strategy", "seeds")}
+        for name in comparison.QUANTITIES:
+            row |= {name: group[name]["mean"], f"{name}_sd": group[name]["sd"]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def finetune_on_glue(
+    model: str | os.PathLike[str], glue: str | os.PathLike[str], workdir: str | os.PathLike[str], *arguments: str
+) -> pd.DataFrame:
+    """Fine-tunes a model on GLUE tasks, as `fedbert glue` does; when called again, it goes on.
+
+    Args:
+      model: a Hugging Face BERT directory or hub name.
+      glue: GLUE's folder, one folder a task with its official TSV files.
+      workdir: one folder a task is made in it.
+      arguments: of the command, such as "--tasks=RTE,CoLA" or "--seeds=3".
+
+    Returns:
+      A row a metric of a seed: `task`, `seed`, `split` (dev), `metric` and `score`, a fraction, the last epoch's.
+
+    Raises:
+      UserError: for what can be mended.
+    """
+    import pandas as pd
+
+    from fedbert_jax.glue.command import run
+
+    given = [f"--model={os.fspath(model)}", f"--glue={os.fspath(glue)}", f"--workdir={os.fspath(workdir)}", *arguments]
+    return pd.DataFrame(
+        [
+            {"task": task, "seed": int(seed), "split": split, "metric": metric, "score": score}
+            for task, results in run(given, make_console()).items()
+            for seed, by_split in results["seeds"].items()
+            for split, scores in by_split.items()
+            for metric, score in scores.items()
+        ]
+    )
+
+
+def register_channel(name: str, make: Callable[[Any], Channel]) -> None:
+    """Adds the codec `wire.codec=name` in this process: what activations and their gradients go through.
+
+    Call it before the config is read, for example in a config file.
+
+    Args:
+      name: text that can be printed.
+      make: given the type in which the receiver computes, returns the `federated.wire.Channel`: its `send` is
+        (a pytree of arrays, None) -> what crosses, whose bytes are counted; its `receive` undoes that. Both are traced by
+        JAX; gradients do not go through them.
+
+    Raises:
+      ValueError: if the name can't be printed, or another codec has it.
+    """
+    config_lib.register_codec(name, make)
+
+
+def register_attack(attack: Attack) -> None:
+    """Adds an attack to audits in this process; `audit.attacks.Attack` says what one is.
+
+    Raises:
+      ValueError: if another attack of its name uses the same knowledge, or it names an unknown kind of knowledge.
+    """
+    from fedbert_jax.audit import attacks
+
+    attacks.register(attack)
+
+
+def known(changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the changes; raises ConfigError for a key that there isn't."""
+    for key in changes:
+        if key not in config_lib.all_keys():
+            raise config_lib.unknown_key(key)
+    return changes
