@@ -19,7 +19,7 @@ from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import DivergedError
 from fedbert_jax.federated.finite import NotFiniteError
 from fedbert_jax.federated.metrics import RoundMetrics
-from fedbert_jax.loop import Loop
+from fedbert_jax.loop import Loop, Watcher
 from fedbert_jax.workdir.checkpoint import Checkpoints
 from fedbert_jax.workdir.log import read_metrics
 
@@ -35,6 +35,8 @@ class Counting:
         self.state_sharding = {"n": NamedSharding(make_mesh(MeshConfig()), P())}
         self.taken_up: tuple[int, Any] | None = None
         self.bad = 0  # the round whose numbers are not finite
+        self.last = 0  # the evaluated round after which it is enough
+        self.is_enough = False
 
     def begin(self):
         return {"n": jnp.zeros(())}, {"round": 0, "value": 0.0}
@@ -50,6 +52,9 @@ class Counting:
     def evaluates(self, round):
         return round % 2 == 0
 
+    def enough(self):
+        return self.is_enough
+
     def saves(self, round):
         return round % 3 == 0
 
@@ -61,6 +66,7 @@ class Counting:
 
     def evaluate(self, state):
         self.calls.append(f"evaluate {int(state['n'])}")
+        self.is_enough = int(state["n"]) == self.last
         return {"score": float(state["n"])}
 
     def say(self, record):
@@ -170,3 +176,33 @@ def test_a_job_with_a_name_of_its_own_is_named(run):
     job.what, job.bad = "SST-2", 1
     with pytest.raises(DivergedError, match=r"^SST-2, round 1: "):
         run(job)
+
+
+def test_a_job_that_has_had_enough_ends_with_the_round_that_was_evaluated(run, tmp_path):
+    """That round is saved, though none is due, and no other is begun, now or when it is given again."""
+    job = Counting()
+    job.last = 4
+    loop, state = run(job)
+    assert job.calls[-5:] == ["start 4", "read 4", "evaluate 4", "say 4", "check 4"]
+    assert (loop.round, loop.finished, float(state["n"])) == (4, True, 4) and (tmp_path / "c" / "4").is_dir()
+    again = Counting()
+    again.is_enough = True
+    loop, state = run(again)
+    assert again.calls == [] and (loop.round, loop.finished, float(state["n"])) == (4, True, 4)
+
+
+def test_a_watcher_hears_each_round_and_may_end_the_run(tmp_path):
+    job, interrupts, heard = Counting(), Interrupts(), []
+
+    def watch(record):
+        heard.append(record["round"])
+        return record["round"] == 2
+
+    log = tmp_path / "m.jsonl"
+    loop = Loop(
+        job, Checkpoints(tmp_path / "c", keep=2), log, Console(file=io.StringIO()), None, [Watcher(watch, interrupts)]
+    )
+    loop.run(loop.begin(), interrupts)
+    loop.close()
+    assert heard == [0, 1, 2] == [r["round"] for r in read_metrics(log)]
+    assert loop.round == 2 and (tmp_path / "c" / "2").is_dir() and interrupts.exit_code == 143

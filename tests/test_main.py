@@ -72,7 +72,7 @@ def test_a_bad_override_is_one_sentence(config_file, tmp_path, override, words):
 
 def test_no_config_and_no_workdir(config_file):
     done = run(sys.executable, "-m", "fedbert_jax.main")
-    assert done.returncode == 2 and "--config configs/NAME.py" in done.stderr
+    assert done.returncode == 2 and "--config NAME, such as demo, or FILE.py" in done.stderr
     done = run(sys.executable, "-m", "fedbert_jax.main", "--config", config_file)
     assert done.returncode == 2 and "--workdir DIR" in done.stderr
 

@@ -16,9 +16,12 @@ FOUND = Evaluation({0: Score(3.0, 0.5), 2: Score(1.0, 0.2)}, over_clients=Score(
 def loop(weighting: str) -> SimpleNamespace:
     """The parts of a run's loop that evaluation needs."""
     run = SimpleNamespace(
-        config=tiny_config(federated=dict(weighting=weighting)), dataset=SimpleNamespace(client_names=("a", "b", "c"))
+        config=tiny_config(federated=dict(weighting=weighting)),
+        dataset=SimpleNamespace(client_names=("a", "b", "c")),
+        simulation=SimpleNamespace(evaluate=lambda state: FOUND),
+        extra=None,
     )
-    return SimpleNamespace(sim=SimpleNamespace(evaluate=lambda state: FOUND), run=run, scores={}, guessing=FOUND)
+    return SimpleNamespace(run=run, scores={}, guessing=FOUND)
 
 
 @pytest.mark.parametrize("weighting, loss, accuracy", [("examples", 1.25, 0.2375), ("uniform", 2.0, 0.35)])

@@ -128,10 +128,13 @@ def test_weights_and_biases_is_told_of_each_round_once(tmp_path, monkeypatch):
 
 
 def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     with opened(tmp_path, "wandb") as log:
         for record in RECORDS[:2]:
             log.append(record)
+    wandb.teardown()  # waits for the process that writes
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"eval_clients/north/loss" in written.read_bytes()
 
