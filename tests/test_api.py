@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -144,6 +145,23 @@ def test_ctrl_c_is_an_exception_once_the_round_is_saved(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.train(interrupt, progress=False)
     assert 1 <= run.round <= 2
+
+
+def test_a_thread_trains_too(tmp_path):
+    """Signals are the main thread's; the callback ends it all the same, and a run that goes by epochs goes on."""
+    ends: list[object] = []
+    place, changes = tmp_path / "run", {key: value for key, value in CHANGES.items() if key != "federated.rounds"}
+    run = fb.Run(place, "text", changes | {"federated.epochs": 0.3}, documents=documents())
+
+    def train() -> None:
+        ends.append(run.train(lambda record: fb.STOP if record["round"] == 1 else None, progress=False))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert ends == [False] and 1 <= run.round <= 2
+    again = fb.Run(place)
+    assert again.train(progress=False) is True and again.round == again.config.federated.rounds > 2
 
 
 def test_a_config_is_read_by_name_and_changed():

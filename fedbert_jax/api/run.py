@@ -29,6 +29,7 @@ Documents = Iterable[tuple[str, str]]  # (client, text), a document each
 Callback = Callable[[Record], object]
 # A library says nothing by itself; Orbax warns that a checkpoint that is only read will not be written.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno >= logging.ERROR)
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without torch, it would say so
 STOP: Literal["stop"] = "stop"  # what a callback returns to end the training after the round under way
 DOCUMENTS = "documents.jsonl"
 INTERRUPTED = 130

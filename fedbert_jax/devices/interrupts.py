@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,6 +15,8 @@ from fedbert_jax.devices import processes
 
 class Interrupts:
     """Within `with`, the first SIGINT or SIGTERM sets `received`; the second ends the process at once.
+
+    A thread other than the main one gets no signals.
 
     With several processes, `stop` and `settle` give all of them the same answer, whichever of them got the signal.
 
@@ -31,7 +34,8 @@ class Interrupts:
         self._asked: jax.Array | None = None
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM) if self._asked_elsewhere is None else ():
+        own = self._asked_elsewhere is None and threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if own else ():
             self._old[number] = signal.signal(number, self._note)
         return self
 
