@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "train": ("trains what a config says: fedbert train --config demo --workdir DIR", "main:main", ()),
     "serve": ("is the server of a federation over a network", "main:main", ("--config=serve",)),
     "join": ("is a client of one", "main:main", ("--config=join",)),
+    "prepare": ("reads and encodes text once, for many runs", "prepare:main", ()),
     "provision": ("makes the certificates that they show one another", "provision:main", ()),
     "status": ("says where a federation stands", "status:main", ()),
     "report": ("writes a page about a run, also while it goes on", "report.page:main", ()),

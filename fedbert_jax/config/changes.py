@@ -20,6 +20,7 @@ FREE = frozenset(
         "network.leave",
         "audit.record",
         "metrics.sinks",
+        "data.prepared",
         "export.license",
         "export.language",
         "export.datasets",

@@ -50,6 +50,7 @@ UNUSED_WITH_LABELS = {
         "data.small_clients",
         "data.store",
         "data.cache_dir",
+        "data.prepared",
         "eval.max_clients",
         "eval.max_blocks",
     ),

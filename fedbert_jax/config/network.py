@@ -14,6 +14,7 @@ CLIENT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 UNUSED = {
     "goes by federated.rounds: nobody knows how much text all have": ("federated.epochs",),
     "has one party a process": ("federated.clients_at_once", "mesh.model", "data.store"),
+    "has each client prepare its own text": ("data.prepared",),
     "fills in no sentences": ("fill_mask", "profile"),
     "judges by held-out text alone, and trains to its last round": ("eval.extra", "eval.extra_blocks", "eval.patience"),
     "gives every client batch_size rows": ("federated.batch_by",),

@@ -84,6 +84,9 @@ class DataConfig:
     small_clients: Literal["drop", "error"] = "drop"  # a client with less than one training block of known text
     store: Literal["auto", "device", "memmap"] = "auto"  # where token blocks are kept during training
     cache_dir: str = ""  # "" is ~/.cache/fedbert_jax
+    # A directory that `python -m fedbert_jax.prepare` has made of the same text: its blocks are linked, or copied, and no
+    # text is read. "": the run prepares its own.
+    prepared: str = ""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
 
 

@@ -26,7 +26,7 @@ from fedbert_jax.data.summary import ClientSummary, describe_left_out, describe_
 from fedbert_jax.data.text import Share, Text, read_text
 from fedbert_jax.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, token_dtype, vocab_size
 from fedbert_jax.data.vocabulary import train_tokenizer
-from fedbert_jax.errors import ConfigError, UserError
+from fedbert_jax.errors import ConfigError, UserError, about
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -34,6 +34,10 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 FORMAT = 2  # of the prepared directory; raise it when the same config gives different blocks
 
 log = logging.getLogger(__name__)
+
+
+FILES = ("train.npy", "heldout.npy", "meta.json")  # of a prepared directory, beside tokenizer/
+REMEDY = "give another --workdir"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +68,7 @@ def prepare(
     warn: Callable[[str], None] = log.warning,
     progress: Progress | None = None,
     only: tuple[int, str] | None = None,
+    remedy: str = REMEDY,
 ) -> tuple[Dataset, PreTrainedTokenizerFast]:
     """Makes a run's token blocks and tokenizer, or takes those that `directory` holds.
 
@@ -77,6 +82,7 @@ def prepare(
       warn: called with a sentence about clients left out, text that the tokenizer doesn't know, or missing held-out text.
       progress: called as each stage begins, and with how much of it is done; by default, stages go to the log.
       only: of a party in a federation, its index in the roster and its name; None: all clients' text is here.
+      remedy: what errors advise where the directory holds something else.
 
     Returns:
       The dataset, with its blocks memory-mapped read-only, and the tokenizer.
@@ -89,20 +95,42 @@ def prepare(
     shutil.rmtree(unfinished, ignore_errors=True)
     if not (directory / "meta.json").exists():
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(f"{directory} holds something else than prepared data; give another --workdir.")
+            raise UserError(f"{directory} holds something else than prepared data; {remedy}.")
         unfinished.mkdir(parents=True)
         try:
-            _make(config, unfinished, warn, progress or Logged(), only)
+            if config.data.prepared:
+                _take(config, Path(config.data.prepared).expanduser(), unfinished, progress or Logged())
+            else:
+                _make(config, unfinished, warn, progress or Logged(), only)
             os.replace(unfinished, directory)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-    return _load(config, directory, only)
+    return _load(config, directory, only, remedy)
+
+
+def _take(config: Config, prepared: Path, directory: Path, progress: Progress) -> None:
+    """Links what was prepared elsewhere into a run's own directory, or copies it from another file system."""
+    if not (prepared / "meta.json").is_file():
+        raise ConfigError(
+            f"config key data.prepared={config.data.prepared!r}: accepted: a directory made by "
+            "`python -m fedbert_jax.prepare`."
+        )
+    with about(f"config key data.prepared={config.data.prepared!r}"):
+        _load(config, prepared, None, "prepare it for this config")
+    progress.stage(f"taking the blocks that are in {prepared}")
+    (directory / "tokenizer").mkdir()
+    for path in [*map(prepared.joinpath, FILES), *(prepared / "tokenizer").iterdir()]:
+        place = directory / path.relative_to(prepared)
+        try:
+            os.link(path, place)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(path, place)
 
 
 def _origin(config: Config, only: tuple[int, str] | None) -> dict[str, Any]:
     """Returns what decides the data; a directory made from anything else is not this run's."""
-    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir")}
+    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir", "prepared")}
     init_from = config.model.init_from if not config.data.tokenizer else ""
     # A party's own text doesn't depend on how many others there are, which it is told later.
     who = {"num_clients": config.federated.num_clients} if only is None else {"index": only[0], "name": only[1]}
@@ -115,7 +143,9 @@ def _print_of(secret: int) -> str:
     return "sha256:" + hashlib.sha256(f"fedbert_jax prepared data {secret}".encode()).hexdigest()
 
 
-def _load(config: Config, directory: Path, only: tuple[int, str] | None) -> tuple[Dataset, PreTrainedTokenizerFast]:
+def _load(
+    config: Config, directory: Path, only: tuple[int, str] | None, remedy: str
+) -> tuple[Dataset, PreTrainedTokenizerFast]:
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -130,9 +160,9 @@ def _load(config: Config, directory: Path, only: tuple[int, str] | None) -> tupl
     for key, was in meta["origin"].items():
         value = ours.get(key, was)
         if key == "client_seed" and was != value:
-            raise UserError(f"{directory} was prepared with another privacy.client_seed; give another --workdir.")
+            raise UserError(f"{directory} was prepared with another privacy.client_seed; {remedy}.")
         if was != value:
-            raise UserError(f"{directory} was prepared with {key}={was!r}, not {value!r}; give another --workdir.")
+            raise UserError(f"{directory} was prepared with {key}={was!r}, not {value!r}; {remedy}.")
     summary = tuple(ClientSummary(**client) for client in meta["clients"])
     if only is None:
         _check_cohort(config, len(summary))
