@@ -150,6 +150,7 @@ def test_configs_of_the_repository_are_valid(path):
     config = read_config(path)
     lacking = {
         "text": ("text:", "text:here"),
+        "bert_base": ("text:", "text:here"),
         "join": ("text:", "text:here"),
         "join_classifier": ("glue:SST-2", "glue:SST-2@here"),
     }
