@@ -175,7 +175,7 @@ def test_a_config_is_read_by_name_and_changed():
     assert (epochs.rounds, epochs.epochs) == (7, None)  # the last word counts, as on the command line
     with pytest.raises(ConfigError, match=r"did you mean federated\.rounds"):
         fb.load_config("demo", {"federated.roundz": 3})
-    with pytest.raises(ConfigError, match=r"config file dmeo does not exist; accepted: a FILE\.py, or one of centralized, "):
+    with pytest.raises(ConfigError, match=r"config file dmeo does not exist; accepted: .* one of bert_base, centralized, "):
         fb.load_config("dmeo")
 
 

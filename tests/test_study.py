@@ -107,7 +107,7 @@ def test_each_run_is_done_once_and_what_stopped_goes_on(file, tmp_path, commands
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("config = 3", "config: accepted: the name of one (centralized, "),
+        ("config = 3", "config: accepted: the name of one (bert_base, centralized, "),
         ("", "config: accepted: the name of one"),
         ("config = 'demo'\nseeds = 0", "seeds=0: accepted: how many, or a list of integers"),
         ("config = 'demo'\nrounds = 3", "rounds: accepted: config, seeds, changes and arms"),
