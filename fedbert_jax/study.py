@@ -31,7 +31,7 @@ from typing import Any
 
 from fedbert_jax import cli, disk
 from fedbert_jax import config as config_lib
-from fedbert_jax.config.files import change, names, read_config
+from fedbert_jax.config.files import load_config, names
 from fedbert_jax.console.output import make_console, shown
 from fedbert_jax.errors import ConfigError, UserError
 
@@ -117,14 +117,8 @@ def _seeds(path: Path, seeds: Any) -> tuple[int, ...]:
 def check(study: Study, more: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for the first arm that can't run, before any does."""
     for name, arm in study.arms.items():
-        changes = {**arm.changes, **more}
         try:
-            for key in changes:
-                if key not in config_lib.all_keys():
-                    raise config_lib.unknown_key(key)
-            values = read_config(arm.config)
-            change(values, changes)
-            config = config_lib.choose(config_lib.from_dict(values), changes)
+            config = load_config(arm.config, {**arm.changes, **more})
             if config.task != "pretrain":
                 raise ConfigError(f"config key task={config.task!r}: accepted in a study: 'pretrain'.")
         except ConfigError as error:

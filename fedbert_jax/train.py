@@ -264,7 +264,10 @@ class Pretraining:
             parts.append(f"held-out loss {record['eval_loss']:.3f}  accuracy {record['eval_accuracy']:.1%}")
             parts.append(f"({self.scope})")
         if "eval_extra_perplexity" in record:
-            parts.append(f"pseudo-perplexity of eval.extra {record['eval_extra_perplexity']:,.1f}")
+            assert self.run.extra is not None
+            own = record.get("eval_extra_clients")
+            of = f"{len(self.run.extra.tokens)} blocks" + (f", mean over {len(own)} clients' models" if own else "")
+            parts.append(f"pseudo-perplexity of eval.extra {record['eval_extra_perplexity']:,.1f} ({of})")
         if "seconds" in record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"wire {(record['uplink_bytes'] + record['downlink_bytes']) / 1e6:,.0f} MB")
@@ -309,6 +312,11 @@ class Pretraining:
         }
         workdir.write_facts(self.facts)
         report = write_report(workdir.root)
+        if round < self.total:
+            self.console.print(
+                f"ended after round {round} of {self.total}: {config.eval.patience} evaluations in a row were no better "
+                "than the best"
+            )
         if filled:
             self.console.print()
         for text, predictions in zip(config.fill_mask, filled, strict=True):

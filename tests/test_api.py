@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 from unittest import mock
@@ -243,6 +244,14 @@ def test_a_registered_attack_is_scored_like_the_others(run):
     finally:
         attacks.ATTACKS[:] = own
     assert table["attack"].tolist() == ["mask"] and table["top1"][0] < 0.05
+
+
+def test_the_names_are_the_same_wherever_they_are_listed():
+    from fedbert_jax import api
+
+    stub = (Path(fb.__file__).parent / "__init__.pyi").read_text()
+    assert set(fb.__all__) == {*api.__all__, "register"}
+    assert set(re.findall(r"(\w+) as \1,", stub)) == set(api.__all__) and "def register(" in stub
 
 
 def test_every_public_name_is_documented():

@@ -1,14 +1,12 @@
-"""What scripts call beside `Run`: configs, runs side by side, fine-tuning, and what they register."""
+"""What scripts call beside `Run`: runs side by side, fine-tuning, and what they register."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from fedbert_jax import config as config_lib
-from fedbert_jax.config import Config
-from fedbert_jax.config.files import change, read_config
 from fedbert_jax.console.output import make_console
 
 if TYPE_CHECKING:
@@ -16,21 +14,6 @@ if TYPE_CHECKING:
 
     from fedbert_jax.audit.attacks import Attack
     from fedbert_jax.federated.wire import Channel
-
-
-def load_config(name: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
-    """Reads a config, changes it and validates it.
-
-    Args:
-      name: of a config that comes with the package ("demo", "text", ...), or a file whose `get_config()` returns one.
-      changes: values by dotted key, such as {"federated.rounds": 20}; `fedbert train --help` lists the keys.
-
-    Raises:
-      ConfigError: for an unknown key, a value of the wrong type, or a combination that cannot run.
-    """
-    values, changes = read_config(name), dict(changes or {})
-    change(values, known(changes))
-    return config_lib.choose(config_lib.from_dict(values), changes)
 
 
 def compare_runs(workdirs: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
@@ -115,11 +98,3 @@ def register_attack(attack: Attack) -> None:
     from fedbert_jax.audit import attacks
 
     attacks.register(attack)
-
-
-def known(changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns the changes; raises ConfigError for a key that there isn't."""
-    for key in changes:
-        if key not in config_lib.all_keys():
-            raise config_lib.unknown_key(key)
-    return changes

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedbert_jax import config as config_lib
 from fedbert_jax import disk
-from fedbert_jax.api.functions import known, load_config
 from fedbert_jax.config import Config
+from fedbert_jax.config.files import known, load_config
 from fedbert_jax.console.output import make_console
 from fedbert_jax.errors import ConfigError, UserError
 from fedbert_jax.workdir.log import Record, read_metrics

@@ -14,6 +14,10 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import fedbert_jax
+from fedbert_jax.config.extent import choose
+from fedbert_jax.config.keys import all_keys, unknown_key
+from fedbert_jax.config.load import from_dict
+from fedbert_jax.config.schema import Config
 from fedbert_jax.errors import ConfigError
 
 NAME = r"[A-Za-z0-9_]+"  # of a config that comes along
@@ -31,7 +35,30 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in directory().glob("*.py")))
 
 
-def change(values: ConfigDict, changes: Mapping[str, Any]) -> None:
+def load_config(name: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
+    """Reads a config, changes it and validates it.
+
+    Args:
+      name: of a config that comes with the package ("demo", "text", ...), or a file whose `get_config()` returns one.
+      changes: values by dotted key, such as {"federated.rounds": 20}; `fedbert train --help` lists the keys.
+
+    Raises:
+      ConfigError: for an unknown key, a value of the wrong type, or a combination that cannot run.
+    """
+    values, changes = read_config(name), known(changes or {})
+    _change(values, changes)
+    return choose(from_dict(values), changes)
+
+
+def known(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the changes; raises ConfigError for a key that there isn't."""
+    for key in changes:
+        if key not in all_keys():
+            raise unknown_key(key)
+    return dict(changes)
+
+
+def _change(values: ConfigDict, changes: Mapping[str, Any]) -> None:
     """Sets keys, dotted, to other values; whether these are accepted is for `from_dict` to say."""
     with values.unlocked(), values.ignore_type():  # the schema decides the types
         for key, value in changes.items():

@@ -16,9 +16,8 @@ from typing import Any
 
 import fedbert_jax
 from fedbert_jax import config as config_lib
-from fedbert_jax.config import Config, all_keys, from_dict, from_text, type_of
+from fedbert_jax.config import Config, all_keys, files, from_text, type_of
 from fedbert_jax.config.describe import show_default, show_help
-from fedbert_jax.config.files import change, names, read_config
 from fedbert_jax.errors import ConfigError
 
 # What a flag takes, and what it is for.
@@ -99,9 +98,7 @@ def load_config(given: Given) -> Config:
     Raises:
       ConfigError: if the file is missing, fails, or has a key or value that can't be used.
     """
-    values = read_config(given.need("config"))
-    change(values, given.keys)
-    return config_lib.choose(from_dict(values), given.keys)
+    return files.load_config(given.need("config"), given.keys)
 
 
 def tell_about(given: Given, usage: str) -> str | None:
@@ -115,7 +112,7 @@ def tell_about(given: Given, usage: str) -> str | None:
         width = min(shutil.get_terminal_size().columns, 120) if sys.stdout.isatty() else None
         shown = {name: f"--{name} {value}".strip() for name, (value, _) in FLAGS.items()}
         flags = "\n".join(f"  {shown[name]:24}  {about}" for name, (_, about) in FLAGS.items())
-        flags = flags.replace("NAMES", ", ".join(names()))
+        flags = flags.replace("NAMES", ", ".join(files.names()))
         keys = f"Keys, as --config.KEY=VALUE after the file's; each with its default, and what it takes:\n{show_help(width)}"
         return f"{usage.strip()}\n\n{flags}\n\n{keys}"
     if given.flags.get("list_keys"):

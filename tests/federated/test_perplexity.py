@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -118,7 +119,10 @@ def test_a_run_that_no_longer_improves_ends_early_and_stays_ended(place, tmp_pat
     }
     still = {key: 1e-30 if key.endswith("__learning_rate") else value for key, value in still.items()}
     run = run_of(place, tmp_path / "run", eval__patience=2, checkpoint__every_rounds=50, **still)
-    assert run.train(progress=False) is True
+    assert run.train() is True
+    said = capsys.readouterr().out
+    assert "ended after round 2 of 4: 2 evaluations in a row were no better than the best" in said
+    assert re.search(r"pseudo-perplexity of eval\.extra [\d.]+ \(3 blocks\)", said)
     assert run.round == 2 and run.finished
     facts = json.loads((tmp_path / "run/run.json").read_text())
     assert facts["ended_early_after"] == 2 and (tmp_path / "run/hf/model.safetensors").is_file()
