@@ -16,7 +16,7 @@ from fedbert_jax.errors import UserError
 def read(source: object, warnings: list[str] | None = None, **keys: Any) -> list[tuple[str, str]]:
     """Returns text and group of each document; collects warnings in `warnings`; without it, there must be none."""
     told: list[str] = []
-    documents = read_documents(DataConfig(source=str(source), **keys), warn=told.append)
+    documents = list(read_documents(DataConfig(source=str(source), **keys), warn=told.append))
     if warnings is None:
         assert told == []
     else:
@@ -34,6 +34,6 @@ def write(path: Path, content: str | bytes) -> Path:
 def refused(source: object, **keys: Any) -> str:
     """Returns the sentence with which a source is refused."""
     with pytest.raises(UserError) as caught:
-        read_documents(DataConfig(source=str(source), **keys), warn=lambda _: None)
+        list(read_documents(DataConfig(source=str(source), **keys), warn=lambda _: None))
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -36,7 +36,7 @@ def run_of(place: Path, root: Path, **changes) -> fb.Run:
 def test_a_run_takes_the_blocks_and_ends_as_one_that_made_its_own(place, tmp_path, monkeypatch):
     own = run_of(place, tmp_path / "own")
     own.train(progress=False)
-    monkeypatch.setattr("fedbert_jax.data.dataset.read_text", None)  # nothing is read
+    monkeypatch.setattr("fedbert_jax.data.making.read_text", None)  # nothing is read
     taken = run_of(place, tmp_path / "taken", data__prepared=str(place / "made/here"))
     taken.train(progress=False)
     for name in ("train.npy", "heldout.npy"):

@@ -12,7 +12,7 @@ from fedbert_jax.config import Config, DataConfig
 from fedbert_jax.data.blocks import pack
 from fedbert_jax.data.corpus import read_documents
 from fedbert_jax.data.duplicates import kept_spans
-from fedbert_jax.data.tokenizer import encode
+from fedbert_jax.data.encoding import encode
 from fedbert_jax.errors import UserError
 
 FAR = 0.2  # bits between the word frequencies of public text and of the clients', from which on it is of another domain

@@ -36,8 +36,8 @@ class Document:
 
 def read_documents(
     data: DataConfig, *, warn: Callable[[str], None] = log.warning, count: Callable[[int], None] = lambda _: None
-) -> list[Document]:
-    """Reads every document of `data.source`, in an order that depends on the source alone.
+) -> Iterator[Document]:
+    """Yields every document of `data.source`, in an order that depends on the source alone.
 
     `docs:[PACKAGE,...]` reads docstrings, with one group per package. `text:GLOB` reads what `find_files` finds: plain text,
     and tables (JSON, CSV, parquet, saved datasets), in which each row is a document. `hf:NAME[/CONFIG]` reads a dataset, see
@@ -45,7 +45,8 @@ def read_documents(
 
     Args:
       data: says where the text is, and what a document is.
-      warn: called with a sentence each about files that were passed over, rows left out, and clients without text.
+      warn: called with a sentence each about files that were passed over and, at the end, rows left out and clients without
+        text.
       count: called now and then, and at the end, with the number of documents read so far.
 
     Raises:
@@ -55,24 +56,25 @@ def read_documents(
     min_words = DOCS_MIN_WORDS if kind == "docs" else 1
     left_out, names = LeftOut(), ClientNames()
     documents: Iterable[Document] = (Document(text, names(group)) for text, group in _read(kind, what, data, left_out, warn))
-    kept, told = [], time.monotonic()
+    kept, told = 0, time.monotonic()
+    holders: set[str] = set()
     for document in documents:
         if len(document.text.split(None, min_words - 1)) >= min_words:  # doesn't list all words of a long line
-            kept.append(document)
+            yield document
+            kept += 1
+            holders.add(document.group)
         if time.monotonic() - told >= TOLD_EVERY:
-            count(len(kept))
+            count(kept)
             told = time.monotonic()
-    count(len(kept))
+    count(kept)
     if not kept:
         words = "a word" if min_words == 1 else f"{min_words} words"
         why = "".join(f"; {sentence.removesuffix('.')}" for sentence in left_out.sentences())
         raise UserError(f"data.source={data.source!r} has no text: no document in it has {words}{why}.")
     for sentence in left_out.sentences():
         warn(sentence)
-    holders = {document.group for document in kept}
     if without := [client for client in names.given() if client not in holders]:
         warn(f"{len(without):,} client{'s have' if len(without) > 1 else ' has'} no text: {listed(without)}.")
-    return kept
 
 
 def _read(

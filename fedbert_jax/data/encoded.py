@@ -1,26 +1,43 @@
-"""A run's documents as token ids, one after another in a file, of which only the part in use is in memory."""
+"""A run's documents as token ids, one after another in a file, of which only what is in use is in memory."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from fedbert_jax.data.duplicates import kept_spans
-from fedbert_jax.data.tokenizer import encode, special_ids, token_dtype, vocab_size
+from fedbert_jax.data.encoding import encode
+from fedbert_jax.data.tokenizer import special_ids, token_dtype, vocab_size
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
+
+
+class TokenFile:
+    """Token ids [n] in a file, uint16 or int32; a slice is read from it, since mapped pages would stay in memory."""
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype[np.uint16] | np.dtype[np.int32]) -> None:
+        self._file, self._dtype = file, dtype
+        self._size = file.seek(0, os.SEEK_END) // dtype.itemsize
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Returns some of the ids, [n]; read-only."""
+        start, stop, _ = part.indices(self._size)
+        self._file.seek(start * self._dtype.itemsize)
+        return np.frombuffer(self._file.read((stop - start) * self._dtype.itemsize), self._dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """D documents, some of whose text may be left out."""
 
-    ids: np.ndarray  # [n] uint16 or int32, all documents one after another; a view of a file
+    ids: TokenFile  # all documents one after another
     lengths: np.ndarray  # int64 [D], tokens of each document
     unknown: np.ndarray  # int64 [D], how many of them are [UNK]
     usual: np.ndarray  # int64 [D], how many of them are not special tokens, so that a model can be asked for them
@@ -43,7 +60,7 @@ class Encoded:
 def encode_documents(
     tokenizer: PreTrainedTokenizerFast,
     texts: Iterable[str],
-    path: Path,
+    directory: Path,
     deduplicate: bool,
     count: Callable[[int], None],
     groups: np.ndarray | None = None,
@@ -53,7 +70,7 @@ def encode_documents(
     Args:
       tokenizer: with [CLS], [SEP] and [MASK].
       texts: the documents' texts, in the order of their source.
-      path: the file's path; the file has to stay while the documents are used.
+      directory: on the disk that the file goes to, which has no name there.
       deduplicate: leave out windows of tokens that came before, see `kept_spans`.
       count: called with the number of characters encoded so far.
       groups: integers [D], whose windows are compared with one another; None: all documents'.
@@ -61,15 +78,15 @@ def encode_documents(
     dtype, usual = token_dtype(vocab_size(tokenizer)), usual_tokens(tokenizer)
     unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # some tokenizers know every byte
     facts: list[tuple[int, int, int]] = []
-    with path.open("wb") as file:
-        for ids in encode(tokenizer, texts, count=count):
-            file.write(ids.tobytes())
-            facts.append((len(ids), int(np.count_nonzero(ids == unknown_id)), int(np.count_nonzero(usual[ids]))))
+    file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - as long-lived as the result
+    for ids in encode(tokenizer, texts, count=count):
+        file.write(ids.tobytes())
+        facts.append((len(ids), int(np.count_nonzero(ids == unknown_id)), int(np.count_nonzero(usual[ids]))))
     lengths, unknown, known = np.array(facts, np.int64).reshape(-1, 3).T
     ends = np.cumsum(lengths)
-    everything = np.asarray(np.memmap(path, dtype, "r")) if lengths.sum() else np.zeros(0, dtype)
+    everything = TokenFile(file, dtype)
     if deduplicate:
-        document, *bounds = kept_spans(everything, ends, groups).T
+        document, *bounds = kept_spans(everything, ends, directory, groups).T
     else:
         document, bounds = np.arange(len(ends)), [ends - lengths, ends]
     offsets = np.searchsorted(document, np.arange(len(ends) + 1))

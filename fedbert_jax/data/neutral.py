@@ -14,7 +14,7 @@ from fedbert_jax.config import Config, DataConfig
 from fedbert_jax.data.blocks import pack
 from fedbert_jax.data.corpus import read_documents
 from fedbert_jax.data.encoded import usual_tokens
-from fedbert_jax.data.tokenizer import encode
+from fedbert_jax.data.encoding import encode
 from fedbert_jax.errors import UserError
 
 FILE = "extra.npy"  # beside the run's blocks
@@ -65,8 +65,7 @@ def read_blocks(
       UserError: for text that can't be read, or of which there is less than a block.
     """
     plain = dataclasses.replace(DataConfig(), source=source, text_field=data.text_field, cache_dir=data.cache_dir)
-    texts = [document.text for document in read_documents(plain, warn=warn)]
-    pieces = encode(tokenizer, texts)
+    pieces = encode(tokenizer, (document.text for document in read_documents(plain, warn=warn)))
     packed = list(pack(pieces, data.seq_len, tokenizer.cls_token_id, tokenizer.sep_token_id))
     blocks = np.concatenate(packed).astype(np.int32) if packed else np.zeros((0, data.seq_len), np.int32)
     if not len(blocks):

@@ -23,7 +23,7 @@ CONTINUES = "##"  # the prefix of a token that continues a word
 MAX_LENGTH = 512  # BERT's, for users of the saved tokenizer; nothing here truncates
 LONGEST_WORD = 100  # characters; WordPiece makes [UNK] of a longer word, here as in BERT
 
-_NO_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"  # characters that Python takes for spaces, and that BERT's tokenizer drops
+NO_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"  # characters that Python takes for spaces, and that BERT's tokenizer drops
 _SPACES = re.compile(r"[ \t\r\n]+")
 _ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[!-/:-@\[-`{-~]")  # what the splitter finds, in a fifth of the time
 _PIECE = 100_000  # characters of a text that are looked at together; the library takes 100 bytes for each
@@ -174,7 +174,7 @@ def _count_parts(texts: Iterable[str], normalizer: normalizers.Normalizer) -> tu
     frequencies: Counter[str] = Counter()
     for text in texts:
         parts = text.split()
-        if max(map(len, parts), default=0) > LONGEST_WORD or any(c in text for c in _NO_SPACES):
+        if max(map(len, parts), default=0) > LONGEST_WORD or any(c in text for c in NO_SPACES):
             text = " ".join(_without_long_words(part, normalizer) for part in _SPACES.split(text))
             parts = text.split()
         kept.append(text)

@@ -107,11 +107,11 @@ def test_a_file_whose_name_has_no_client_is_dropped_if_missing_clients_are(tmp_p
 def test_reading_tells_how_many_documents_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.txt", "\n\n".join(f"document {i}" for i in range(50)))
     told: list[int] = []
-    read_documents(DataConfig(source=f"text:{path}"), count=told.append)
+    list(read_documents(DataConfig(source=f"text:{path}"), count=told.append))
     assert told[-1] == 50 and len(told) < 10  # at most ten times a second
     monkeypatch.setattr(corpus, "TOLD_EVERY", 0)
     told.clear()
-    read_documents(DataConfig(source=f"text:{path}"), count=told.append)
+    list(read_documents(DataConfig(source=f"text:{path}"), count=told.append))
     assert told[-1] == 50 and len(told) > 50 and told == sorted(told)
 
 

@@ -18,6 +18,7 @@ import pytest
 from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config
 from fedbert_jax.data import dataset as dataset_lib
+from fedbert_jax.data import making
 from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.errors import UserError
 
@@ -113,11 +114,11 @@ def test_blocks_spell_the_clients_own_documents(prepared: tuple[Dataset, Any, Pa
 
 def test_no_document_is_both_held_out_and_trained_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    encode = dataset_lib.encode_documents
-    monkeypatch.setattr(dataset_lib, "encode_documents", lambda t, texts, *a: encode(t, seen.extend(texts) or texts, *a))
+    encode = making.encode_documents
+    monkeypatch.setattr(making, "encode_documents", lambda t, texts, *a: encode(t, seen.extend(texts) or seen, *a))
     learned: list[str] = []
-    train = dataset_lib.train_tokenizer
-    monkeypatch.setattr(dataset_lib, "train_tokenizer", lambda t, *a: train(learned.extend(t) or t, *a))
+    train = making.train_tokenizer
+    monkeypatch.setattr(making, "train_tokenizer", lambda t, *a: train(learned.extend(t) or learned, *a))
     shared = tmp_path / "c" / "both"
     shared.mkdir(parents=True)
     text = (corpus / "east" / "notes.txt").read_text()
@@ -192,8 +193,8 @@ def test_what_an_interrupted_preparation_left_is_cleared(
     code = f"""
 import json, os, pathlib
 from fedbert_jax import config
-from fedbert_jax.data import dataset
-dataset.js_divergence = lambda *a: os.kill(os.getpid(), 9)  # the blocks are written, meta.json is not
+from fedbert_jax.data import dataset, making
+making.js_divergence = lambda *a: os.kill(os.getpid(), 9)  # the blocks are written, meta.json is not
 dataset.prepare(config.from_dict(json.loads({config!r})), pathlib.Path("data"))
 """
     env = os.environ | {"PYTHONPATH": str(Path(dataset_lib.__file__).parents[2])}

@@ -102,7 +102,7 @@ from fedbert_jax.config import DataConfig
 from fedbert_jax.data import corpus, docs
 docs._PARALLEL_BYTES = 0
 docs.os.sched_getaffinity = lambda pid: {{0, 1}}
-print(len(corpus.read_documents(DataConfig(source="docs:dangerous_package", cache_dir={str(tmp_path / "cache")!r}))))
+print(len(list(corpus.read_documents(DataConfig(source="docs:dangerous_package", cache_dir={str(tmp_path / "cache")!r})))))
 assert "jax" not in sys.modules
 """,
     )

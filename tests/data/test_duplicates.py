@@ -5,28 +5,49 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedbert_jax.data import duplicates
-from fedbert_jax.data.duplicates import WINDOW, drop_repeated_paragraphs, kept_spans
+from fedbert_jax.data import duplicates, repeats
+from fedbert_jax.data.duplicates import WINDOW, Paragraphs, kept_spans
 
 # --- paragraphs ---
 
 
+def without_repeats(texts: list[str], groups: list[int] | None = None, chosen: list[bool] | None = None) -> list[str]:
+    """Returns what is left of each text, and checks the counts of its words."""
+    paragraphs = Paragraphs()
+    for text in texts:
+        paragraphs.add(text)
+    taken = np.ones(len(texts), bool) if chosen is None else np.array(chosen)
+    repeats = paragraphs.repeats(taken, None if groups is None else np.array(groups), None)
+    found = [repeats.left(n, text) for n, text in enumerate(texts)]
+    assert paragraphs.words.tolist() == [len(text.split()) for text in texts]
+    assert repeats.words.tolist() == [len(text.split()) for text in found]
+    assert (repeats.words + repeats.dropped).tolist() == paragraphs.words.tolist()
+    return found
+
+
 def test_a_paragraph_seen_before_is_dropped_wherever_it_was() -> None:
     texts = ["Alpha  beta\n\ngamma", "delta\n \nalpha\nBETA", "GAMMA\n\n\n\nalpha beta", "alpha beta delta"]
-    assert list(drop_repeated_paragraphs(texts)) == ["Alpha  beta\n\ngamma", "delta", "", "alpha beta delta"]
+    assert without_repeats(texts) == ["Alpha  beta\n\ngamma", "delta", "", "alpha beta delta"]
 
 
 def test_a_text_that_repeats_nothing_is_the_same_object() -> None:
     texts = ["one\n\n\n\ntwo\n", "", "\n\n", "three"]
-    assert all(a is b for a, b in zip(texts, drop_repeated_paragraphs(texts), strict=True))
+    assert all(a is b for a, b in zip(texts, without_repeats(texts), strict=True))
+
+
+def test_only_the_same_group_and_documents_that_take_part_are_compared() -> None:
+    texts = ["one\n\ntwo", "one\n\nthree", "two\n\nthree\n\nthree"]
+    assert without_repeats(texts, [0, 1, 1]) == ["one\n\ntwo", "one\n\nthree", "two"]
+    assert without_repeats(texts, chosen=[False, True, True]) == ["one\n\ntwo", "one\n\nthree", "two"]
+    assert without_repeats(texts, [1, 0, 1], [True, True, True]) == [texts[0], texts[1], "three"]
 
 
 def test_a_long_paragraph_is_compared_like_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["a b\tc\u3000d\x1c e ", "A  b c d e", "a b c d f"]
     expected = [texts[0], "", texts[2]]
-    assert list(drop_repeated_paragraphs(texts)) == expected
+    assert without_repeats(texts) == expected
     monkeypatch.setattr(duplicates, "_LONG", 3)
-    assert list(drop_repeated_paragraphs(texts)) == expected
+    assert without_repeats(texts) == expected
 
 
 # --- windows of tokens ---
@@ -87,7 +108,7 @@ def test_windows_against_a_plain_loop(seed: int, monkeypatch: pytest.MonkeyPatch
     assert 0.1 < sum(len(piece) for pieces in expected for piece in pieces) / sum(map(len, given)) < 0.9
     assert left(given) == expected
     monkeypatch.setattr(duplicates, "_CHUNK", 50)  # hashed and sorted in many parts
-    monkeypatch.setattr(duplicates, "_SORTED", 300)
+    monkeypatch.setattr(repeats, "_TOGETHER", 300)
     assert left(given) == expected
 
 
@@ -110,6 +131,12 @@ def test_windows_end_with_their_document() -> None:
     assert left([a, b, a, b]) == [[a.tolist()], [b.tolist()]] * 2  # a and b follow one another, but within no document
     both = np.concatenate([a, b])
     assert left([both, a, both]) == [[both.tolist()], [a.tolist()], []]
+
+
+def test_windows_of_other_groups_are_others() -> None:
+    text = np.random.default_rng(4).integers(5, 1000, 60)
+    tokens, ends = np.tile(text, 4), 60 * np.arange(1, 5)
+    assert kept_spans(tokens, ends, groups=np.array([0, 1, 0, 2])).tolist() == [[0, 0, 60], [1, 60, 120], [3, 180, 240]]
 
 
 def test_a_run_of_one_token_collapses() -> None:

@@ -26,18 +26,18 @@ def word_level(unknown: bool = True) -> Any:
 
 def encoded(path: Path, texts: list[str], deduplicate: bool, unknown: bool = True) -> Encoded:
     told: list[int] = []
-    result = encode_documents(word_level(unknown), iter(texts), path / "x.bin", deduplicate, told.append)
+    result = encode_documents(word_level(unknown), iter(texts), path, deduplicate, told.append)
     assert told[-1] == sum(map(len, texts))
     return result
 
 
 def test_documents_are_what_was_given(tmp_path: Path) -> None:
     found = encoded(tmp_path, ["w1 w2 huh", "", "eh w3 what ever w3"], deduplicate=False)
-    assert found.ids.tolist() == [5, 6, 3, 3, 7, 3, 3, 7]
+    assert found.ids[:].tolist() == [5, 6, 3, 3, 7, 3, 3, 7]
     assert found.lengths.tolist() == found.kept.tolist() == [3, 0, 5]
     assert found.usual.tolist() == [2, 0, 2] and found.unknown.tolist() == [1, 0, 3]
     assert [piece.tolist() for piece in found.pieces([2, 1, 0])] == [[3, 7, 3, 3, 7], [], [5, 6, 3]]
-    assert found.ids.dtype == np.uint16
+    assert found.ids[:].dtype == np.uint16
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
@@ -45,7 +45,7 @@ def test_documents_are_what_was_given(tmp_path: Path) -> None:
 def test_nothing_is_nothing(texts: list[str], deduplicate: bool, tmp_path: Path) -> None:
     found = encoded(tmp_path, [*texts, "w1"], deduplicate)
     assert found.kept.tolist() == [0] * len(texts) + [1]
-    empty = encode_documents(word_level(), ["", ""], tmp_path / "y.bin", deduplicate, lambda _: None)
+    empty = encode_documents(word_level(), ["", ""], tmp_path, deduplicate, lambda _: None)
     assert empty.kept.tolist() == [0, 0] and not empty.usual.any() and [len(p) for p in empty.pieces([0, 1])] in ([], [0, 0])
 
 

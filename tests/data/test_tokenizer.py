@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from fedbert_jax.data import tokenizer as tokenizer_lib
+from fedbert_jax.data import encoding as encoding_lib
+from fedbert_jax.data.encoding import encode
 from fedbert_jax.data.tokenizer import (
     continuation_mask,
-    encode,
     load_tokenizer,
     token_dtype,
 )
@@ -107,7 +108,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_text_has_the_ids_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_lib, "_PIECE", 60)
+    monkeypatch.setattr(encoding_lib, "_PIECE", 60)
     rng = random.Random(1)
     units = [
         "abc def ",
@@ -139,7 +140,7 @@ def test_a_long_text_has_the_ids_of_the_whole(kind: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["trained", "byte-level", "unigram"])
 def test_a_long_text_is_encoded_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_lib, "_PIECE", 60)
+    monkeypatch.setattr(encoding_lib, "_PIECE", 60)
     made, longest = KINDS[kind](), 0
 
     class Watched:
@@ -162,15 +163,16 @@ def test_a_long_text_is_encoded_in_pieces(kind: str, monkeypatch: pytest.MonkeyP
         def from_str(text: str) -> Any:
             return Watched(Tokenizer.from_str(text))
 
-    monkeypatch.setattr(tokenizer_lib, "Tokenizer", Watcher)
-    (ids,) = encode(made, ["the quick brown fox and the lazy dog " * 2000])
+    monkeypatch.setattr(encoding_lib, "Tokenizer", Watcher)
+    text = "the quick brown fox and the lazy dog " * 2000
+    (ids,) = encode(made, [text.replace(" ", ",") if kind == "trained" else text])  # it takes what has no space as one
     assert len(ids) > 2000
     assert 60 < longest < 5000
 
 
 def test_a_line_of_megabytes_is_divided() -> None:
     made = KINDS["trained"]()
-    divide = tokenizer_lib._Divider(made.backend_tokenizer)
+    divide = encoding_lib._Divider(made.backend_tokenizer)
     ideographs = "".join(random.Random(0).choices([chr(c) for c in range(0x4E00, 0x5000)], k=300_000))
     lines = [ideographs, "a" * 3_000_000, "the quick brown fox " * 20_000, '{"a":1,' * 60_000]
     for line in lines:
@@ -232,3 +234,49 @@ def test_a_directory_with_only_berts_old_files_loads(tmp_path: Path) -> None:
     loaded = load_tokenizer(str(tmp_path))
     assert isinstance(loaded, BertTokenizer)
     assert next(encode(loaded, ["Hellos"])).tolist() == [5, 6]
+
+
+# --- parts that come again ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_between_spaces_have_the_ids_that_they_have_in_the_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any character may stand at either end of a part, among them spaces of all kinds, marks and control characters."""
+    rng = random.Random(2)
+    odd = [chr(c) for c in range(0x3100) if chr(c).isspace() or unicodedata.category(chr(c))[0] in "MCZ"]
+    units = [*"abcdefghß漢字語กΣσЖéİ", *rng.sample(odd, 150), "한국", "\U0001f600", "[MASK]", "abc", "e\u0301", "'s"]
+    spaces = [" ", " ", "\n", "\t", "\r\n", "\u3000", "\u2028", "\xa0", "\x0b", "\x85", "\x1d", "\u200b"]
+    make = lambda: "".join(rng.choice(units) + rng.choice(spaces) * rng.randint(0, 2) for _ in range(rng.randint(0, 30)))  # noqa: E731
+    texts = [make() for _ in range(400)]
+    made = KINDS[kind]()
+    backend = Tokenizer.from_str(made.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    expected = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ids.tolist() for ids in encode(made, texts, batch=200)] == expected
+    monkeypatch.setattr(encoding_lib, "_REMEMBERED", 5)  # forgotten after every batch
+    monkeypatch.setattr(encoding_lib, "_LONG_PART", 2)
+    assert [ids.tolist() for ids in encode(made, texts, batch=200)] == expected
+
+
+def test_a_part_is_encoded_once(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Watched:
+        def __init__(self, backend: Tokenizer):
+            self.__dict__["backend"] = backend
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.backend, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(self.backend, name, value)
+
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            asked.extend(texts)
+            return self.backend.encode_batch_fast(texts, **options)
+
+    watcher = type("Watcher", (), {"from_str": lambda text: Watched(Tokenizer.from_str(text))})
+    monkeypatch.setattr(encoding_lib, "Tokenizer", watcher)
+    long = "ab" * 40
+    assert len(list(encode(trained, [f"one two one {long}", f"two\nthree {long}"] * 3, batch=1))) == 6
+    assert sorted(asked) == sorted([long] * 6 + ["one", "three", "two"])

@@ -18,7 +18,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedbert_jax.data import vocabulary as vocabulary_lib
-from fedbert_jax.data.tokenizer import encode, save_tokenizer, special_ids, vocab_size
+from fedbert_jax.data.encoding import encode
+from fedbert_jax.data.tokenizer import save_tokenizer, special_ids, vocab_size
 from fedbert_jax.data.vocabulary import train_tokenizer
 from fedbert_jax.errors import UserError
 
