@@ -48,6 +48,7 @@ HARMLESS = FREE | frozenset(
         "mesh.model",
         "data.store",
         "data.cache_dir",
+        "data.streaming",
         "model.remat",
         "model.unroll_layers",
         "model.attention",

@@ -75,6 +75,7 @@ def _check_text(config: Config, need: Need) -> None:
         d.source,
         f"'{kind}:' followed by what to read",
     )
+    need(kind == "hf" or not d.streaming, "data.streaming", d.streaming, "False, or data.source='hf:NAME'")
     if d.tokenizer.startswith("train:"):
         size = d.tokenizer.removeprefix("train:")
         need(

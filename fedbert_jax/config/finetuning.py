@@ -45,6 +45,7 @@ UNUSED_WITH_LABELS = {
         "data.client_pattern",
         "data.missing_client",
         "data.split",
+        "data.streaming",
         "data.deduplicate",
         "data.deduplicate_across",
         "data.small_clients",

@@ -78,6 +78,9 @@ class DataConfig:
     client_pattern: str = ""  # text: a regular expression on the file name; its first group names the client
     missing_client: Literal["error", "drop"] = "error"  # a row or file in which client_field or client_pattern finds no name
     split: str = "train"  # hf and save_to_disk: the split to read, or a part of it as in train[:10%]
+    # hf: rows are read as they arrive, and no copy of the dataset is kept, which may be larger than the disk. data.split
+    # then counts rows from the beginning, as in train[:1000000], and only these are fetched.
+    streaming: bool = False
     deduplicate: bool = True  # drop paragraphs, and runs of 32 tokens, seen before: no held-out text is trained on
     # Whether "before" means in any client's text, or in the same client's: organisations see no more than their own.
     deduplicate_across: bool = True

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 
 FILES = ("train.npy", "heldout.npy", "meta.json")  # of a prepared directory, beside tokenizer/
+UNRELATED = ("store", "cache_dir", "prepared", "streaming")  # keys of `data` on which the blocks don't depend
 REMEDY = "give another --workdir"
 
 
@@ -125,7 +126,7 @@ def _take(config: Config, prepared: Path, directory: Path, progress: Progress) -
 
 def _origin(config: Config, only: tuple[int, str] | None) -> dict[str, Any]:
     """Returns what decides the data; a directory made from anything else is not this run's."""
-    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("store", "cache_dir", "prepared")}
+    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in UNRELATED}
     init_from = config.model.init_from if not config.data.tokenizer else ""
     # A party's own text doesn't depend on how many others there are, which it is told later.
     who = {"num_clients": config.federated.num_clients} if only is None else {"index": only[0], "name": only[1]}

@@ -106,6 +106,13 @@ def _read_loaded(
         if hasattr(builder.config, "converters"):  # CSV: pandas would read NA as null and 007 as 7
             as_written = {column: str for column in (data.text_field, data.client_field) if column}
             builder = datasets.load_dataset_builder(name, config, converters=as_written, na_filter=False)
+        if data.streaming:
+            tables = builder.as_streaming_dataset()
+    if data.streaming:
+        for split, start, end in _rows_by_number(data.split, list(tables), source):
+            yield from _read_streamed(tables[split], start, end, f"{source} {split}", client, data, left_out)
+        return
+    with loading(source):
         # Local files are always read again, since with settings given the library doesn't notice when they change.
         fresh = "reuse_cache_if_exists" if os.path.isdir(name) else None
         builder.download_and_prepare(download_mode=fresh)
@@ -126,6 +133,48 @@ def _read_rows(
         batches = table.with_format("arrow", columns=columns).select(range(start, end)).iter(ROWS_AT_ONCE)
         rows = ((start + number, text, owner) for number, text, owner in arrow_rows(schema, batches, where, data))
         yield from texts_and_clients(rows, f"{where} row", client, data, left_out)
+
+
+def _read_streamed(
+    stream: Any, start: int, end: int | None, where: str, client: str, data: DataConfig, left_out: LeftOut
+) -> Iterator[tuple[str, str]]:
+    """Reads rows of a `datasets.IterableDataset` as `_read_rows` does, while they arrive."""
+    features = stream.features  # None for some formats, until the first row has been read
+    part = stream.skip(start) if start else stream
+    batches = _while_loading((part if end is None else part.take(end - start)).with_format("arrow"), where)
+    first = next(batches, None)
+    if first is None:
+        return
+    schema = first.schema if features is None else features.arrow_schema
+    with undamaged(where, "Arrow"):
+        rows = arrow_rows(schema, itertools.chain([first], batches), where, data)
+        yield from texts_and_clients(((start + n, *row) for n, *row in rows), f"{where} row", client, data, left_out)
+
+
+def _while_loading(stream: Any, where: str) -> Iterator[Any]:
+    """Yields the tables of a stream; what it raises and says is dealt with as by `loading`, even in the midst of it."""
+    batches = stream.iter(ROWS_AT_ONCE)
+    while True:
+        with loading(where):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _rows_by_number(split: str, names: Sequence[str], where: str) -> list[tuple[str, int, int | None]]:
+    """Returns what `_parts` does, for splits of unknown length; an end of None is the split's end."""
+    found = []
+    for part in [split] if split in names else split.split("+"):
+        match = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[(\d*):(\d*)\])?\s*", part)
+        if not match or match[1] not in names:
+            raise UserError(
+                f"data.split={split!r}: {where} has {listed(names)}; accepted with data.streaming=True: these, or rows "
+                "of them counted from the beginning, as in train[:1000000]."
+            )
+        start, end = int(match[2] or 0), int(match[3]) if match[3] else None
+        found.append((match[1], start, end if end is None else max(start, end)))
+    return found
 
 
 def _parts(split: str, lengths: Mapping[str, int], where: str) -> list[tuple[str, int, int]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 LEARNT_FROM = 200_000_000  # characters that a tokenizer is trained on; of more text, documents spread evenly over it
+COUNTED = 1 << 18  # tokens that are counted together, since each becomes 8 bytes
 
 
 class Made(NamedTuple):
@@ -226,11 +227,12 @@ def _counts(path: Path, sizes: Sequence[int], vocab: int) -> Iterator[np.ndarray
     """Yields how often each token is in each client's blocks, int64 [V], reading them in parts."""
     blocks = np.load(path, mmap_mode="r")
     width = blocks.shape[1]
+    step = max(COUNTED // width, 1)
     start = 0
     for size in sizes:
         total = np.zeros(vocab, np.int64)
-        for first in range(start, start + size, 65536):
-            rows = min(65536, start + size - first)
+        for first in range(start, start + size, step):
+            rows = min(step, start + size - first)
             place = blocks.offset + first * width * blocks.itemsize  # not from the map, whose pages would stay in memory
             total += np.bincount(np.fromfile(path, blocks.dtype, rows * width, offset=place), minlength=vocab)
         yield total

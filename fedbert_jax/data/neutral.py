@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +63,7 @@ def read_blocks(
     Raises:
       UserError: for text that can't be read, or of which there is less than a block.
     """
-    plain = dataclasses.replace(DataConfig(), source=source, text_field=data.text_field, cache_dir=data.cache_dir)
+    plain = DataConfig(source=source, text_field=data.text_field, cache_dir=data.cache_dir)
     pieces = encode(tokenizer, (document.text for document in read_documents(plain, warn=warn)))
     packed = list(pack(pieces, data.seq_len, tokenizer.cls_token_id, tokenizer.sep_token_id))
     blocks = np.concatenate(packed).astype(np.int32) if packed else np.zeros((0, data.seq_len), np.int32)

@@ -29,6 +29,7 @@ IGNORED = FREE | frozenset(
         "checkpoint.times",
         "checkpoint.keep",
         "data.cache_dir",
+        "data.streaming",
         "data.store",
     }
 )

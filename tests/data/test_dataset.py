@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config
 from fedbert_jax.data import dataset as dataset_lib
-from fedbert_jax.data import making
+from fedbert_jax.data import duplicates, making, repeats
 from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.errors import UserError
 
@@ -470,3 +471,46 @@ def test_a_client_who_holds_out_no_block_is_named(tmp_path: Path) -> None:
     data, _ = prepare(make_config(corpus), tmp_path / "data", warn=warnings.append)
     assert data.heldout.sizes.tolist()[1] == 0 and data.train.sizes.min() > 0
     assert warnings == ["clients who hold out no block, so that they are not evaluated: 1: one."]
+
+
+# --- text of any size ---
+
+
+def test_a_tokenizer_learns_from_documents_spread_over_much_text(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[str] = []
+    train = making.train_tokenizer
+    monkeypatch.setattr(making, "train_tokenizer", lambda t, *a: train(learned.extend(t) or learned, *a))
+    prepare(make_config(corpus), tmp_path / "all")
+    every = learned.copy()
+    monkeypatch.setattr(making, "LEARNT_FROM", sum(map(len, every)) // 4)
+    learned.clear()
+    data, _ = prepare(make_config(corpus), tmp_path / "some")
+    assert data.client_names == ("east", "north", "west")
+    places = [every.index(text) for text in learned]
+    assert len(every) // 5 < len(places) < len(every) // 3
+    assert sorted(set(places)) == places and max(np.diff([-1, *places, len(every)])) <= 6  # in order, and nowhere dense
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3.6 MB more text, the documents alone were 3.6 MB, and hashes of windows 8 bytes for each of 720,000 tokens."""
+    monkeypatch.setattr(repeats, "_TOGETHER", 1 << 14)
+    monkeypatch.setattr(duplicates, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(making, "LEARNT_FROM", 100_000)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(500)]
+
+    def peak(documents: int) -> int:
+        path = tmp_path / f"{documents}.txt"
+        path.write_text("\n\n".join(" ".join(rng.choice(words, 600)) for _ in range(documents)))
+        tracemalloc.start()
+        prepare(make_config(path, data=dict(seq_len=64, documents="blank_lines")), tmp_path / f"data-{documents}")
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(50)  # what is loaded once
+    small, large = peak(400), peak(1600)
+    assert (tmp_path / "1600.txt").stat().st_size - (tmp_path / "400.txt").stat().st_size > 3_500_000
+    assert large - small < 1_000_000, (large, small)

@@ -231,6 +231,64 @@ def test_what_only_the_library_reads_is_read_by_it(tmp_path: Path, capfd: pytest
     assert capfd.readouterr() == ("", "")
 
 
+def streamed(tmp_path: Path) -> str:
+    """Writes a dataset that only the library reads, whose files are three, of 1,500 rows each; returns its source."""
+    for part in range(3):
+        rows = "".join(f"{1500 * part + n};00{n % 2}\n" for n in range(1500))
+        write(tmp_path / "set" / f"train-{part}.csv", "text;site\n" + rows)
+    write(tmp_path / "set" / "dev.csv", "text;site\nNA;x\n;y\n")
+    files = "[{split: train, path: 'train-*.csv'}, {split: dev, path: dev.csv}]"
+    write(tmp_path / "set" / "README.md", f"---\nconfigs:\n- config_name: x\n  data_files: {files}\n  sep: ';'\n---\n")
+    return f"hf:{tmp_path}/set"
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "train[:1700]", "train[1499:1501]", "dev[1:]+train[4000:]", "train[9:9]"])
+def test_a_stream_has_the_rows_of_the_dataset(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = streamed(tmp_path)
+    keys = dict(split=split, client_field="site")
+    empty = "[9:9]" in split
+    told: list[str] = []
+    expected = refused(source, **keys) if empty else (read(source, told, **keys), told)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.DatasetBuilder, "download_and_prepare", None)  # nothing is kept
+        again: list[str] = []
+        keys["streaming"] = True
+        assert (refused(source, **keys) if empty else (read(source, again, **keys), again)) == expected
+
+
+def test_only_the_rows_asked_for_are_fetched(tmp_path: Path) -> None:
+    source = streamed(tmp_path)
+    write(tmp_path / "set" / "train-2.csv", "text;site\na;b\nc;d;e\n")  # would be refused
+    assert len(read(source, streaming=True, split="train[:1400]")) == 1400
+    assert "a file of it is damaged" in refused(source, streaming=True)
+    assert "train row 1501 has null" in refused(
+        f"hf:{saved_rows(tmp_path)}", streaming=True, split="train[1500:]", client_field="site"
+    )
+
+
+def saved_rows(tmp_path: Path) -> Path:
+    """Writes JSON lines of which one lacks a client, in a form that only the library reads."""
+    rows = [json.dumps({"text": f"t{n}", "site": None if n == 1500 else "a"}) for n in range(1502)]
+    write(tmp_path / "other" / "train.jsonl", "\n".join(rows))
+    features = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: site\n    dtype: string\n"
+    write(tmp_path / "other" / "README.md", f"---\n{features}---\n")
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("split", ["test", "train[:10%]", "train[-5:]", "train[", "train[:x]", "train+", ""])
+def test_a_stream_is_refused_what_needs_its_length(split: str, tmp_path: Path) -> None:
+    message = refused(streamed(tmp_path), streaming=True, split=split)
+    assert f"data.split={split!r}: data.source='hf:{tmp_path}/set' has " in message
+    assert "accepted with data.streaming=True: these, or rows of them counted from the beginning" in message
+
+
+def test_a_stream_says_what_the_dataset_would(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = streamed(tmp_path)
+    assert "no column data.text_field='note'; there are: text, site" in refused(source, streaming=True, text_field="note")
+    assert "dev row 2 has nothing" not in refused(source, streaming=True, split="dev[2:]", client_field="site")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_text_files_in_a_folder_have_a_row_a_line(tmp_path: Path) -> None:
     write(tmp_path / "set" / "train.txt", "one\n\ntwo\rthree\n")
     assert read(f"hf:{tmp_path}/set") == [("one", "set"), ("two", "set"), ("three", "set")]
