@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo federation test test-slow lint types docs clean
+.PHONY: help demo federation test test-slow lint types docs links clean
 
 help:
 	@echo 'make demo    train a small federation on the text that is already here, into $(WORKDIR)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint    ruff, of format and of faults, and the arrows between modules'
 	@echo 'make types   mypy'
 	@echo 'make docs    the documentation as a site, in site/; its notebook is run, at a small size'
+	@echo 'make links   the links of that site to other sites, too, which takes the network'
 	@echo 'make clean   remove $(VENV), caches and build products; runs/ stays'
 	@echo
 	@echo 'Variables: PYTHON=python3.12, WORKDIR=DIR and ARGS="--config.KEY=VALUE ..." (demo), PYTEST_ARGS="-n 2 -k NAME" (test)'
@@ -47,6 +48,7 @@ types: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --quiet
+	$(BIN)/linkchecker --config docs/links.ini site/index.html
 	NOTEBOOK_ROUNDS=4 NOTEBOOK_PLACE="$$(mktemp -d)" $(BIN)/python -m pytest --nbmake --nbmake-timeout=1200 docs/notebooks
 
 clean:
@@ -67,6 +69,10 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	@echo 'Installing the runtime and test packages into $(VENV) (a few minutes the first time)'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $(VENV)/.runtime $@
+
+links: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet
+	$(BIN)/linkchecker --config docs/links.ini --check-extern site/index.html
 
 $(VENV)/.docs: $(VENV)/.test
 	@echo 'Installing what the documentation is built with into $(VENV)'

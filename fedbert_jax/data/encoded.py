@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,12 @@ def encode_documents(
     """
     dtype, usual = token_dtype(vocab_size(tokenizer)), usual_tokens(tokenizer)
     unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # some tokenizers know every byte
-    facts: list[tuple[int, int, int]] = []
+    facts = array("q")  # of each document: its tokens, the unknown and the usual ones among them
     file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - as long-lived as the result
     for ids in encode(tokenizer, texts, count=count):
         file.write(ids.tobytes())
-        facts.append((len(ids), int(np.count_nonzero(ids == unknown_id)), int(np.count_nonzero(usual[ids]))))
-    lengths, unknown, known = np.array(facts, np.int64).reshape(-1, 3).T
+        facts.extend((len(ids), int(np.count_nonzero(ids == unknown_id)), int(np.count_nonzero(usual[ids]))))
+    lengths, unknown, known = np.array(facts, np.int64).reshape(-1, 3).T.copy()
     ends = np.cumsum(lengths)
     everything = TokenFile(file, dtype)
     if deduplicate:

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+import fedbert_jax as fb
 from fedbert_jax import config as config_lib
 from fedbert_jax.data.tokenizer import load_tokenizer
 from fedbert_jax.errors import DivergedError, UserError
@@ -264,3 +265,16 @@ def test_a_kept_classifier_is_in_the_tasks_order_and_that_is_said(model: Path, g
     _, start = ft.resolve(config_lib.from_dict(values), load_tokenizer(str(model)))
     assert start is not None and "classifier.weight" not in start.tensors and "bert.pooler.dense.bias" in start.tensors
     assert "RTE begins with a new one: its labels are Positive, NEGATIVE, not entailment, not_entailment" in start.classifier
+
+
+def test_a_script_gets_the_scores_that_are_written_down(model: Path, glue: Path, tmp_path: Path) -> None:
+    (glue / "SST-2" / "dev.tsv").write_text(SST2 + "a good good film\t1\nbad\t0\nfilm\t1\n")
+    flags = ["--seeds=2", "--epochs=1", "--max-length=16", "--batch-size=2"]
+    table = fb.finetune_on_glue(model, glue, tmp_path / "w", *flags)
+    assert list(table.columns) == ["task", "seed", "split", "metric", "score"]
+    written = json.loads((tmp_path / "w" / "SST-2" / "results.json").read_text())
+    found = {(row.task, str(row.seed), row.split, row.metric): row.score for row in table.itertuples()}
+    assert found == {("SST-2", seed, "dev", "accuracy"): written["seeds"][seed]["dev"]["accuracy"] for seed in ("0", "1")}
+    assert [round(5 * score, 6) for score in found.values()] == [round(5 * value) for value in written["values"]]
+    again = fb.finetune_on_glue(model, glue, tmp_path / "w", *flags)  # finished, so nothing is trained
+    assert again.equals(table)
