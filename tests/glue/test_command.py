@@ -269,7 +269,7 @@ def test_a_kept_classifier_is_in_the_tasks_order_and_that_is_said(model: Path, g
 
 def test_a_script_gets_the_scores_that_are_written_down(model: Path, glue: Path, tmp_path: Path) -> None:
     (glue / "SST-2" / "dev.tsv").write_text(SST2 + "a good good film\t1\nbad\t0\nfilm\t1\n")
-    flags = ["--seeds=2", "--epochs=1", "--max-length=16", "--batch-size=2"]
+    flags = ["--seeds=2", "--epochs=1", "--max-length=16", "--batch=2"]
     table = fb.finetune_on_glue(model, glue, tmp_path / "w", *flags)
     assert list(table.columns) == ["task", "seed", "split", "metric", "score"]
     written = json.loads((tmp_path / "w" / "SST-2" / "results.json").read_text())
@@ -278,3 +278,5 @@ def test_a_script_gets_the_scores_that_are_written_down(model: Path, glue: Path,
     assert [round(5 * score, 6) for score in found.values()] == [round(5 * value) for value in written["values"]]
     again = fb.finetune_on_glue(model, glue, tmp_path / "w", *flags)  # finished, so nothing is trained
     assert again.equals(table)
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --batches=2; `.*glue --help` lists the arguments\.$"):
+        fb.finetune_on_glue(model, glue, tmp_path / "w", "--batches=2")
