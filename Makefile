@@ -48,7 +48,6 @@ types: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --quiet
-	$(BIN)/linkchecker --config docs/links.ini site/index.html
 	NOTEBOOK_ROUNDS=4 NOTEBOOK_PLACE="$$(mktemp -d)" $(BIN)/python -m pytest --nbmake --nbmake-timeout=1200 docs/notebooks
 
 clean:
