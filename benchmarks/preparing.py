@@ -1,4 +1,4 @@
-"""python -m benchmarks.preparing --text SOURCE --tokenizer DIR [--megabytes 100 1000] [--json FILE]
+"""python -m benchmarks.preparing [--text SOURCE] [--tokenizer DIR] [--megabytes 100 1000] [--json FILE]
 
 Times the preparation of text against the datasets library's `map` with the same fast tokenizer on the same cores, with the
 peak memory of both. The text is repeated up to the size asked for, each time with a sixth of its words exchanged.
@@ -28,6 +28,8 @@ import numpy as np
 from benchmarks.machine import facts
 from fedbert_jax.config import DataConfig
 from fedbert_jax.data.corpus import read_documents
+from fedbert_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from fedbert_jax.data.vocabulary import train_tokenizer
 
 SEQ_LEN = 128
 EXCHANGED = 1 / 6  # of the words of each repetition
@@ -86,8 +88,6 @@ def theirs(text: Path, tokenizer_name: str, out: Path, processes: int) -> None:
     """The datasets library's way; saves nothing but its own cache."""
     import datasets
 
-    from fedbert_jax.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(tokenizer_name)
     rows = datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(out))
     asked: dict[str, Any] = dict(
@@ -143,8 +143,8 @@ def compare(text: Path, tokenizer: str, folder: Path, cores: int, pairs: int) ->
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", help="text to repeat, as in data.source, with text in a column `text` if it is a table")
-    parser.add_argument("--tokenizer", required=True, help="a directory")
+    parser.add_argument("--text", default="docs:", help="text to repeat, as in data.source (default: docstrings)")
+    parser.add_argument("--tokenizer", default="", help="a directory (default: one is trained, of 8,192 tokens)")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where the record goes")
@@ -152,13 +152,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    tokenizer = os.path.abspath(args.tokenizer)
     if args.theirs:
-        return theirs(args.theirs, tokenizer, args.out, args.processes)
+        return theirs(args.theirs, args.tokenizer, args.out, args.processes)
     cores = len(os.sched_getaffinity(0))
     documents = [document.text for document in read_documents(DataConfig(source=args.text))]
     record: dict[str, Any] = {"machine": facts(cores), "sizes": {}}
     with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = os.path.abspath(args.tokenizer or f"{temporary}/tokenizer")
+        if not args.tokenizer:
+            save_tokenizer(train_tokenizer(documents, 8192, lowercase=True), Path(tokenizer))
         for megabytes in args.megabytes:
             text = Path(temporary, f"{megabytes}.jsonl")
             rows = write_text(documents, megabytes, text)

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import io
 import json
+import random
 import re
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from benchmarks import (
     network,
     pairs,
     parties,
+    preparing,
     sides,
     sizes,
     study,
@@ -728,3 +730,36 @@ def test_a_study_refuses_what_it_cannot_do(options, words, capsys):
     with pytest.raises(SystemExit):
         study.main(options.split())
     assert words in capsys.readouterr().err
+
+
+# --- preparing text ---
+
+
+@pytest.mark.slow
+def test_preparing_is_measured_beside_the_datasets_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 8))) for _ in range(500)]
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(rng.choices(words, k=100)) for _ in range(300)))
+    record = tmp_path / "record.json"
+    command = ["preparing", f"--text=text:{text}", "--megabytes=1", "--pairs=1", f"--json={record}"]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.chdir(ROOT)
+    preparing.main()
+    (size,) = json.loads(record.read_text())["sizes"].values()
+    mine, theirs = size["fedbert_jax"], size["datasets.map"]
+    # Ours lack half a block for each client and what is held out, and what of the repetitions is the same.
+    assert 0.8 < mine["tokens"] / theirs["tokens"] < 1.05 and mine["tokens"] > 100_000
+    assert all(side["seconds"] > 0.5 and side["memory_bytes"] > 50e6 for side in (mine, theirs))
+    assert "tokens a second" in capsys.readouterr().out
+
+
+def test_the_text_that_is_prepared_has_its_size_and_no_repetition(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    rows = preparing.write_text([f"{'one two three four five six ' * 10}{n}" for n in range(20)], 1, path)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(found) == rows and 1_000_000 <= path.stat().st_size < 1_001_000
+    assert len({row["text"] for row in found}) > 0.99 * rows
+    assert {row["client"] for row in found} == {f"client-{n:03d}" for n in range(100)}
