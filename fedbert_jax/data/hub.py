@@ -172,8 +172,7 @@ def _rows_by_number(split: str, names: Sequence[str], where: str) -> list[tuple[
                 f"data.split={split!r}: {where} has {listed(names)}; accepted with data.streaming=True: these, or rows "
                 "of them counted from the beginning, as in train[:1000000]."
             )
-        start, end = int(match[2] or 0), int(match[3]) if match[3] else None
-        found.append((match[1], start, end if end is None else max(start, end)))
+        found.append((match[1], int(match[2] or 0), int(match[3]) if match[3] else None))
     return found
 
 

@@ -177,7 +177,9 @@ def test_prepared_data_is_taken_as_it_is(tmp_path: Path) -> None:
         assert isinstance(getattr(again, name).tokens, np.memmap) and not getattr(again, name).tokens.flags.writeable
     assert again.summary == first.summary and np.array_equal(again.unigram, first.unigram)
     assert reloaded.get_vocab() == tokenizer.get_vocab()
-    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, store="memmap", cache_dir="elsewhere"))
+    cached = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, store="memmap", cache_dir="elsewhere", streaming=True)
+    )
     prepare(cached, tmp_path / "data")  # where data is kept does not change it
     with pytest.raises(UserError, match="prepared with seq_len=16, not 32"):
         prepare(make_config(corpus, data={"seq_len": 32}), tmp_path / "data")
