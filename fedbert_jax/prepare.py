@@ -16,7 +16,7 @@ from pathlib import Path
 from fedbert_jax import cli
 from fedbert_jax.config import flags
 from fedbert_jax.console.output import make_console, print_table, shown
-from fedbert_jax.errors import ConfigError
+from fedbert_jax.errors import ConfigError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (args.out / "meta.json").exists():
         check_before_reading(config)
     warn = lambda text: console.print(f"warning: {shown(text)}", style="yellow")  # noqa: E731
-    with Stages(console) as stages, disk.writing(args.out):
+    try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{shown(args.out)} can't be made ({error.strerror}); give another --out.") from error
+    with Stages(console) as stages, disk.writing(args.out):
         dataset, _ = prepare(config, args.out, warn=warn, progress=stages, remedy="give another --out")
     print_table(console, client_table(dataset.summary))
     console.print(f"\n{len(dataset.train.tokens):,} blocks of {config.data.seq_len} tokens are in {shown(args.out)}: "

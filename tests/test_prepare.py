@@ -85,6 +85,9 @@ def test_the_command_refuses_what_it_cannot_do(place, tmp_path):
         prepare.main([config, f"--out={tmp_path / 'x'}", "--config.data.prepared=x"])
     with pytest.raises(UserError, match="was prepared with seq_len=16, not 8; give another --out"):
         prepare.main([config, f"--out={place / 'made/here'}", "--config.data.seq_len=8"])
+    (tmp_path / "note").write_text("")
+    with pytest.raises(UserError, match=r"note/x/data can't be made \((File exists|Not a directory)\); give another --out"):
+        prepare.main([config, f"--out={tmp_path / 'note/x/data'}"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
     with pytest.raises(UserError, match="holds something else than prepared data; give another --out"):

@@ -73,7 +73,7 @@ def _check_text(config: Config, need: Need) -> None:
         kind == "docs" or rest != "" or config.task == "serve",
         "data.source",
         d.source,
-        f"'{kind}:' followed by what to read",
+        f"'{kind}:' followed by what to read, such as a folder of text in 'text:FOLDER'",
     )
     need(kind == "hf" or not d.streaming, "data.streaming", d.streaming, "False, or data.source='hf:NAME'")
     if d.tokenizer.startswith("train:"):

@@ -70,7 +70,8 @@ def read_documents(
     if not kept:
         words = "a word" if min_words == 1 else f"{min_words} words"
         why = "".join(f"; {sentence.removesuffix('.')}" for sentence in left_out.sentences())
-        raise UserError(f"data.source={data.source!r} has no text: no document in it has {words}{why}.")
+        part = f" in data.split={data.split!r}" if kind == "hf" else ""
+        raise UserError(f"data.source={data.source!r} has no text{part}: no document in it has {words}{why}.")
     for sentence in left_out.sentences():
         warn(sentence)
     if without := [client for client in names.given() if client not in holders]:
@@ -85,7 +86,10 @@ def _read(
         return read_docstrings(what, data)
     if kind == "hf":
         return _join(read_dataset(what, data, left_out, warn), data, "\n\n", lambda row: True)
-    return _read_text(find_files(what, warn), data, left_out)
+    files = find_files(what, warn)
+    if data.split != "train" and not any(path.is_dir() for path in files):
+        raise UserError(f"data.split={data.split!r}: data.source={data.source!r} has no splits; accepted: 'train'.")
+    return _read_text(files, data, left_out)
 
 
 def _join(

@@ -84,7 +84,8 @@ def prepare(
     shutil.rmtree(unfinished, ignore_errors=True)
     if not (directory / "meta.json").exists():
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(f"{directory} holds something else than prepared data; {remedy}.")
+            holds = "holds something else than prepared data" if directory.is_dir() else "is a file"
+            raise UserError(f"{directory} {holds}; {remedy}.")
         unfinished.mkdir(parents=True)
         try:
             if config.data.prepared:
@@ -110,7 +111,7 @@ def _take(config: Config, prepared: Path, directory: Path, progress: Progress) -
     if not (prepared / "meta.json").is_file():
         raise ConfigError(
             f"config key data.prepared={config.data.prepared!r}: accepted: a directory made by "
-            "`python -m fedbert_jax.prepare`."
+            "`fedbert prepare`, which is `python -m fedbert_jax.prepare`."
         )
     with about(f"config key data.prepared={config.data.prepared!r}"):
         _load(config, prepared, None, "prepare it for this config")
@@ -159,6 +160,8 @@ def _load(
             raise UserError(f"{directory} was prepared with another privacy.client_seed; {remedy}.")
         if was != value:
             raise UserError(f"{directory} was prepared with {key}={was!r}, not {value!r}; {remedy}.")
+    if not (directory / "tokenizer" / "tokenizer.json").is_file():
+        raise UserError(f"{directory}/tokenizer is missing or damaged; remove {directory} to prepare the data again.")
     summary = tuple(ClientSummary(**client) for client in meta["clients"])
     if only is None:
         check_cohort(config, len(summary))
@@ -175,4 +178,9 @@ def _load(
 
 
 def _open(path: Path, sizes: Sequence[int]) -> TokenBlocks:
-    return TokenBlocks(np.load(path, mmap_mode="r"), np.cumsum([0, *sizes], dtype=np.int64))
+    try:
+        blocks = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        why = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise UserError(f"{path} is {why}; remove {path.parent} to prepare the data again.") from error
+    return TokenBlocks(blocks, np.cumsum([0, *sizes], dtype=np.int64))

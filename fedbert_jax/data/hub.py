@@ -186,7 +186,9 @@ def _parts(split: str, lengths: Mapping[str, int], where: str) -> list[tuple[str
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         have = f"{where} has {listed(list(lengths))}"
-        raise UserError(f"data.split={split!r}: {have}; accepted: these, or a part, as in train[:10%].") from error
+        raise UserError(
+            f"data.split={split!r}: {have}; accepted: these, a part, as in train[:10%], or several with + between."
+        ) from error
     return [(part.splitname, part.from_, part.to) for part in parts]
 
 

@@ -20,7 +20,7 @@ _CONFIGS = re.compile(r"BuilderConfig .* not found\. Available: \[(.*?)\]|availa
 _REASONS = (  # (names of the classes of an error or its causes, the reason to give)
     (
         "ConnectionError OfflineModeIsEnabled TransportError LocalEntryNotFoundError",
-        "the Hugging Face hub cannot be reached, and no copy of this dataset is here",
+        "no file or folder here has this name, the Hugging Face hub cannot be reached, and no copy of it is here",
     ),
     (
         "DatasetNotFoundError RepositoryNotFoundError HFValidationError",
@@ -91,6 +91,8 @@ def _reason(error: BaseException) -> str:
         return f"NAME must be followed by a /CONFIG that it has; there are: {listed(names)}"
     if needed := re.search(r"(\w+) needs to be installed", said):
         return f"its format needs {needed[1]}, which is not installed"
+    if "infer the same data file format" in said:
+        return "its files are of different formats; accepted: files of one format, or one of its files"
     classes = {kind.__name__ for e in errors for kind in type(e).__mro__}
     reasons = (reason for names, reason in _REASONS if not classes.isdisjoint(names.split()))
     return next(reasons, f"the datasets library stops with {type(error).__name__}")

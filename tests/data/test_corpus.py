@@ -58,6 +58,12 @@ def test_a_clients_name_is_its_folders_whatever_that_is(tmp_path: Path, monkeypa
     assert read("text:שלום/../[[]*/*") == [("text of 1", "[b]bold")]
 
 
+def test_text_files_have_no_splits(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "one")
+    message = refused(f"text:{tmp_path}", split="train[:10%]")
+    assert message == f"data.split='train[:10%]': data.source='text:{tmp_path}' has no splits; accepted: 'train'."
+
+
 def test_clients_without_text_are_named(tmp_path: Path) -> None:
     write(tmp_path / "t" / "east" / "a.txt", "one\n\ntwo")
     write(tmp_path / "t" / "north" / "a.txt", "Two")

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -473,6 +474,26 @@ def test_a_client_who_holds_out_no_block_is_named(tmp_path: Path) -> None:
     data, _ = prepare(make_config(corpus), tmp_path / "data", warn=warnings.append)
     assert data.heldout.sizes.tolist()[1] == 0 and data.train.sizes.min() > 0
     assert warnings == ["clients who hold out no block, so that they are not evaluated: 1: one."]
+
+
+@pytest.mark.parametrize("file", ["train.npy", "heldout.npy", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("left", [None, 0, 60])
+def test_damage_is_named(
+    file: str, left: int | None, corpus: Path, prepared: tuple[Dataset, Any, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(prepared[2], tmp_path / "data")
+    path = tmp_path / "data" / file
+    path.unlink()
+    if left is not None and path.suffix == ".npy":
+        path.write_bytes((prepared[2] / file).read_bytes()[:left])
+    with pytest.raises(UserError, match=f"/{file.partition('/')[0]} is (missing|damaged|missing or damaged); remove "):
+        prepare(make_config(corpus), tmp_path / "data")
+
+
+def test_a_file_is_no_place_for_it(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("mine")
+    with pytest.raises(UserError, match="/data is a file; give another --workdir"):
+        prepare(make_config(corpus), tmp_path / "data")
 
 
 # --- text of any size ---

@@ -353,6 +353,19 @@ def test_a_dataset_that_nobody_knows(tmp_path: Path) -> None:  # tests are offli
     assert "no data file" in refused(f"hf:{write(tmp_path / 'docs' / 'a.docx', 'x').parent}")
 
 
+def test_files_of_different_formats_are_no_dataset(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train.csv", "text\na\n")
+    write(tmp_path / "set" / "test.txt", "b")
+    assert "its files are of different formats; accepted: files of one format" in refused(f"hf:{tmp_path}/set")
+    assert read(f"hf:{tmp_path}/set/train.csv") == [("a", "train.csv")]
+
+
+def test_a_part_without_rows_is_named(table: Path) -> None:
+    assert "has no text in data.split='train[:0]': no document" in refused(
+        f"hf:{table}", text_field="content", split="train[:0]"
+    )
+
+
 def test_libraries_are_quiet_only_while_they_load(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
