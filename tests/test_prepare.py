@@ -96,6 +96,13 @@ def test_the_command_refuses_what_it_cannot_do(place, tmp_path):
         fb.load_config("join", {"data.prepared": "x", "data.source": "text:x", "data.tokenizer": "x"})
 
 
+def test_prepared_data_is_no_workdir(place, tmp_path):
+    there = sorted(path.name for path in (place / "made/here").iterdir())
+    with pytest.raises(UserError, match=r"made/here is prepared data, which runs take by data\.prepared; give another"):
+        run_of(place, place / "made/here").train(progress=False)
+    assert sorted(path.name for path in (place / "made/here").iterdir()) == there
+
+
 def test_it_says_what_it_made(place):
     done = run_command(
         sys.executable, "-m", "fedbert_jax.prepare", "--config", place / "config.py", "--out", place / "made/here"

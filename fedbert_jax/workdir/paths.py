@@ -124,7 +124,7 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
       The workdir, and the lock, which is held until it is closed (or its `with` ends).
 
     Raises:
-      UserError: if it can't be written, another run holds it, or this process sees a different directory from the first's.
+      UserError: if it is prepared data or can't be written, another run holds it, or this process sees a different directory from the first's.
     """
     lock: Any = contextlib.nullcontext()  # for a process that leaves locking to the first
 
@@ -157,6 +157,8 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
 
 
 def _lock(root: Path) -> IO[bytes]:
+    if (root / "meta.json").is_file() and (root / "train.npy").is_file():
+        raise UserError(f"workdir {root} is prepared data, which runs take by data.prepared; give another --workdir.")
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / ".lock").open("ab", buffering=0)  # not "w": a run that finds it locked must leave it as it is
