@@ -124,7 +124,8 @@ def open_workdir(root: Path) -> tuple[Workdir, Any]:
       The workdir, and the lock, which is held until it is closed (or its `with` ends).
 
     Raises:
-      UserError: if it is prepared data or can't be written, another run holds it, or this process sees a different directory from the first's.
+      UserError: if it is prepared data, can't be written, or is held by another run, or if this process sees a different
+        directory from the first's.
     """
     lock: Any = contextlib.nullcontext()  # for a process that leaves locking to the first
 
