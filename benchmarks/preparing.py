@@ -60,9 +60,13 @@ def measured(command: Sequence[str], folder: Path) -> tuple[float, int, int]:
 
     Own memory is what no file holds (RssAnon of /proc/PID/status, summed over the command's process group).
     """
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder)
-        start, peak, free, least = time.perf_counter(), 0, shutil.disk_usage(folder).free, float("inf")
+        start, peak = time.perf_counter(), 0
+        free = least = shutil.disk_usage(folder).free
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder, env=env
+        )
         while process.poll() is None:
             peak = max(peak, sum(_own(process.pid)))
             least = min(least, shutil.disk_usage(folder).free)
@@ -70,7 +74,7 @@ def measured(command: Sequence[str], folder: Path) -> tuple[float, int, int]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{(folder / 'log').read_text()[-2000:]}")
-    return seconds, peak, max(free - int(least), 0)
+    return seconds, peak, free - least
 
 
 def _own(group: int) -> Iterator[int]:
@@ -128,7 +132,6 @@ def compare(text: Path, tokenizer: str, folder: Path, cores: int, pairs: int) ->
                 tokens = np.load(place / "out/train.npy", mmap_mode="r").size + np.load(place / "out/heldout.npy", "r").size
             else:
                 here = [sys.executable, "-m", "benchmarks.preparing", "--theirs", str(text), "--tokenizer", tokenizer]
-                os.environ["PYTHONPATH"] = os.getcwd()
                 found = measured([*here, "--processes", str(cores), "--out", str(place)], place)
                 tokens = int((place / "tokens").read_text())
             sides[side].append((*found, tokens))

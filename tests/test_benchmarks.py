@@ -35,6 +35,7 @@ from benchmarks import (
     network,
     pairs,
     parties,
+    permutation,
     preparing,
     sides,
     sizes,
@@ -763,3 +764,19 @@ def test_the_text_that_is_prepared_has_its_size_and_no_repetition(tmp_path: Path
     assert len(found) == rows and 1_000_000 <= path.stat().st_size < 1_001_000
     assert len({row["text"] for row in found}) > 0.99 * rows
     assert {row["client"] for row in found} == {f"client-{n:03d}" for n in range(100)}
+
+
+# --- rows in a secret order ---
+
+
+def test_rows_in_a_secret_order_are_put_at_their_places() -> None:
+    """Words are four times as large as places, which hides these unless words are grouped first; each row is a word's and a place's, normalised."""
+    rng = np.random.default_rng(0)
+    words, at = 4 * rng.normal(size=(60, 32)), rng.normal(size=(12, 32))
+    spelt = rng.choice(60, (200, 12), p=np.arange(60, 0, -1) / 1830)
+    normal = lambda x: x / x.std(axis=-1, keepdims=True)  # noqa: E731
+    h, marks = normal(words[spelt] + at), normal(words[0] + at)
+    order = rng.permuted(np.broadcast_to(np.arange(12), (200, 12)), axis=1)
+    found = permutation.places(np.take_along_axis(h, order[..., None], axis=1), marks)
+    assert np.mean(found == order) > 0.9
+    assert (np.sort(found, axis=1) == np.arange(12)).all()  # each place once

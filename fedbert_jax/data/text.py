@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def read_text(
     data, seeds = config.data, seeds_of(config)
     progress.stage(f"reading data.source={data.source!r}", "documents")
     paragraphs = Paragraphs() if data.deduplicate else None
-    counts: list[int] = []
+    counts = array("q")
     for document in read_documents(data, warn=warn, count=progress.count):
         spool.add(document.text, document.group if only is None else only[1])
         if paragraphs is None:

@@ -477,7 +477,7 @@ def test_a_client_who_holds_out_no_block_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["train.npy", "heldout.npy", "tokenizer/tokenizer.json"])
-@pytest.mark.parametrize("left", [None, 0, 60])
+@pytest.mark.parametrize("left", [None, 0, 60, -10])  # bytes; none: the file is gone
 def test_damage_is_named(
     file: str, left: int | None, corpus: Path, prepared: tuple[Dataset, Any, Path], tmp_path: Path
 ) -> None:
