@@ -770,7 +770,7 @@ def test_the_text_that_is_prepared_has_its_size_and_no_repetition(tmp_path: Path
 
 
 def test_rows_in_a_secret_order_are_put_at_their_places() -> None:
-    """Words are four times as large as places, which hides these unless words are grouped first; each row is a word's and a place's, normalised."""
+    """Words are four times as large as places, which hides these unless words are grouped first."""
     rng = np.random.default_rng(0)
     words, at = 4 * rng.normal(size=(60, 32)), rng.normal(size=(12, 32))
     spelt = rng.choice(60, (200, 12), p=np.arange(60, 0, -1) / 1830)
