@@ -158,15 +158,22 @@ class Checkpoints:
         # From here on nothing holds the error, and errors left over from its threads are collected while still hushed.
         round, self._saving = self._saving, None
         _join_threads()
-        if processes.first():
-            for path in self.directory.glob(f"{round}.*tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
         if not processes.several():  # several would have to open it together
             with contextlib.suppress(Exception):
                 self._manager = self._open()
         gc.collect()
+        if processes.first():
+            _remove(self.directory, f"{round}.*tmp*")
         self._hushed.close()
         raise failure
+
+
+def _remove(directory: Path, pattern: str) -> None:
+    """Deletes directories; again for a second, since what tensorstore was writing when it failed makes them anew."""
+    end = time.monotonic() + 1
+    while (left := list(directory.glob(pattern))) and time.monotonic() < end:
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @jax.jit
