@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +10,12 @@ from fedbert_jax.audit.groups import scale
 from fedbert_jax.audit.tables import GUESSES, Table
 from fedbert_jax.audit.views import View
 
-CANDIDATES = 32
-SWEEPS = 2  # over all positions, in which the model predicts each from the others
+CANDIDATES = 128
+SWEEPS = 2  # over all positions, in which the model predicts each from the others; with more, it believes itself
 MASKED = 16  # positions of a block that it predicts at a time
 HALF = 0.5  # of what the model says counts where its words and public text's are taken together
+AGAIN = 0.1  # of what frequencies say of a word is what the rest of its block has: words come again
+AT_ONCE = 16  # blocks that are read at a time, to save memory
 LEAST = 0.1  # the standard deviation of rows that are taken to be exact, in root mean squares of rows
 SMOOTH = 20.0  # how many sightings of a word count as much as its followers' plain frequency
 
@@ -43,16 +43,25 @@ class Bigrams:
 
 
 def decode(ids: np.ndarray, scores: np.ndarray, bigrams: Bigrams) -> np.ndarray:
-    """Returns the likeliest tokens, int [R, T, 5], by the forward-backward algorithm over candidates.
+    """Returns the likeliest tokens, int [R, T, 5]; the arguments are `likelihoods`'."""
+    return _first(ids, likelihoods(ids, scores, bigrams))
+
+
+def likelihoods(ids: np.ndarray, scores: np.ndarray, bigrams: Bigrams) -> np.ndarray:
+    """Returns log-likelihoods of candidates given whole blocks, [R, T, C], by the forward-backward algorithm.
 
     Args:
       ids: int [R, T, C], candidates for each position.
       scores: [R, T, C], the log-likelihood of the row under each candidate, without a prior.
       bigrams: of public text.
     """
+    parts = range(0, len(ids), AT_ONCE)
+    return np.concatenate([_likelihoods(ids[i : i + AT_ONCE], scores[i : i + AT_ONCE], bigrams) for i in parts])
+
+
+def _likelihoods(ids: np.ndarray, scores: np.ndarray, bigrams: Bigrams) -> np.ndarray:
     steps = [
-        bigrams.after(ids[:, t, :, None] + 0 * ids[:, t + 1, None, :], ids[:, t + 1, None, :] + 0 * ids[:, t, :, None])
-        for t in range(ids.shape[1] - 1)
+        bigrams.after(*np.broadcast_arrays(ids[:, t, :, None], ids[:, t + 1, None, :])) for t in range(ids.shape[1] - 1)
     ]  # each [R, C, C]
     forward = [scores[:, 0] + bigrams.log_prior[ids[:, 0]]]
     for t, step in enumerate(steps):
@@ -60,9 +69,7 @@ def decode(ids: np.ndarray, scores: np.ndarray, bigrams: Bigrams) -> np.ndarray:
     backward = [np.zeros_like(forward[0])]
     for t in range(len(steps) - 1, -1, -1):
         backward.append(_log_sum(steps[t] + (backward[-1] + scores[:, t + 1])[:, None, :], 2))
-    whole = np.stack(forward, axis=1) + np.stack(backward[::-1], axis=1)
-    order = np.argsort(-whole, axis=-1, kind="stable")[..., :GUESSES]
-    return np.take_along_axis(ids, order, axis=-1)
+    return np.stack(forward, axis=1) + np.stack(backward[::-1], axis=1)
 
 
 def read_with_model(table: Table, h: np.ndarray, view: View) -> np.ndarray:
@@ -89,17 +96,48 @@ def read_with_model(table: Table, h: np.ndarray, view: View) -> np.ndarray:
         found = jax.nn.log_softmax(public.segments.predict(view.segment, z), axis=-1)
         return jnp.take_along_axis(found, ids, axis=-1)
 
-    prior, rng = bigrams.log_prior[ids], np.random.default_rng(0)
-    # A classifier's segment predicts no words.
-    for _ in range(0 if "classifier" in view.segment else SWEEPS):
-        chance: Any = np.exp(scores + prior - (scores + prior).max(axis=-1, keepdims=True))
-        mean = np.einsum("rtc,rtcd->rtd", chance / chance.sum(axis=-1, keepdims=True), rows).astype(np.float32)
+    whole, rng = scores + bigrams.log_prior[ids], np.random.default_rng(0)
+    if "classifier" in view.segment:  # it predicts no words
+        return decode(ids, scores, bigrams)
+    again = np.zeros_like(scores)
+    for _ in range(SWEEPS):
+        chance = _chances(whole)
+        prior = np.empty_like(scores)
+        mean = np.einsum("rtc,rtcd->rtd", chance, rows).astype(np.float32)
         order = np.argsort(rng.random((blocks, length)), axis=1)
         for start in range(0, length, MASKED):
             places = order[:, start : start + MASKED]
             some = np.take_along_axis(ids, places[..., None], axis=1)
             np.put_along_axis(prior, places[..., None], np.asarray(predict(mean, places, some)), axis=1)
-    return decode(ids, scores + HALF * (prior - bigrams.log_prior[ids]), bigrams)
+        whole = likelihoods(ids, scores + HALF * (prior - bigrams.log_prior[ids]) + again, bigrams)
+        again = repeated(ids, np.where(asked[..., None], 0, _chances(whole)), bigrams)
+    return _first(ids, whole)
+
+
+def repeated(ids: np.ndarray, chance: np.ndarray, bigrams: Bigrams) -> np.ndarray:
+    """Returns what is added to log-likelihoods since words come again in a block, [R, T, C].
+
+    Args:
+      ids: int [R, T, C], candidates.
+      chance: [R, T, C], how likely they are.
+      bigrams: of public text.
+    """
+    found = np.empty_like(chance)
+    for row, own, mine in zip(ids, chance, found, strict=True):
+        elsewhere = np.bincount(row.ravel(), own.ravel(), minlength=bigrams.size)[row] - own
+        share = np.maximum(elsewhere, 0) / max(own.sum(), 1)
+        mine[:] = np.log(1 - AGAIN + AGAIN * share / np.exp(bigrams.log_prior[row]))
+    return found
+
+
+def _first(ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    order = np.argsort(-whole, axis=-1, kind="stable")[..., :GUESSES]
+    return np.take_along_axis(ids, order, axis=-1)
+
+
+def _chances(whole: np.ndarray) -> np.ndarray:
+    found = np.exp(whole - whole.max(axis=-1, keepdims=True))
+    return np.asarray(found / found.sum(axis=-1, keepdims=True))
 
 
 def _log_sum(x: np.ndarray, axis: int) -> np.ndarray:

@@ -298,6 +298,24 @@ def test_decoding_is_what_adding_up_all_sentences_gives():
     np.testing.assert_array_equal(decoder.decode(ids, scores, bigrams)[0], expected)
 
 
+def test_blocks_are_decoded_one_by_one():
+    rng = np.random.default_rng(0)
+    bigrams, few = decoder.Bigrams(rng.integers(0, 6, (40, 10)), 6), decoder.AT_ONCE + 3
+    ids = np.sort(rng.permuted(np.tile(np.arange(6), (few, 4, 1)), axis=2)[..., :5])
+    scores = rng.standard_normal(ids.shape)
+    alone = [decoder.likelihoods(ids[i : i + 1], scores[i : i + 1], bigrams)[0] for i in range(few)]
+    np.testing.assert_allclose(decoder.likelihoods(ids, scores, bigrams), alone)
+
+
+def test_a_word_is_likelier_where_the_rest_of_its_block_has_it():
+    bigrams = decoder.Bigrams(np.arange(8).reshape(1, 8), 8)  # all words are as frequent
+    ids = np.array([[[1, 2], [3, 1], [1, 5]]])
+    chance = np.array([[[0.75, 0.25], [0.5, 0.5], [0.0, 0.0]]])  # nothing is known of the third
+    share = np.array([[[0.25, 0.0], [0.0, 0.375], [0.625, 0.0]]])  # of two tokens that something is known of
+    expected = np.log(1 - decoder.AGAIN + decoder.AGAIN * share * 8)
+    np.testing.assert_allclose(decoder.repeated(ids, chance, bigrams), expected)
+
+
 def test_decoding_reads_noisy_rows_at_least_as_well_as_single_rows(bert, h, blocks):
     rng = np.random.default_rng(1)
     noisy = (h + 0.6 * rng.standard_normal(h.shape)).astype(np.float32)
