@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WORDS = "words"  # the attack of those who add segments up, or stand beside a client in turn
+SLOW = 0.1  # share of the highest learning rate below which clients move so little that it hides their words
 ASKED = ("codec", "clip", "noise", "gradient_clip", "gradient_noise")  # keys of `wire` that an audit may suppose
 
 
@@ -125,6 +126,9 @@ def audit(
             continue
         if aggregated:
             rows += _words(case, kind)
+            if "move" in case.aggregate.views and (share := case.source.rate()) < SLOW:
+                say(f"{kind}: the learning rate of this round is {share:.1%} of its peak; moves tell more where it is "
+                    "higher (--round)")  # fmt: skip
         view = dataclasses.replace(case.view, **facts)
         if kind == "seed" and case.source.config.wire.noise and case.source.config.privacy.client_seed is None:
             say("seed: the noise follows from it, too, since privacy.client_seed is not set; these rows don't subtract it")
@@ -162,12 +166,12 @@ def _attacked(case: Case, kind: str, attack: Attack, view: Any) -> Row:
 
 def _words(case: Case, kind: str) -> list[Row]:
     rows = []
-    for view in case.aggregate.views:
+    for attack in words.attacks(case.aggregate):
         start = time.monotonic()
-        found = words.guess(case.aggregate, view, case.frequencies)
+        found = words.guess(case.aggregate, attack, case.frequencies)
         if found is not None:
             rows.append(
-                Row(kind, f"{WORDS} by {view}", "words", None, None, found.low, found.high, None, None, found.auc, 0.5,
+                Row(kind, f"{WORDS} by {attack}", "words", None, None, found.low, found.high, None, None, found.auc, 0.5,
                     found.floor, None, found.clients, time.monotonic() - start, case.source.round)
             )  # fmt: skip
     return rows

@@ -172,7 +172,7 @@ def aggregate_of(source: Source, steps: int, gradient: np.ndarray | None, ended:
         was: Any = moments_of(start.opt.client)
         if how.clients == "in turn":
             before = np.concatenate([before[None], words[:-1]])
-        views["move"] = np.linalg.norm(words - before, axis=-1)
+        views["move"] = words - before
         if moments is not None and was is not None and config.federated.client_optimizer_state == "average":
             was = np.asarray(was)
             if how.clients == "in turn":

@@ -50,6 +50,13 @@ class Source:
     before: tuple[int, ...]  # the rounds before that, the last one first; if there is none, that one
     cohort: Callable[[int], Cohort] | None = None  # a round's data, from 0; None: rounds were recorded
 
+    def rate(self) -> float:
+        """Returns the clients' learning rate as the attacked round begins, as a share of its peak."""
+        steps = self.setting.config.federated.steps_per_round(self.setting.cohort)
+        return float(self.setting.client_tx.schedule(np.int32(self.replayed * steps))) / (
+            self.config.client_optimizer.learning_rate or 1.0
+        )
+
     def counts(self) -> np.ndarray:
         """Returns how often each word is in the run's text, float64 [V]; 0 for special tokens."""
         found = sum(np.bincount(tokens.ravel(), minlength=self.vocab_size) for tokens in self.text)

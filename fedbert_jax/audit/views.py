@@ -59,9 +59,9 @@ class Truth(NamedTuple):
 
 
 class Aggregate(NamedTuple):
-    """What whoever adds C clients' segments up sees of their word tables: by what it is of, one number a client and word."""
+    """What whoever adds C clients' segments up sees of their word tables, by what it is of."""
 
-    views: dict[str, np.ndarray]  # [C, V]: `move` or `moments` of a round, or `gradient` of its steps
+    views: dict[str, np.ndarray]  # `move` [C, V, D] or `moments` [C, V] of a round, or `gradient` [C, V] of its steps
     held: np.ndarray  # bool [C, V], the truth: whether the word is in the client's text of the round
 
 

@@ -327,18 +327,60 @@ def test_decoding_reads_noisy_rows_at_least_as_well_as_single_rows(bert, h, bloc
 # --- words, scores, views -----------------------------------------------------------------------------------------------
 
 
-def test_an_auc_is_sklearns_and_a_view_is_relative_to_other_clients():
+def test_an_auc_is_sklearns():
     rng = np.random.default_rng(0)
     truth, scores = rng.random(50) < 0.3, rng.integers(0, 6, 50).astype(float)
     assert words.auc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
+
+
+def test_a_guess_is_over_rare_words_and_the_mean_over_clients():
+    rng = np.random.default_rng(0)
     frequencies = np.arange(1, 41) / np.arange(1, 41).sum()
-    held = rng.random((3, 40)) < 0.4
-    common = rng.random(40) * 100  # moves all clients' words alike
-    found = words.guess(Aggregate({"move": common * (1 + held)}, held), "move", frequencies)
-    rare = frequencies <= np.quantile(frequencies, 0.5)
-    assert found.auc > 0.95 and found.clients == 3
+    held, sizes = rng.random((3, 40)) < 0.4, rng.random((3, 40))
+    found = words.guess(Aggregate({"gradient": sizes}, held), "gradient", frequencies)
+    rare, numbers = frequencies <= np.quantile(frequencies, 0.5), words.beside_others(sizes)
+    aucs = [roc_auc_score(mine[rare], x[rare]) for mine, x in zip(held, numbers, strict=True)]
+    assert (found.auc, found.low, found.high) == pytest.approx((np.mean(aucs), min(aucs), max(aucs)))
     assert found.floor == pytest.approx(np.mean([roc_auc_score(mine[rare], frequencies[rare]) for mine in held]))
-    assert words.guess(Aggregate({"move": common * (1 + held)}, held * False), "move", frequencies) is None
+    assert found.clients == 3 and words.guess(Aggregate({"gradient": sizes}, held * False), "gradient", frequencies) is None
+    assert words.attacks(Aggregate({"move": sizes[..., None]}, held)) == ["move", "difference", "direction"]
+
+
+@pytest.mark.parametrize("clients", [2, 3, 4, 7])
+def test_the_median_over_the_others(clients):
+    x = np.random.default_rng(0).integers(0, 5, (clients, 30, 2)).astype(float)  # with equal numbers
+    expected = [np.median(np.delete(x, c, axis=0), axis=0) for c in range(clients)]
+    np.testing.assert_array_equal(words.others_median(x), expected)
+
+
+def told(attack: str, seen: np.ndarray, held: np.ndarray) -> float:
+    """The AUC of an attack on what is seen of words that are all as frequent."""
+    view, _ = words.ATTACKS[attack]
+    return words.guess(Aggregate({view: seen}, held), attack, np.full(held.shape[1], 1 / held.shape[1])).auc
+
+
+@pytest.mark.parametrize("attack", ["gradient", "move"])
+def test_words_are_told_by_size_where_some_move_more_than_others_at_all_clients(attack):
+    """Also where nothing is nearly all that is seen of most words, and where several clients have one."""
+    rng = np.random.default_rng(0)
+    common, held = 10 ** rng.uniform(-6, 0, 400), rng.random((8, 400)) < 0.1
+    sizes = common * 10 ** rng.normal(0, 0.1, (8, 400)) + held * 10 ** rng.uniform(-1, 1, (8, 400))
+    seen = sizes if attack == "gradient" else sizes[..., None] * np.array([0.6, 0.8])
+    assert told(attack, seen, held) > 0.98
+
+
+@pytest.mark.parametrize(("attack", "other"), [("difference", "direction"), ("direction", "difference")])
+def test_words_are_told_by_where_their_rows_go_where_all_go_as_far(attack, other):
+    rng = np.random.default_rng(0)
+    held = rng.random((8, 300)) < 0.1
+    if attack == "difference":  # each word has a way of its own, which its rows take at whoever lacks it
+        ways = np.broadcast_to(rng.standard_normal((300, 16)), (8, 300, 16))
+    else:  # each client has one
+        ways = np.broadcast_to(10 * rng.standard_normal((8, 1, 16)), (8, 300, 16))
+    ways = ways + 0.1 * rng.standard_normal((8, 300, 16)) + held[..., None] * rng.standard_normal((8, 300, 16))
+    moves = ways / np.linalg.norm(ways, axis=-1, keepdims=True)
+    assert told(attack, moves, held) > 0.9 > told(other, moves, held)
+    assert 0.4 < told("move", moves, held) < 0.6
 
 
 def test_a_score_by_hand():

@@ -63,7 +63,9 @@ def test_every_row_says_what_it_is_of_and_what_guessing_gives(audited):
     # The server has the seed, and not the clients' secret.
     assert by["seed", "nearest"]["top1"] < 0.05 and by["seed", "likeness"]["top1"] < 0.05
     words = [row for row in rows if row["of"] == "words"]
-    assert {row["attack"] for row in words} == {"words by move", "words by moments"}
+    assert {row["attack"] for row in words} == {
+        f"words by {seen}" for seen in ("move", "difference", "direction", "moments")
+    }
     assert all(row["top1"] is None and 0 <= row["low"] <= row["auc"] <= row["high"] <= 1 for row in words)
     assert by["public_text", "cipher"]["floor_unigram"] == by["segment", "nearest"]["floor_unigram"] > 0
     for left_out in ("checkpoint: left out, since training began with random numbers", "neighbour: left out"):
@@ -72,11 +74,12 @@ def test_every_row_says_what_it_is_of_and_what_guessing_gives(audited):
         "strongest: segment 100.0 % of tokens (nearest)" in said and (workdir / "audit" / "audit.png").stat().st_size > 5000
     )
     assert "12 blocks of 3 clients" in said and "weak" in said
+    assert "aggregator: the learning rate of this round is 0.0% of its peak; moves tell more where it is higher" in said
 
 
 def test_the_log_lies_before_the_round_and_known_text_is_not_what_is_read(trained):
     source = open_source(trained[0], 3, {})
-    assert source.replayed == 3 and source.before == (2, 1, 0)
+    assert source.replayed == 3 and source.before == (2, 1, 0) and 0.1 < source.rate() < 1
     case = Case(source, Sizes(blocks=12, log=60, known=20), "", print)
     messages, truth = case.log
     assert len(truth.tokens) == 36  # three rounds of twelve

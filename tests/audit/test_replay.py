@@ -125,8 +125,9 @@ def test_whoever_adds_up_sees_moves_moments_or_gradients(case):
     views = found.aggregate.views
     alone = {"gradients": {"gradient"}, "private": {"move"}}  # moments that are made anew each round don't travel
     assert set(views) == alone.get(name, {"move", "moments"})
-    for seen in views.values():
-        assert seen.shape == (3, VOCAB) and np.isfinite(seen).all() and (seen > -1e-9).all() and (seen > 0).any()
+    for seen_of, seen in views.items():
+        assert seen.shape == ((3, VOCAB, 16) if seen_of == "move" else (3, VOCAB))
+        assert np.isfinite(seen).all() and (seen > 0).any() and (seen_of == "move" or (seen > -1e-9).all())
     held = np.zeros((3, VOCAB), bool)
     for client, tokens, text, labels, real in zip(found.messages.client, *found.truth[:4], strict=True):
         held[client, tokens[text]] = True
