@@ -52,6 +52,15 @@ def test_a_run_takes_the_blocks_and_ends_as_one_that_made_its_own(place, tmp_pat
     assert fb.Run(tmp_path / "again").train(progress=False) is True
 
 
+def test_the_command_has_another_name(place):
+    mistaken = (f"--config={place / 'config.py'}", f"--out={place / 'config.py'}")
+    one, other = (
+        run_command(sys.executable, "-m", f"fedbert_jax.{name}", *mistaken) for name in ("prepare", "data.prepare")
+    )
+    assert (other.returncode, other.stdout, other.stderr) == (one.returncode, one.stdout, one.stderr)
+    assert one.returncode == 2 and one.stderr.startswith("error: ")
+
+
 def test_where_links_cannot_be_made_it_is_copied(place, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("another file system")
