@@ -39,6 +39,7 @@ from benchmarks import (
     preparing,
     sides,
     sizes,
+    steps,
     study,
     tables,
     traffic,
@@ -780,3 +781,25 @@ def test_rows_in_a_secret_order_are_put_at_their_places() -> None:
     found = permutation.places(np.take_along_axis(h, order[..., None], axis=1), marks)
     assert np.mean(found == order) > 0.9
     assert (np.sort(found, axis=1) == np.arange(12)).all()  # each place once
+
+
+def test_arms_take_turns_and_the_middle_round_counts(monkeypatch, capsys):
+    """Of each pass the median of the rounds from the fourth on, for 2,048 tokens; of the passes their median."""
+    ran = []
+
+    def run(command, **_):
+        workdir = Path(command[command.index("--workdir") + 1])
+        arm, nth = "deep" if "--config.model.client_layers=1" in command else "demo", len(ran)
+        ran.append(arm)
+        seconds = [9, 9, 9, 0.4 + nth, 0.2 + nth, 0.3 + nth]
+        lines = [{"round": 0, "eval_loss": 8.0}]
+        lines += [{"round": n, "tokens": 4096 * n, "seconds": x} for n, x in enumerate(seconds, 1)]
+        workdir.mkdir()
+        (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        assert {"--config.seed=0", "--config.federated.rounds=6", "--config.x=1"} <= set(command)
+
+    monkeypatch.setattr(steps.subprocess, "run", run)
+    steps.main(["defences", "--arms", "demo,deep", "--rounds", "6", "--config.x=1"])
+    assert ran == ["demo", "deep", "deep", "demo", "demo", "deep"]
+    said = capsys.readouterr().out
+    assert "| demo | 1650.0 | 150.0, 1650.0, 2150.0 |" in said and "| deep | 1150.0 | 650.0, 1150.0, 2650.0 |" in said
