@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=14, help=f"of a run, {FIRST} of which are left out (default: 14)")
     parser.add_argument("--passes", type=int, default=3, help="(default: 3)")
     args, more = parser.parse_known_args(arguments)
+    if unknown := [word for word in more if not word.startswith("--config.")]:
+        parser.error(f"{unknown[0]}: accepted: the options above and --config.KEY=VALUE")
     study = STUDIES[args.name]
     arms = args.arms.split(",") if args.arms else list(study.arms)
     if wrong := [arm for arm in arms if arm not in study.arms]:
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as place:
                 workdir = Path(place) / "run"
                 command = run_command(study, study.arms[arm], 0, workdir, {}, flags)
-                subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+                    raise SystemExit(code)  # it has said why
                 found[arm].append(milliseconds(workdir))
             print(f"{turn} {arm} {found[arm][-1]:.1f} ms", flush=True)
     rows = [(arm, f"{statistics.median(own):.1f}", ", ".join(f"{ms:.1f}" for ms in own)) for arm, own in found.items()]

@@ -17,7 +17,7 @@ FEW = 4  # rows that are not divided
 MOST = 12_000  # groups
 ROWS = 4096  # that are gathered at a time
 SWEEPS = 2
-DEEPER = (0.85, 0.8, 0.75)  # cosine from which on rows are one word's, behind 1, 2 and more layers of a client's
+DEEPER = 0.75  # cosine from which on rows are one word's behind layers of a client's (of .7 to .85 the best behind one)
 SAMPLE = 16_000  # rows among which such groups are looked for
 AROUND = 2500  # such groups
 
@@ -45,7 +45,7 @@ def gather(h: np.ndarray, geometry: Geometry, where: np.ndarray, noise: float, l
       layers: how many of its own the client has put them through, so that rows of a word differ by what stands around it.
     """
     if layers:
-        return _in_context(geometry.centred(h), where, noise, DEEPER[min(layers, len(DEEPER)) - 1])
+        return _in_context(geometry.centred(h), where, noise, DEEPER)
     size = scale(h[where], noise)
     x, noise = (geometry.centred(h) / size).astype(np.float32), noise / float(size)
     if noise > 0:
