@@ -805,8 +805,8 @@ def test_arms_take_turns_and_the_middle_round_counts(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "| demo | 1650.0 | 150.0, 1650.0, 2150.0 |" in said and "| deep | 1150.0 | 650.0, 1150.0, 2650.0 |" in said
     monkeypatch.setattr(steps.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2))
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         steps.main(["defences", "--arms", "demo"])
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         steps.main(["defences", "--seeds=2"])
     assert "--seeds=2: accepted: the options above and --config.KEY=VALUE" in capsys.readouterr().err
