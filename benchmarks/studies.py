@@ -137,6 +137,11 @@ DEFENCES = {
     "turns": Arm("configs/sequential.py", SECRET),
 }
 
+# How much of the body stands at the client: a body of four layers, since the demo's two leave one to move at most.
+FOUR = SECRET | {"model.num_layers": 4}
+DEPTHS = {f"client-{layers}": Arm("configs/demo.py", FOUR | {"model.client_layers": layers}) for layers in range(4)}
+DEPTHS["client-2-noise-0.5"] = Arm("configs/demo.py", FOUR | {"model.client_layers": 2} | NOISE[0.5])
+
 STUDIES = {
     "strategies": Study(
         about="Every strategy on the demo's data and tokens.", arms=STRATEGIES, baseline="centralized", changes=QUIET
@@ -162,6 +167,13 @@ STUDIES = {
         about="What may keep text from whoever receives activations, and what it costs, on the demo's data and tokens.",
         arms=DEFENCES,
         baseline="demo",
+        changes=QUIET,
+        audited=True,
+    ),
+    "depths": Study(
+        about="What layers at the client keep from whoever receives activations, on the demo's data and tokens.",
+        arms=DEPTHS,
+        baseline="client-0",
         changes=QUIET,
         audited=True,
     ),
