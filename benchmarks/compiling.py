@@ -1,7 +1,8 @@
 """`python -m benchmarks.compiling`: how long a round takes to compile, and a step of it then, by how it is compiled.
 
 Each way is a process of its own, with no compilation cache. A process that takes longer than `--limit` is ended, and its row
-says so.
+says so. Beside the times stands what XLA counts in the program: GFLOP, GB that are read and written, MB of temporaries. It
+counts a loop's body once, so these compare programs with the same loops.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROUNDS = 5  # after the first one
 
 
 def measure(size: str, strategy: str, unroll: bool) -> dict[str, Any]:
-    """Compiles a round in this process; returns its seconds, the milliseconds of a step, and the device."""
+    """Compiles a round in this process; returns its seconds, the milliseconds of a step, XLA's counts, and the device."""
     import jax
 
     from benchmarks.jax_sides import start_round
@@ -40,8 +41,15 @@ def measure(size: str, strategy: str, unroll: bool) -> dict[str, Any]:
         state, metrics = compiled(state, cohort)
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
-    step = 1e3 * statistics.median(seconds[1:]) / chosen.steps
-    return {"compiling": compiling, "ms": step, "device": jax.devices()[0].device_kind}
+    cost, temporaries = compiled.cost_analysis(), compiled.memory_analysis().temp_size_in_bytes
+    return {
+        "compiling": compiling,
+        "ms": 1e3 * statistics.median(seconds[1:]) / chosen.steps,
+        "gflop": 1e-9 * cost["flops"],
+        "gb": 1e-9 * cost["bytes accessed"],
+        "temporary_mb": 1e-6 * temporaries,
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def in_a_process(size: str, strategy: str, unroll: bool, flags: str, limit: float) -> dict[str, Any] | None:
@@ -72,6 +80,11 @@ def in_a_process(size: str, strategy: str, unroll: bool, flags: str, limit: floa
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _shown(found: dict[str, Any]) -> tuple[str, ...]:
+    counts = f"{found['gflop']:.2f}", f"{found['gb']:.3f}", f"{found['temporary_mb']:.0f}"
+    return f"{found['compiling']:.1f}", f"{found['ms']:.1f}", *counts
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiling", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="base", help="(default: base)")
@@ -91,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for flags in ("", *args.flags):
                 found = in_a_process(args.size, strategy, unroll, flags, args.limit)
                 device = found["device"] if found else device
-                compiling = f"{found['compiling']:.1f}" if found else f"more than {args.limit:.0f}"
-                ms = f"{found['ms']:.1f}" if found else ""
-                rows.append((strategy, "unrolled" if unroll else "scanned", flags or "none", compiling, ms))
+                way = (strategy, "unrolled" if unroll else "scanned", flags or "none")
+                rows.append((*way, *(_shown(found) if found else (f"more than {args.limit:.0f}", *[""] * 4))))
                 console.print(f"{' '.join(rows[-1])}", markup=False, highlight=False)
-    table = markdown(("strategy", "layers", "XLA flags", "compiling, s:", "a step, ms:"), rows)
+    counts = ("GFLOP:", "GB moved:", "temporaries, MB:")
+    table = markdown(("strategy", "layers", "XLA flags", "compiling, s:", "a step, ms:", *counts), rows)
     facts = machine.describe(machine.facts(machine.limit_cores(None)))
     console.print(f"\n{table}\n\n{args.size}; {device}; {facts}", markup=False, highlight=False)
 
