@@ -124,6 +124,7 @@ TURNS = {
 SECRET = {"privacy.client_seed": 271828}
 NOISE = {sigma: {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (0.5, 1.0, 2.0)}
 DEEP = {"model.client_layers": 1}
+SELDOM = {"federated.rounds": 70, "eval.every_rounds": 5, "checkpoint.every_rounds": 10}  # the same tokens
 DEFENCES = {
     "demo": Arm("configs/demo.py"),
     "secret": Arm("configs/demo.py", SECRET),
@@ -134,6 +135,7 @@ DEFENCES = {
     "deep-noise-1": Arm("configs/demo.py", SECRET | DEEP | NOISE[1.0]),
     "eight-steps": Arm("configs/parallel.py", SECRET),
     "eight-steps-keep": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "keep"}),
+    "32-steps": Arm("configs/parallel.py", SECRET | {"federated.local_steps": 32} | SELDOM),
     "turns": Arm("configs/sequential.py", SECRET),
 }
 
