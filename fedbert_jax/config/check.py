@@ -160,12 +160,20 @@ def _check_cohort(config: Config, need: Need) -> None:
         f.client_optimizer_state,
         f"'average' {_named(f)}, which averages no copies",
     )
+    need(
+        f.order == "shuffled" or how.clients == "in turn",
+        "federated.order",
+        f.order,
+        f"'shuffled' {_named(f)}, where clients don't take turns",
+    )
     by_size = (
         how.averages_gradients
         and f.clients_per_round in (None, f.num_clients)
         and f.max_clients_per_round is None
         and f.clients_at_once is None
         and config.wire.gradient_codec == "float32"
+        and config.wire.gradient_clip is None  # a client's own dL/dz would be clipped, or blurred, and there are none
+        and config.wire.gradient_noise == 0
         and config.task == "pretrain"
     )
     need(
@@ -173,13 +181,13 @@ def _check_cohort(config: Config, need: Need) -> None:
         "federated.batch_by",
         f.batch_by,
         "'client', unless federated.average='gradients', federated.clients_per_round, max_clients_per_round and "
-        "clients_at_once are None, and wire.gradient_codec='float32'",
+        "clients_at_once are None, and wire.gradient_codec='float32', gradient_clip=None and gradient_noise=0.0",
     )
 
 
 def _named(f: FederatedConfig) -> str:
-    return (
-        f"with federated.strategy={f.strategy!r}" + f", federated.average={f.average!r}" * f.arrangement.averages_gradients
+    return f"with federated.strategy={f.strategy!r}" + f", federated.average={f.average!r}" * (
+        f.average != FederatedConfig().average
     )
 
 
@@ -203,7 +211,7 @@ def _check_wire(config: Config, need: Need) -> None:
         w.gradient_codec == "float32" or how.averages_gradients,
         "wire.gradient_codec",
         w.gradient_codec,
-        "'float32', unless federated.average='gradients'",
+        "'float32', unless gradients are averaged, as with federated.average='gradients'",
     )
     _check_blinding(config, need)
 
@@ -213,7 +221,8 @@ def _check_blinding(config: Config, need: Need) -> None:
     f, how = config.federated, config.federated.arrangement
     key, value = "privacy.averaging", config.privacy.averaging
     plain = value == "plain"
-    need(plain or how.averages or how.averages_gradients, key, value, f"'plain' {_named(f)}, which averages nothing")
+    sent = how.averages_gradients or how.client == "copies" or (how.body == "copies" and not how.cut)
+    need(plain or sent, key, value, f"'plain' {_named(f)}, where clients send nothing that is averaged")
     need(
         plain or f.client_optimizer_state != "average" or not how.averages,
         "federated.client_optimizer_state",

@@ -81,7 +81,7 @@ def check_each(config: Config, flat: dict[str, Any], need: Need) -> None:
     most = 2**31 - 1 - config.finetune.seeds
     need(0 <= config.seed <= most, "seed", config.seed, f"an integer from 0 to {most}")
     need(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "-1 or at least 1")
-    need(d.seq_len >= 8, "data.seq_len", d.seq_len, "at least 8")
+    need(8 <= d.seq_len < 2**16, "data.seq_len", d.seq_len, "from 8 to 65535")  # places cross as uint16
     known = m.init_from == "" or m.vocab_size is not None  # a checkpoint's sizes are filled in later, and checked again
     need(
         not known or d.seq_len <= m.max_position_embeddings,

@@ -92,17 +92,18 @@ def first_to_fail(failed: np.ndarray, how: Arrangement) -> list[int]:
 
     A number that is not finite stays so and spreads: to the client with the next turn, or, among clients side by side, to
     all of them in the next step, through what they share. So it began with the first of those that failed, in the order of
-    turns, or with the clients that failed in the most steps.
+    turns, or with the clients that failed in the most steps. Where all clients' gradients make one step and all failed in
+    as many, it may have begun with what they share.
 
     Args:
       failed: `RoundMetrics.failed`, int [C].
       how: how the clients train.
     """
-    if how.clients == "pooled" or not failed.any():
+    if not failed.any() or (how.clients == "pooled" and failed.min() == failed.max()):
         return []
     if how.clients == "in turn":
         return [int(np.flatnonzero(failed)[0])]
-    share = how.clients == "together" or how.averages
+    share = how.clients in ("together", "pooled") or how.averages
     return np.flatnonzero(failed == failed.max() if share else failed > 0).tolist()
 
 

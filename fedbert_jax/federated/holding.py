@@ -30,7 +30,8 @@ def holding(how: Arrangement, mode: str) -> Holding:
     to turn, follow `federated.client_optimizer_state` instead.
     """
     by_mode = {"average": None, "reset": "none", "keep": "own"}[mode]
-    client = (by_mode or how.client) if how.client == "copies" or how.clients == "in turn" else how.client
+    handed_on = how.clients == "in turn" and how.client == "one"
+    client = (by_mode or how.client) if how.client == "copies" or handed_on else how.client
     body = (by_mode or how.body) if how.body == "copies" else how.body
     return Holding(Pair(how.client, how.body), Pair(client, body))
 

@@ -19,7 +19,7 @@ class RoundMetrics(NamedTuple):
     loss: Metric
     client_norm: Metric  # of the gradient, before clipping
     server_norm: Metric
-    failed: jax.Array  # int32 [C], number of steps in which a client's loss or its segment's gradient was not finite
+    failed: jax.Array  # int32 [C], number of steps in which a client's loss, gradient or (`blame`) message was not finite
     seen: Any = ()  # what a `Recorder` keeps of the steps, [K, C, ...] or, where clients train one by one, [C, K, ...]
     ended: Any = ()  # what it keeps of each client's end, [C, ...]
 
@@ -37,6 +37,29 @@ NOTHING = Recorder(lambda batch, result: (), lambda client, opt: ())
 def not_finite(loss: jax.Array, norm: jax.Array) -> jax.Array:
     """Returns 1 where a client's loss or gradient norm is not finite, 0 elsewhere; int32, in their shape."""
     return (~(jnp.isfinite(loss) & jnp.isfinite(norm))).astype(jnp.int32)
+
+
+def lost(payload: Any, clients: int) -> jax.Array:
+    """Returns 1 for each client of whose part of what crossed a number is not finite: int32 [C].
+
+    Args:
+      payload: arrays [C, ...] or, where clients are treated as one, [1, C * B, ...].
+      clients: C.
+    """
+    numbers = [x.reshape(clients, -1) for x in jax.tree.leaves(payload) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.any(jnp.stack([~jnp.all(jnp.isfinite(x), axis=1) for x in numbers]), axis=0).astype(jnp.int32)
+
+
+def blame(failed: jax.Array, lost: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns whose failure a step of all clients is, int32 [C]: theirs of whom something is not finite, or everybody's.
+
+    Args:
+      failed: 1 if the step failed, 0 if not.
+      lost: from the function of that name.
+      weights: float32 [C]; absent clients, of weight 0, are not to blame.
+    """
+    whose = lost * (weights > 0)
+    return failed * jnp.where(jnp.any(whose > 0), whose, 1)
 
 
 def of_steps(metrics: RoundMetrics) -> RoundMetrics:

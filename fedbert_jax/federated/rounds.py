@@ -17,7 +17,7 @@ from fedbert_jax.federated.average import add_up_with_feedback, pool, weighted_s
 from fedbert_jax.federated.ending import average, settle
 from fedbert_jax.federated.fixed_point import Blinding, fixed_point, next_ranges
 from fedbert_jax.federated.joined import joined_loss
-from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, not_finite, of_steps, of_turns
+from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, blame, lost, not_finite, of_steps, of_turns
 from fedbert_jax.federated.setting import Setting, over_slices
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.state import Cohort, Pair, Rows, State, Strategy, clients_first, num_steps, pick
@@ -72,27 +72,26 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
                 batch, keys = s.draw(rows, cohort.round, k, ids)
                 if not how.cut:
                     loss = lambda m: joined_loss(s.segments, m.client, m.server, pick(batch, 0), keys)  # noqa: E731
-                    return (unsent, ()), jax.value_and_grad(loss)(model)
-                if (len(cohort.weights) == 1 and not each_sends) or not own_gradients:
-                    # Only the sum is needed, so the clients are treated as one, and none has a gradient of its own.
-                    if len(cohort.weights) > 1:
-                        batch, weights = pool(batch, weights), jnp.ones(1)
-                    out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
-                    grads = Pair(pick(out.client_grads, 0), out.server_grads)
-                    return (unsent, recorder.step(batch, out)), (out.loss[0], grads)
+                    return (unsent, jnp.zeros(len(ids), jnp.int32), ()), jax.value_and_grad(loss)(model)
+                as_one = (len(cohort.weights) == 1 and not each_sends) or not own_gradients
+                if as_one and len(cohort.weights) > 1:  # only the sum is needed, so none has a gradient of its own
+                    batch, weights = pool(batch, weights), jnp.ones(1)
                 out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
+                seen = (lost(out.messages["head_gradient"], len(ids)), recorder.step(batch, out))
+                if as_one:
+                    return (unsent, *seen), (out.loss[0], Pair(pick(out.client_grads, 0), out.server_grads))
                 client, unsent = add_up_with_feedback(channel, out.client_grads, weights, unsent)
-                return (unsent, recorder.step(batch, out)), (weighted_sum(weights, out.loss), Pair(client, out.server_grads))
+                return (unsent, *seen), (weighted_sum(weights, out.loss), Pair(client, out.server_grads))
 
             if len(cohort.weights) > 1:
                 rows = constrain(rows, "data")
-            (unsent, seen), (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
+            (unsent, whose, seen), (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
             sent = next_ranges(sent, grads.client) if s.blinded and each_sends else unsent
             if each_sends and channel is not None:
                 total = channel.total(grads.client)
                 grads = grads._replace(client=total if mean is None else mean.receive(mean.send(total, None)))
             model, opt, norms = s.update(model, opt, grads, first + k)
-            failed = jnp.broadcast_to(not_finite(loss, norms.client), cohort.weights.shape)
+            failed = blame(not_finite(loss, norms.client), whose, cohort.weights)
             return (model, opt, sent), RoundMetrics(loss, *norms, failed, seen)
 
         steps = (jnp.arange(num_steps(cohort.rows)), cohort.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -93,10 +93,10 @@ def chain(*links: Channel) -> Channel:
             x = link.send(x, keys)
         return x
 
-    def back(name: str) -> Callable[[Any], Any]:
-        return lambda x: functools.reduce(lambda x, link: getattr(link, name)(x), reversed(links), x)
+    def through(name: str, links: Sequence[Channel]) -> Callable[[Any], Any]:
+        return lambda x: functools.reduce(lambda x, link: getattr(link, name)(x), links, x)
 
-    return Channel(send, back("receive"), back("total"))
+    return Channel(send, through("receive", links[::-1]), through("total", links[::-1]), through("bounded", links))
 
 
 def codec(name: str, dtype: DTypeLike) -> Channel:

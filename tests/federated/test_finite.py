@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from tiny import make_strategy, random_blocks, tiny_config
 
 from fedbert_jax.config import ARRANGEMENTS, Arrangement
 from fedbert_jax.devices.mesh import has_client_axis
-from fedbert_jax.federated import finite
+from fedbert_jax.federated import finite, rounds
 from fedbert_jax.federated.finite import first_to_fail, in_round, in_scores, in_state, not_finite
 from fedbert_jax.federated.state import Cohort, Pair, State
 
@@ -83,6 +85,7 @@ PRIVATE = ARRANGEMENTS["parallel", "private", "parameters"]
         ([2, 3, 0, 0], PRIVATE, [1]),  # the segments are averaged
         ([4], ARRANGEMENTS["centralized", "pooled", "parameters"], []),
         ([4, 4, 4], ARRANGEMENTS["parallel", "pooled", "gradients"], []),  # one model, whose step is everybody's
+        ([3, 4, 3], ARRANGEMENTS["parallel", "pooled", "gradients"], [1]),
         ([0, 0, 0], TOGETHER, []),
     ],
 )
@@ -119,3 +122,21 @@ def test_a_round_counts_the_steps_that_failed_by_client(strategy, mode, failed):
     cohort = Cohort(random_blocks(0, 3, 3, 1), jnp.arange(3), jnp.full(3, 1 / 3), jnp.int32(0))
     _, metrics = jax.jit(rule.round)(state, cohort)
     assert metrics.failed.tolist() == failed
+
+
+@pytest.mark.parametrize("wire", [{}, dict(gradient_codec="int8"), dict(gradient_clip=1.0), dict(codec="int8")])
+@pytest.mark.parametrize("weights, failed", [((0.5, 0.2, 0.3), [2, 3, 2]), ((0.5, 0.0, 0.5), [0, 0, 0])])
+def test_of_averaged_gradients_the_client_is_known_whose_rows_are_not_finite(wire, weights, failed):
+    """One model's step is everybody's, so a step later nobody's numbers are finite."""
+    config = tiny_config(federated=dict(average="gradients", local_steps=3), wire=wire)
+    setting, _, state = make_strategy(config)
+
+    def embed(params, batch, keys):
+        theirs = jnp.any(batch.positions == 11, axis=-1)  # whoever predicts the last place, which holds a special token
+        return setting.segments.embed(params, batch, keys) * jnp.where(theirs, NAN, 1.0)[:, None, None]
+
+    rule = rounds.make_strategy(dataclasses.replace(setting, segments=setting.segments._replace(embed=embed)))
+    rows = random_blocks(0, 3, 3, 2).at[..., 11].set(3).at[:, 1, 0, :].set(3).at[:, 1, 0, 11].set(9)
+    _, metrics = jax.jit(rule.round)(state, Cohort(rows, jnp.arange(3), jnp.asarray(weights), jnp.int32(0)))
+    assert metrics.failed.tolist() == failed
+    assert first_to_fail(np.asarray(metrics.failed), config.federated.arrangement) == [1] * (max(failed) > 0)

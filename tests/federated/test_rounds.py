@@ -132,6 +132,21 @@ def test_averaged_gradients_need_the_memory_and_the_arithmetic_of_centralized_tr
     assert copies[0] > one[0] + 8 * table and copies[2] > 2 * one[2]  # this is what the test would see
 
 
+@pytest.mark.parametrize("average", ["parameters", "gradients"])
+def test_a_client_with_nothing_to_predict_changes_no_number_of_the_others(average):
+    """Whose text is special tokens alone: the server and the others learn what they learn without it."""
+    config = tiny(average=average, local_steps=1)
+    _, _, state, round = program(config)
+    data = cohort(config, weights=THREE)
+    data = data._replace(rows=data.rows.at[:, 1].set(3))
+    (ended, seen), (without, expected) = round(state, data), round(state, data._replace(weights=THREE.at[1].set(0.0)))
+    assert not seen.failed.any() and expected.loss > 0
+    np.testing.assert_allclose(seen[:1] + seen[2:3], expected[:1] + expected[2:3], rtol=1e-6)
+    shared = (lambda pair: pair) if average == "gradients" else (lambda pair: pair.server)
+    for a, b in ((ended.model, without.model), (ended.opt, without.opt)):
+        assert_trees_close(shared(a), shared(b), rtol=1e-6)
+
+
 def test_one_local_step_without_copies_equals_many():
     """Clients begin with the shared segment; if they had copies from the start, these would end the same."""
     config = tiny(local_steps=1, model=dict(hidden_dropout=0.1))

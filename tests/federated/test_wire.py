@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import cohort, program, tiny_config
+from tiny import assert_trees_close, cohort, program, tiny_config
 
 from fedbert_jax.config import WireConfig
 from fedbert_jax.federated import wire
@@ -46,6 +46,8 @@ def test_links_send_from_left_to_right_and_receive_in_reverse():
     both = wire.chain(link("a"), link("b"))
     assert both.total(both.receive(both.send(0, None))) == 8
     assert log == ["send a", "send b", "receive b", "receive a"]
+    fixed = wire.chain(wire.codec("float32", jnp.float32), fixed_point(jnp.zeros(1, jnp.int32)))  # numbers within ±1
+    assert 0.99 < fixed.bounded({"x": jnp.array([5.0])})["x"][0] < 1.0
 
 
 @pytest.mark.parametrize("channel", [None, fixed_point(jnp.full(1, 7)), wire.codec("bfloat16", jnp.float32)])
@@ -84,10 +86,18 @@ def test_pooled_clients_weigh_what_they_weigh_whatever_they_have_masked(segments
     uneven = batch._replace(weights=batch.weights.at[0, :, 1:].set(0.0).at[1, 0].set(0.0))
     client, _ = jax.jit(segments.init)(*jax.random.split(jax.random.key(0)))
     weights, z = jnp.array([0.5, 0.2, 0.3]), normal(3, 2, batch.labels.shape[-1], 16)
-    each = jax.vmap(lambda b, z: segments.loss(client, z, b))(uneven, z)
-    pooled = pool(uneven, weights)
-    one = segments.loss(client, z.reshape(6, -1, 16), jax.tree.map(lambda x: x[0], pooled))
-    np.testing.assert_allclose(one, weights @ each, rtol=1e-6)
+
+    def each(client):
+        return weights @ jax.vmap(lambda b, z: segments.loss(client, z, b))(uneven, z)
+
+    def one(client):
+        return segments.loss(client, z.reshape(6, -1, 16), jax.tree.map(lambda x: x[0], pool(uneven, weights)))
+
+    (loss, grads), (expected, expected_grads) = (jax.value_and_grad(fn)(client) for fn in (one, each))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert_trees_close(grads, expected_grads, rtol=1e-5, atol=1e-7)
+    nothing = pool(batch._replace(weights=batch.weights.at[1].set(0.0)), weights).weights[0]
+    assert not nothing[2:4].any() and np.isfinite(nothing).all()
 
 
 def test_a_config_makes_these_channels():
