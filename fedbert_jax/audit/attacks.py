@@ -152,6 +152,14 @@ def by_known_text(view: View) -> np.ndarray:
     return known.read_by_known_text(view.messages.h, view.log.geometry, view.known)
 
 
+def by_both_texts(view: View) -> np.ndarray:
+    """A substitution cipher, solved with public text and the words that known text names."""
+    assert view.known is not None and view.text is not None
+    groups, geometry = view.log.groups, view.log.geometry
+    told = known.words_of(groups, geometry, view.known)
+    return cipher.solve(groups.of, view.text, view.public.vocab_size, told)[groups.nearest(geometry.centred(view.messages.h))]
+
+
 def by_public_text(view: View) -> np.ndarray:
     """A substitution cipher, solved with public text."""
     assert view.text is not None
@@ -165,11 +173,12 @@ ATTACKS: list[Attack] = [
     Attack("nearest", TABLES, nearest, works=_flat),
     Attack("likeness", TABLES[1:], likeness),
     Attack("groups", TABLES[1:], by_groups, adds=_noisy),
-    Attack("discriminant", ("segment",), discriminant, adds=_deep),
-    Attack("decoded", ("segment",), decoded, needs_text=True, adds=_blurred),
+    Attack("discriminant", TABLES, discriminant, adds=_deep),
+    Attack("decoded", TABLES, decoded, needs_text=True, adds=_blurred),
     Attack("transformer", ("segment",), transformer, needs_text=True, adds=_blurred),
-    Attack("gradient", ("segment",), predicted, of="labels", works=_classes),
+    Attack("gradient", TABLES, predicted, of="labels", works=_classes),
     Attack("known words", ("known_text",), by_known_text),
+    Attack("known words and cipher", ("known_text",), by_both_texts, needs_text=True),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),
 ]  # and those that are registered
 

@@ -1,7 +1,8 @@
 """Reading message 1 with public text alone: rows of the same word lie together, so the log is a substitution cipher.
 
 Groups of rows (`groups`) are matched with words by how often they stand beside one another (a graph matching, Vogelstein et
-al. 2015), and the match is then extended, and mended, by the contexts of what is matched.
+al. 2015), and the match is then extended, and mended, by the contexts of what is matched. Words that known text names are
+matched from the start.
 """
 
 from __future__ import annotations
@@ -15,32 +16,41 @@ GAPS = (1, 2)  # words to the right whose company is counted
 WORDS = 4096  # the most frequent words, and groups, that are matched
 CORE = 400  # of them, those that are matched as a graph
 ANCHORS = 400  # matched groups whose company describes the others
+ENOUGH = 100  # known groups from which on their company is a better start than a graph's
 SWEEPS = 7
 SPREAD = 0.3  # of the logarithm of a word's frequency between two texts
 RARE = 0.02  # how much a difference of frequency, squared and in nats, counts against a match
 
 
-def solve(of: np.ndarray, public: np.ndarray, size: int) -> np.ndarray:
+def solve(of: np.ndarray, public: np.ndarray, size: int, told: np.ndarray | None = None) -> np.ndarray:
     """Names groups with words, by the company that both keep.
 
     Args:
       of: int [R, T], the groups of a log; -1 where a row is left out.
       public: int [P, T], public text; -1 where a token is left out.
       size: V.
+      told: int [K], the words of groups whose word is known, -1 for the others; None: none is known.
 
     Returns:
       The likeliest words of each group, int [K, 5]. Groups that were not matched have those of the nearest frequency.
     """
     theirs, ours = _Company(of, int(of.max()) + 1), _Company(public, size)
-    core = min(CORE, len(theirs.order), len(ours.order))
-    names = ours.order[_match_core(theirs, ours, core)]
+    told = np.full(len(theirs.counts), -1) if told is None else told
+    groups, ours_left = theirs.order[told[theirs.order] < 0], ours.order[~np.isin(ours.order, told)]
+    fixed = theirs.order[told[theirs.order] >= 0]
+    fixed = fixed[np.sort(np.unique(told[fixed], return_index=True)[1])]  # one group a word, the largest
+    core = min(CORE, len(groups), len(ours_left))
+    names = ours_left[: 0 if len(fixed) >= ENOUGH else core]
+    if len(names):
+        names = ours_left[_match_core(theirs, ours, groups[:core], ours_left[:core])]
     for sweep in range(SWEEPS):
-        count = min(WORDS, int(core * 1.5 ** max(sweep - 1, 0)), len(theirs.order), len(ours.order))
+        count = min(WORDS, int(core * 1.5 ** max(sweep - 1, 0)), len(groups), len(ours_left))
         if sweep == SWEEPS - 1:
-            count = min(WORDS, len(theirs.order), len(ours.order))
-        anchors = min(len(names), ANCHORS)
-        mine, words = theirs.order[:count], ours.order[:count]
-        alike = theirs.contexts(mine, theirs.order[:anchors]) @ ours.contexts(words, names[:anchors]).T / (2 * len(GAPS))
+            count = min(WORDS, len(groups), len(ours_left))
+        anchors = np.concatenate([fixed, groups[: min(len(names), ANCHORS)]])
+        meanings = np.concatenate([told[fixed], names[:ANCHORS]])
+        mine, words = groups[:count], ours_left[:count]
+        alike = theirs.contexts(mine, anchors) @ ours.contexts(words, meanings).T / (2 * len(GAPS))
         alike -= RARE * (theirs.logs[mine][:, None] - ours.logs[words][None]) ** 2
         names = words[linear_sum_assignment(-alike)[1]]
     guesses = np.empty((len(theirs.counts), GUESSES), np.int64)
@@ -49,6 +59,7 @@ def solve(of: np.ndarray, public: np.ndarray, size: int) -> np.ndarray:
     ranked = words[np.argsort(-alike, axis=1, kind="stable")[:, :GUESSES]]
     for group, name, others in zip(mine, names, ranked, strict=True):
         guesses[group] = np.concatenate([[name], others[others != name]])[:GUESSES]
+    guesses[told >= 0, 0] = told[told >= 0]
     return guesses
 
 
@@ -84,13 +95,12 @@ class _Company:
         return np.concatenate(found, axis=1)
 
 
-def _match_core(theirs: _Company, ours: _Company, count: int) -> np.ndarray:
-    """Matches the most frequent groups with the most frequent words: the word's place for each group, int [count]."""
+def _match_core(theirs: _Company, ours: _Company, groups: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Matches groups with as many words, both in the order of their frequency: the word's place for each group."""
     graphs = []
-    for side in (theirs, ours):
-        words = side.order[:count]
-        graphs.append(np.sqrt(side.beside(words, words, 0) / max(len(side.pairs[0][0]), 1)))
-    apart = theirs.logs[theirs.order[:count], None] - ours.logs[None, ours.order[:count]]
+    for side, chosen in ((theirs, groups), (ours, words)):
+        graphs.append(np.sqrt(side.beside(chosen, chosen, 0) / max(len(side.pairs[0][0]), 1)))
+    apart = theirs.logs[groups, None] - ours.logs[None, words]
     start = np.exp(-(apart**2) / (2 * SPREAD**2)).astype(np.float64) + 1e-6
     for _ in range(3000):  # rows and columns that sum to 1
         start /= start.sum(axis=1, keepdims=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedbert_jax.audit.geometry import Geometry, best
+from fedbert_jax.audit.groups import Groups
 from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.audit.views import Known
 
@@ -26,3 +27,16 @@ def read_by_known_text(h: np.ndarray, geometry: Geometry, known: Known) -> np.nd
     guesses = ids[found]
     missing = GUESSES - guesses.shape[-1]
     return np.concatenate([guesses, np.repeat(guesses[..., -1:], missing, axis=-1)], axis=-1) if missing else guesses
+
+
+def words_of(groups: Groups, geometry: Geometry, known: Known) -> np.ndarray:
+    """Returns the word of each group that known text tells, int [K]; -1 for the others.
+
+    A group has a word if most of its rows in the known blocks are that word's.
+    """
+    of, words = groups.nearest(geometry.centred(known.h))[known.where], known.tokens[known.where]
+    pairs, counts = np.unique(np.stack([of, words]), axis=1, return_counts=True)
+    found, most = np.full(len(groups.means), -1), np.bincount(of, minlength=len(groups.means)) / 2
+    sure = counts > most[pairs[0]]
+    found[pairs[0, sure]] = pairs[1, sure]
+    return found
