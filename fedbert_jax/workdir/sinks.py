@@ -1,7 +1,7 @@
 """Sinks of metrics: TensorBoard and Weights & Biases, fed with the records of metrics.jsonl.
 
 A run that is killed and gone on with repeats the rounds after its last checkpoint, with the same numbers. TensorBoard's file
-is written anew from the records that stand; Weights & Biases, which takes nothing back, is told of each round once.
+is written anew from the records that stand; Weights & Biases takes nothing back, so it is told of what it may have missed.
 """
 
 from __future__ import annotations
@@ -93,13 +93,16 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, whose files are in DIR/wandb; WANDB_PROJECT, WANDB_MODE and so on say the rest.
 
-    Its id is made once for a workdir, so a run that is gone on with is the same one. A step of it is a round.
+    Its id is made once for a workdir, so a run that is gone on with is the same one. A step of it is a round. What the
+    service has it says itself. Offline, where nobody says what a killed process had still to write, all rounds since the
+    last orderly end are told again, with the same numbers.
     """
 
     def __init__(self, config: Config, workdir: Workdir):
         self._config, self._workdir = config, workdir
-        self._note = workdir.root / "wandb" / "told.json"  # its id, and the last round that it was told of
+        self._note = workdir.root / "wandb" / "told.json"  # its id, and the last round before an orderly end
         self._run: Any = None
+        self._told = -1
 
     def begin(self, records: Sequence[Record]) -> None:
         """Opens the run, and tells it of the rounds that it has not heard of.
@@ -111,8 +114,7 @@ class WeightsAndBiases:
 
         note = read_note(self._note)
         self._id, self._told = str(note.get("id") or secrets.token_hex(4)), int(note.get("round", -1))
-        with disk.writing(self._note):
-            self._note.parent.mkdir(parents=True, exist_ok=True)
+        self._note_down(self._told)
         try:
             self._run = wandb.init(
                 id=self._id,
@@ -127,6 +129,8 @@ class WeightsAndBiases:
             raise UserError(
                 f"metrics.sinks: Weights & Biases can't be opened ({why}); wandb login, or WANDB_MODE=offline, mends that."
             ) from error
+        if self._run.resumed:
+            self._told = max(self._told, self._run.starting_step - 1)
         for record in records:
             self.add(record)
 
@@ -135,14 +139,19 @@ class WeightsAndBiases:
         if record[ROUND] <= self._told:
             return
         named = {re.sub(r"[^\x20-\x7e]", "_", name): value for name, value in scalars(record)}
-        self._run.log(named, step=record[ROUND])
+        self._run.log(named, step=record[ROUND], commit=True)
         self._told = record[ROUND]
-        disk.write_atomically(self._note, to_json({"id": self._id, "round": self._told}) + "\n")
 
     def close(self) -> None:
         """Waits until everything is sent, or written."""
         if self._run is not None:
             self._run.finish()
+            self._note_down(self._told)
+
+    def _note_down(self, round: int) -> None:
+        with disk.writing(self._note):
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_atomically(self._note, to_json({"id": self._id, "round": round}) + "\n")
 
 
 def read_note(path: Path) -> Record:

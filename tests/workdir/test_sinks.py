@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import os
 import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,12 +97,13 @@ class FakeWandb:
         self.told: list[tuple[int, dict]] = []
         self.ids: list[str] = []
         self.finished = 0
+        self.resumed, self.starting_step = False, 0
 
     def init(self, id: str, **given: object) -> FakeWandb:
         self.ids.append(id)
         return self
 
-    def log(self, numbers: dict, step: int) -> None:
+    def log(self, numbers: dict, step: int, commit: bool) -> None:
         self.told.append((step, numbers))
 
     def finish(self) -> None:
@@ -125,6 +130,80 @@ def test_weights_and_biases_is_told_of_each_round_once(tmp_path, monkeypatch):
         "eval_clients/north/accuracy": 0.0,
     }
     assert len(set(fake.ids)) == 1 and fake.finished == 2
+
+
+@pytest.mark.parametrize("resumed, again", [(False, [0, 1, 2, 3]), (True, [2, 3])])
+def test_weights_and_biases_is_told_again_of_what_a_killed_run_may_not_have_written(tmp_path, monkeypatch, resumed, again):
+    """The service says how far it has come; offline nobody does."""
+    import wandb
+
+    fake = FakeWandb()
+    monkeypatch.setattr(wandb, "init", fake.init)
+    log = opened(tmp_path, "wandb")  # never closed
+    for record in RECORDS:
+        log.append(record)
+    told, fake.told = fake.told, []
+    fake.resumed, fake.starting_step = resumed, 2 * resumed
+    with opened(tmp_path, "wandb"):
+        pass
+    assert [step for step, _ in fake.told] == again and fake.told == told[again[0] :] and len(set(fake.ids)) == 1
+    fake.resumed, fake.told = False, []
+    with opened(tmp_path, "wandb"):
+        assert not fake.told  # it has ended in order
+
+
+def history(data: bytes) -> Iterator[tuple[int, float]]:
+    """Yields (step, train_loss) of an offline run's file: records in LevelDB's log format, the last of which may be torn."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    at, begun, block = 7, b"", 32768  # behind a header
+    while at + 7 <= len(data):
+        if (left := block - at % block) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        part, at = data[at + 7 : at + 7 + size], at + 7 + size
+        if kind == 0 or len(part) < size:
+            return
+        begun = part if kind in (1, 2) else begun + part  # whole, or a first part; further ones
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(begun)
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                yield record.history.step.num, float(items["train_loss"])
+
+
+WRITES = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
+from tiny import tiny_config
+from fedbert_jax.workdir import sinks
+from fedbert_jax.workdir.log import MetricsLog
+from fedbert_jax.workdir.paths import Workdir
+workdir, first = Workdir(Path(sys.argv[2])), int(sys.argv[3])
+log = MetricsLog(workdir.metrics, sinks.make_sinks(tiny_config(metrics=dict(sinks="wandb")), workdir))
+for n in range(first, first + 4):
+    log.append({"round": n, "train_loss": float(n)})
+if first == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+log.close()
+"""
+
+
+@pytest.mark.slow
+def test_no_round_is_missing_offline_after_a_kill(tmp_path, monkeypatch):
+    """Read back from what Weights & Biases wrote, before the kill and after it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for first in (0, 4):
+        command = [sys.executable, "-c", WRITES, str(Path(__file__).parents[1]), str(tmp_path), str(first)]
+        code = subprocess.run(command, check=False).returncode
+        assert code == (-signal.SIGKILL if first == 0 else 0)
+    found = {}
+    for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb"):
+        found |= dict(history(file.read_bytes()))
+    assert found == {n: float(n) for n in range(8)}
 
 
 def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
