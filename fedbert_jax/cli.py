@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from fedbert_jax import disk, exit_on_interrupt
 from fedbert_jax.console.output import lenient_streams, shown
@@ -33,6 +35,13 @@ def program(module: str) -> str:
 def usage(text: str | None, module: str) -> str:
     """Returns a module's docstring, with its command as it was called."""
     return (text or "").replace(f"python -m fedbert_jax.{module}", program(module))
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line; a mistake in it is a `UserError`, and ends no process by itself."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists the arguments.")
 
 
 def run(command: Callable[[], int | None]) -> None:

@@ -7,7 +7,6 @@ Runs that differ only in their seed share a row, as mean ± standard deviation.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       UserError: for a directory that is not a run, or a file that can't be written.
     """
-    parser = argparse.ArgumentParser(prog=cli.program("compare"), description="Compares runs.")
+    parser = cli.Parser(prog=cli.program("compare"), description="Compares runs.")
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="the workdir of a run")
     parser.add_argument("--out", metavar="DIR", help="write compare.png and compare.json there")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, as JSON")

@@ -5,7 +5,6 @@ Writes a trained model as a Hugging Face directory (config, safetensors, tokeniz
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ CARD = ("license", "language", "datasets", "base_model")
 
 def main() -> None:
     """Restores the newest checkpoint, or the one asked for, and exports it."""
-    parser = argparse.ArgumentParser(prog=cli.program("export"), description=cli.usage(__doc__, "export"))
+    parser = cli.Parser(prog=cli.program("export"), description=cli.usage(__doc__, "export"))
     parser.add_argument("--workdir", required=True, type=Path, help="a run's directory")
     parser.add_argument("--out", required=True, help="where the model goes: a new or empty directory, or an earlier export")
     parser.add_argument("--client", default="", help="whose model, where each client has its own")

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       UserError: for a config that can't be used, text that can't be read, or a directory that holds something else.
     """
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog=cli.program("prepare"),
         description=cli.usage(__doc__, "prepare"),
         formatter_class=argparse.RawDescriptionHelpFormatter,

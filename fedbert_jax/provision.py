@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       UserError: for what the user can mend.
     """
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog=cli.program("provision"),
         description=cli.usage(__doc__, "provision"),
         formatter_class=argparse.RawDescriptionHelpFormatter,

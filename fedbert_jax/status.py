@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       UserError: if the server can't be reached, or refuses.
     """
-    parser = argparse.ArgumentParser(prog=cli.program("status"), description=cli.usage(__doc__, "status"))
+    parser = cli.Parser(prog=cli.program("status"), description=cli.usage(__doc__, "status"))
     parser.add_argument("address", metavar="HOST:PORT")
     parser.add_argument("--credentials", type=Path, metavar="FOLDER", help="a client's, for a server that has credentials")
     parser.add_argument("--name", help="the client whose certificate it is (default: the only one in FOLDER)")

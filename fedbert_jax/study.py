@@ -2,12 +2,12 @@
 
 Trains configs with changes over seeds, a process a run, and ends in their comparison. When given again, it goes on.
 
-FILE says what is run:
+FILE says what is run; "strategies" is one that comes with the package:
 
   config = "demo"               a name or a file, for arms without one of their own
   seeds = 3                     0, 1 and 2; or a list of them
   [changes]                     to every run, by key
-  federated.rounds = 100
+  federated.rounds = 100        "None" is None, which TOML has no word for
   [arms.gradients]              an arm a section; without any, the config is the only one
   [arms.parallel]
   config = "parallel"
@@ -31,7 +31,7 @@ from typing import Any
 
 from fedbert_jax import cli, disk
 from fedbert_jax import config as config_lib
-from fedbert_jax.config.files import load_config, names
+from fedbert_jax.config.files import directory, load_config, names
 from fedbert_jax.console.output import make_console, shown
 from fedbert_jax.errors import ConfigError, UserError
 
@@ -64,11 +64,13 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Reads a study's file.
+    """Reads a study's file, or the one of that name that comes with the package.
 
     Raises:
       UserError: if there is none, or it says something that isn't understood.
     """
+    if not path.exists() and (directory() / f"{path}.toml").is_file():
+        path = directory() / f"{path}.toml"
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -90,12 +92,21 @@ def read_study(path: Path) -> Study:
             raise UserError(f"{path}: config: accepted: the name of one ({', '.join(names())}) or a file.")
         beside = path.parent / base  # a file is named from where the study is
         base = str(beside.resolve()) if beside.is_file() else base
-        for suffix, chosen in _each(config_lib.flatten(changes or {}) | config_lib.flatten(own)):
+        wanted = config_lib.flatten(changes or {}) | config_lib.flatten(own)
+        if "seed" in wanted:
+            raise UserError(f"{path}: seed={wanted['seed']!r}: accepted: seeds = [{wanted['seed']}], beside config.")
+        for suffix, chosen in _each({key: _read(value) for key, value in wanted.items()}):
             arm = name + suffix
             if not re.fullmatch(NAME, arm):
                 raise UserError(f"{path}: arms.{arm}: accepted as a name: letters, digits and . _ + -.")
             made[arm] = Arm(base, chosen)
     return Study(made, _seeds(path, 1 if seeds is None else seeds))
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_read(one) for one in value]
+    return None if value == "None" else value
 
 
 def _each(changes: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -188,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       UserError: for a study that can't run, or a run of it that stopped.
     """
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog=cli.program("study"),
         description=cli.usage(__doc__, "study"),
         formatter_class=argparse.RawDescriptionHelpFormatter,

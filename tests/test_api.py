@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 from unittest import mock
@@ -107,6 +108,14 @@ def test_a_checkpoint_is_evaluated_as_it_was(run, heard):
         assert found["eval_clients"].keys() == wanted["eval_clients"].keys()
     with pytest.raises(fb.UserError, match="there is no such checkpoint"):
         run.evaluate(99)
+    for wrong, said in (
+        (dict(blocks=0), "blocks=0: accepted: at least 1"),
+        (dict(text="foo.txt"), "text='foo.txt': accepted: 'text"),
+    ):
+        with pytest.raises(fb.UserError, match=said):
+            run.perplexity(**wrong)
+    with pytest.raises(fb.UserError, match=r"^text='text:nothing"):
+        run.perplexity("text:nothing.txt")
 
 
 def test_parameters_are_those_of_the_export(run, tmp_path):
@@ -130,8 +139,25 @@ def test_other_documents_or_no_run_are_refused(run, tmp_path):
         fb.Run(tmp_path / "nothing")
     with pytest.raises(fb.UserError, match="pairs of a client's name and a text"):
         fb.Run(tmp_path / "run", "text", CHANGES, documents=["text"]).train(progress=False)  # type: ignore[list-item]
+    with pytest.raises(fb.UserError, match=r"documents: one of client 'north' can't be written as UTF-8"):
+        fb.Run(tmp_path / "run", "text", CHANGES, documents=[("north", "\ud800")]).train(progress=False)
+    with pytest.raises(fb.UserError, match="has no text"):
+        fb.Run(tmp_path / "run", "text", CHANGES, documents=[("north", " ")]).train(progress=False)
+    mended = fb.Run(tmp_path / "run", "text", CHANGES | {"federated.rounds": 1}, documents=documents())
+    assert mended.train(progress=False) is True  # what was refused hasn't begun a run
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fb.UserError, match="is no directory"):
+        fb.Run(tmp_path / "file", "text", CHANGES, documents=documents()).train(progress=False)
+    with pytest.raises(fb.UserError, match="is no workdir of a run"):
+        fb.Run(tmp_path / "nothing", "demo").export(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"task='serve': accepted by Run.train: 'pretrain'"):
-        fb.Run(tmp_path / "run", "serve").train(progress=False)
+        fb.Run(tmp_path / "server", "serve").train(progress=False)
+
+
+def test_a_run_that_was_moved_takes_its_documents_again(run, tmp_path):
+    shutil.copytree(run.workdir, tmp_path / "moved")
+    moved = fb.Run(tmp_path / "moved", "text", CHANGES, documents=documents())
+    assert moved.train(progress=False) is True and moved.round == 4
 
 
 def test_ctrl_c_is_an_exception_once_the_round_is_saved(tmp_path):
@@ -183,12 +209,19 @@ def test_a_config_is_read_by_name_and_changed():
 def test_the_audit_is_the_commands(run):
     table = run.audit("--knows=segment", "--attacks=nearest", "--blocks=4", "--log=8")
     assert table[["knows", "attack", "of"]].values.tolist() == [["segment", "nearest", "tokens"]]
-    assert table["top1"][0] == json.loads((run.workdir / "audit/audit.json").read_text())[0]["top1"] > 0.9
+    written = run.workdir / "audit/knows=segment/attacks=nearest"
+    assert table["top1"][0] == json.loads((written / "audit.json").read_text())[0]["top1"] > 0.9
+    assert not (run.workdir / "audit/audit.json").exists()  # a part is not the run's audit
+    with pytest.raises(fb.UserError, match=r"unrecognized arguments: --foo; `.* --help` lists the arguments"):
+        run.audit("--foo")
 
 
 def test_runs_side_by_side(run):
     table = fb.compare_runs([run.workdir])
     assert table["strategy"].tolist() == ["parallel"] and table["seeds"].tolist() == [[0]]
+    assert fb.compare_runs(str(run.workdir)).equals(table)
+    with pytest.raises(fb.UserError, match="workdirs is empty"):
+        fb.compare_runs([])
     assert table["final_eval_loss"][0] == run.metrics()["eval_loss"][4] and table["final_eval_loss_sd"][0] is None
 
 
@@ -217,6 +250,11 @@ def test_a_registered_channel_carries_activations(tmp_path):
             fb.register_channel("float16", lambda dtype: halves(dtype))
         with pytest.raises(ValueError, match="accepted: text that can be printed"):
             fb.register_channel("a\nb", halves)
+        with pytest.raises(ValueError, match="accepted: a function of a dtype"):
+            fb.register_channel("three", 3)
+        fb.register_channel("none", lambda dtype: None)
+        with pytest.raises(ConfigError, match="the codec 'none' has made None: accepted: a Channel"):
+            begun(tmp_path / "none", wire__codec="none").train(progress=False)
         config = fb.load_config("demo", {"wire.codec": "float16"})
         crossed = make_channels(config.wire, jnp.float32).activations.send(jnp.float32([1.0001]), None)
         assert crossed.dtype == jnp.float16
@@ -239,7 +277,14 @@ def test_a_registered_attack_is_scored_like_the_others(run):
             fb.register_attack(Attack("nearest", ("segment",), mask_everywhere))
         with pytest.raises(ValueError, match="accepted: segment, old_segment"):
             fb.register_attack(Attack("other", ("everything",), mask_everywhere))
+        for wrong in (3, Attack("a,b", ("seed",), mask_everywhere), Attack("x", ("seed",), mask_everywhere, of="foo")):
+            with pytest.raises(ValueError, match="accepted"):
+                fb.register_attack(wrong)
         out = f"--out={run.workdir.parent}/mask"
+        for name, guess in (("none", lambda view: None), ("two", lambda view: mask_everywhere(view)[..., :2])):
+            fb.register_attack(Attack(name, ("known_text",), guess))
+            with pytest.raises(fb.UserError, match=rf"the attack '{name}' has guessed .*: accepted: .*, 5\]"):
+                run.audit("--knows=known_text", f"--attacks={name}", "--blocks=4", "--log=8", out)
         table = run.audit("--knows=known_text", "--attacks=mask", "--blocks=4", "--log=8", out)
     finally:
         attacks.ATTACKS[:] = own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -78,7 +79,7 @@ def check_module(module: str, *arguments: str) -> None:
         assert flags.load_config(given) and given.need("workdir")
     else:
         main = importlib.import_module(f"{module}.__main__" if found.submodule_search_locations else module).main
-        if "argparse" not in main.__globals__:
+        if not re.search(r"(argparse\.Argument|cli\.)Parser\(", inspect.getsource(sys.modules[main.__module__])):
             assert not arguments, f"{module} takes no arguments"
             return
         parse, stop = argparse.ArgumentParser.parse_args, mock.Mock(side_effect=Parsed)

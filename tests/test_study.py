@@ -72,6 +72,18 @@ def test_one_config_is_a_study_too_and_files_lie_beside_it(tmp_path):
     assert found.arms == {"mine": Arm(str(tmp_path / "mine.py"), {})} and found.seeds == (0, 1)
 
 
+def test_none_has_a_word_and_a_study_that_comes_along_a_name(tmp_path):
+    (tmp_path / "s.toml").write_text(
+        'config = "demo"\n[changes]\neval.times = "None"\nfederated.clients_per_round = ["None", 4]\n'
+    )
+    found = read_study(tmp_path / "s.toml")
+    assert [arm.changes["federated.clients_per_round"] for arm in found.arms.values()] == [None, 4]
+    assert found.arms["demo-None"].changes["eval.times"] is None
+    assert "--config.eval.times=None" in command_of(found.arms["demo-4"], 0, Path("w"), [])
+    study.check(found, {})
+    assert "parallel" in read_study(Path("strategies")).arms
+
+
 def test_a_command_says_what_its_arm_is():
     command = command_of(Arm("demo", {"fill_mask": ["a [MASK]"], "federated.epochs": 2.0}), 3, Path("w/x"), ["--config.a=1"])
     assert command == [
@@ -120,6 +132,7 @@ def test_each_run_is_done_once_and_what_stopped_goes_on(file, tmp_path, commands
             "arm demo: config key federated.roundz does not exist (did you",
         ),
         ("config = 'demo'\n[changes]\nfederated.rounds = -3", "arm demo: config key federated.rounds=-3"),
+        ("config = 'demo'\n[changes]\nseed = 3", "seed=3: accepted: seeds = [3], beside config"),
         ("config = 'dmeo'", "arm dmeo: config file dmeo does not exist"),
         ("config = 'serve'", "arm serve: config key task='serve': accepted in a study: 'pretrain'"),
     ],

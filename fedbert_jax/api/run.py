@@ -61,6 +61,8 @@ class Run:
         changes = dict(changes or {})
         if documents is not None:
             source = f"text:{(self.workdir / DOCUMENTS).resolve()}"
+            begun = Workdir(self.workdir).read_config().data.source if Workdir(self.workdir).exists() else ""
+            source = begun if begun.endswith(f"/{DOCUMENTS}") else source  # wherever the workdir was then
             changes |= {"data.source": source, "data.text_field": "text", "data.client_field": "client"}
         if config is None:
             config = Workdir(self.workdir).read_config()  # says so if there is no run
@@ -134,6 +136,8 @@ class Run:
         if self._documents is None:
             return
         place, seen = self.workdir / DOCUMENTS, hashlib.sha256()
+        if self.workdir.exists() and not self.workdir.is_dir():
+            raise UserError(f"{self.workdir} is no directory; give another place.")
         with disk.writing(place):
             self.workdir.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.workdir, prefix=f".{DOCUMENTS}")
@@ -142,12 +146,16 @@ class Run:
                     for pair in self._documents:
                         if not (isinstance(pair, tuple | list) and [*map(type, pair)] == [str, str]):
                             raise UserError("documents: accepted: pairs of a client's name and a text, both str.")
-                        line = (
-                            json.dumps(dict(zip(("client", "text"), pair, strict=True)), ensure_ascii=False).encode() + b"\n"
-                        )
+                        document = json.dumps(dict(zip(("client", "text"), pair, strict=True)), ensure_ascii=False)
+                        try:
+                            line = document.encode() + b"\n"
+                        except UnicodeEncodeError as error:
+                            raise UserError(
+                                f"documents: one of client {pair[0]!r} can't be written as UTF-8 ({error})."
+                            ) from error
                         seen.update(line)
                         file.write(line)
-                if place.exists() and _digest(place) != seen.hexdigest():
+                if Workdir(self.workdir).exists() and place.exists() and _digest(place) != seen.hexdigest():
                     raise UserError(f"documents: they are not those that the run in {self.workdir} was begun with.")
                 os.replace(name, place)
             finally:
@@ -206,7 +214,7 @@ class Run:
         Salazar et al., "Masked Language Model Scoring" (ACL 2020). A block of T tokens costs T forward passes.
 
         Args:
-          text: as `data.source` names it, such as "text:FILE"; "" is each client's own held-out text.
+          text: as `data.source` names it, "text:FILE" or "docs:PACKAGE,..."; "" is each client's own held-out text.
           blocks: the most blocks scored: of the text, or of each client's, spread over it.
           round: which checkpoint; None: the newest.
 
@@ -223,6 +231,8 @@ class Run:
         from fedbert_jax.data.neutral import read_blocks
         from fedbert_jax.finished import reopen
 
+        if blocks < 1:
+            raise UserError(f"blocks={blocks}: accepted: at least 1.")
         run, checkpoints, found = reopen(self.workdir, round)
         state, _ = experiment.restore(run, checkpoints, found)
         usual, names = usual_tokens(run.tokenizer), run.dataset.client_names
@@ -287,6 +297,7 @@ class Run:
         from fedbert_jax.models import huggingface
 
         out = Path(directory)
+        Workdir(self.workdir).read_config()  # says so if there is no run
         check_place(out, self.workdir)
         huggingface.check_target(out)
         run, checkpoints, found = reopen(self.workdir, round)

@@ -12,7 +12,8 @@ from fedbert_jax.audit import cipher, decoder, inverter, known, labels, learned
 from fedbert_jax.audit.tables import Table, alike
 from fedbert_jax.audit.views import View
 
-Guess = Callable[[View], np.ndarray]  # int [R, T, 5] or [R, M, 5], best first
+Guess = Callable[[View], np.ndarray]
+"""Guesses from what a `View` holds: int [R, T, 5] for tokens, int [R, M, 5] for labels, the best first."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Attack:
     Args:
       name: in the table.
       knows: the kinds of knowledge that it can use (`KINDS`).
-      guess: the attack.
+      guess: from a `View` to int [R, T, 5], the five likeliest tokens of each place of each block attacked, best first; for
+        labels, int [R, M, 5].
       of: what it guesses: the `tokens` of message 1, or the `labels` of predicted positions.
       needs_text: whether it needs public text.
       works: whether it can do anything for a view.
@@ -157,7 +159,9 @@ def by_both_texts(view: View) -> np.ndarray:
     assert view.known is not None and view.text is not None
     groups, geometry = view.log.groups, view.log.geometry
     told = known.words_of(groups, geometry, view.known)
-    return cipher.solve(groups.of, view.text, view.public.vocab_size, told)[groups.nearest(geometry.centred(view.messages.h))]
+    return cipher.solve(groups.of, view.text, view.public.vocab_size, told)[
+        groups.nearest(geometry.centred(view.messages.h))
+    ]
 
 
 def by_public_text(view: View) -> np.ndarray:
@@ -186,9 +190,20 @@ ATTACKS: list[Attack] = [
 def register(attack: Attack) -> None:
     """Adds an attack in this process.
 
+    Args:
+      attack: an `Attack`. In a table it is known by its name.
+
     Raises:
-      ValueError: if another attack of its name uses the same knowledge, or it names an unknown kind of knowledge.
+      ValueError: if it is none, names an unknown kind of knowledge, or another attack of its name uses the same knowledge.
     """
+    if not isinstance(attack, Attack):
+        raise ValueError(f"{attack!r} is registered as an attack: accepted: an Attack")
+    if not (isinstance(attack.name, str) and attack.name.strip()) or "," in attack.name:
+        raise ValueError(f"an attack's name is {attack.name!r}: accepted: text without a comma")
+    if attack.of not in ("tokens", "labels") or not callable(attack.guess) or isinstance(attack.knows, str):
+        raise ValueError(
+            f"the attack {attack.name!r}: accepted: knows=(KIND, ...), a function for guess, and of='tokens' or 'labels'"
+        )
     if unknown := [kind for kind in attack.knows if kind not in KINDS]:
         raise ValueError(f"the attack {attack.name!r} knows {unknown[0]!r}: accepted: {', '.join(KINDS)}")
     if attack in ATTACKS:

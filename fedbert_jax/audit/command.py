@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from fedbert_jax.audit.recorded import Recordings
 from fedbert_jax.audit.results import Row
 from fedbert_jax.audit.score import floors, score
 from fedbert_jax.audit.source import open_source
+from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.config import from_text, listed
 from fedbert_jax.console.output import make_console, print_table, shown
 from fedbert_jax.console.progress import waiting
@@ -45,7 +47,7 @@ ASKED = ("codec", "clip", "noise", "gradient_clip", "gradient_noise")  # keys of
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog=cli.program("audit"),
         description="Measures how much of the clients' text can be read off what crosses.",
         epilog="kinds of knowledge: " + "; ".join(f"{kind}: {said}" for kind, said in KINDS.items())
@@ -68,9 +70,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--known_blocks", type=int, default=sizes.known, help=f"of known text (default: {sizes.known})")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where audit.json and audit.png go (default: in DIR/audit)")
+    place = "in DIR/audit; of a part of an audit, in a folder of its own there"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where audit.json and audit.png go (default: {place})")
     given = sys.argv[1:] if arguments is None else arguments
     flags = parser.parse_args([word for word in given if not word.startswith("--config.")])
+    given_parts = {name: getattr(flags, name) for name in ("round", "knows", "attacks")}
+    flags.part = [f"{name}={value}" for name, value in given_parts.items() if value is not None]
     flags.supposed = _supposed([word for word in given if word.startswith("--config.")])
     flags.knows = _chosen("--knows", flags.knows, tuple(KINDS))
     names = (*dict.fromkeys(attack.name for attack in ATTACKS), WORDS)
@@ -154,6 +159,12 @@ def _attacked(case: Case, kind: str, attack: Attack, view: Any) -> Row:
         asked, frequencies = (truth.tokens, truth.text), case.frequencies
     else:
         asked, frequencies = (truth.labels, truth.real), case.label_frequencies
+    shape = (*asked[0].shape, GUESSES)
+    if not (isinstance(guesses, np.ndarray) and np.issubdtype(guesses.dtype, np.integer) and guesses.shape == shape):
+        got = f"{guesses.dtype} {list(guesses.shape)}" if isinstance(guesses, np.ndarray) else type(guesses).__name__
+        raise UserError(
+            f"the attack {attack.name!r} has guessed {got}: accepted: whole numbers {list(shape)} in a numpy array."
+        )
     found = score(guesses, *asked, frequencies)
     floor = floors(
         *asked, frequencies, int(np.count_nonzero(frequencies)) if attack.of == "labels" else len(view.public.words)
@@ -209,9 +220,9 @@ def audited(flags: argparse.Namespace, console: Console) -> Audited:
       UserError: for a directory that is no run, a run in which nothing crosses, or a file that can't be written.
     """
     say = lambda text: console.print(shown(text), style="dim")  # noqa: E731
-    # What is only supposed is not taken for the run's own by `compare` and the report.
-    own = flags.workdir / "audit"
-    out = flags.out or own.joinpath(*(f"{key}={value}" for key, value in flags.supposed.items()))
+    # A part, or what is only supposed, is not taken for the run's audit by `compare` and the report.
+    apart = [*flags.part, *(f"{key}={value}" for key, value in flags.supposed.items())]
+    out = flags.out or (flags.workdir / "audit").joinpath(*(re.sub(r"[^\w.,=-]", "_", name) for name in apart))
     recordings = _recordings(flags)
     source = open_source(flags.workdir, flags.round, flags.supposed) if recordings is None else recordings.source
     for folder in (out, *([Path(flags.json).parent] if flags.json else [])):
@@ -241,6 +252,8 @@ def audited(flags: argparse.Namespace, console: Console) -> Audited:
         f"{int(truth.text.sum()):,} tokens of text and {int(truth.real.sum()):,} labels{supposed}; the floor is always the "
         "commonest word, or, of words, how frequent they are"
     ]
+    if apart and not flags.out:
+        said.append(f"written to {shown(out)}, since it isn't the whole audit of the run as it is")
     if recordings is not None:
         said.append(recordings.describe_log(given["log"]))
     if case.divergence is not None:

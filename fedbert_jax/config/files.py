@@ -54,7 +54,7 @@ def known(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the changes; raises ConfigError for a key that there isn't."""
     for key in changes:
         if key not in all_keys():
-            raise unknown_key(key)
+            raise unknown_key(str(key))
     return dict(changes)
 
 

@@ -110,6 +110,8 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
     args = typing.get_args(kind)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a NumPy scalar
+        value = value.item()
     if typing.get_origin(kind) is Literal:
         if value not in args:
             raise ConfigError(f"config key {key}={value!r}: accepted: {kind_of(key)}.")

@@ -40,7 +40,9 @@ def neutral_text(config: Config, directory: Path, tokenizer: Any, warn: Callable
     """
     path = directory / FILE
     if not path.is_file():
-        blocks = read_blocks(config.eval.extra, config.data, tokenizer, config.eval.extra_blocks, warn, "eval.extra")
+        blocks = read_blocks(
+            config.eval.extra, config.data, tokenizer, config.eval.extra_blocks, warn, "config key eval.extra"
+        )
         with disk.replacing(path) as new, new.open("wb") as file:
             np.save(file, blocks)
     tokens = np.load(path)
@@ -63,10 +65,16 @@ def read_blocks(
     Raises:
       UserError: for text that can't be read, or of which there is less than a block.
     """
+    kind, _, rest = source.partition(":")
+    if kind not in ("text", "hf", "docs") or not rest:
+        raise UserError(f"{key}={source!r}: accepted: 'text:GLOB', 'hf:NAME[/CONFIG]' or 'docs:PACKAGE,...'.")
     plain = DataConfig(source=source, text_field=data.text_field, cache_dir=data.cache_dir)
-    pieces = encode(tokenizer, (document.text for document in read_documents(plain, warn=warn)))
-    packed = list(pack(pieces, data.seq_len, tokenizer.cls_token_id, tokenizer.sep_token_id))
+    try:
+        pieces = encode(tokenizer, (document.text for document in read_documents(plain, warn=warn)))
+        packed = list(pack(pieces, data.seq_len, tokenizer.cls_token_id, tokenizer.sep_token_id))
+    except UserError as error:
+        raise UserError(str(error).replace("data.source", key)) from error
     blocks = np.concatenate(packed).astype(np.int32) if packed else np.zeros((0, data.seq_len), np.int32)
     if not len(blocks):
-        raise UserError(f"config key {key}={source!r}: it has less than a block of {data.seq_len} tokens.")
+        raise UserError(f"{key}={source!r}: it has less than a block of {data.seq_len} tokens.")
     return blocks[np.unique(np.linspace(0, len(blocks) - 1, min(most, len(blocks))).astype(int))]

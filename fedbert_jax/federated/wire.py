@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fedbert_jax.config import CODECS, WireConfig
+from fedbert_jax.errors import ConfigError
 from fedbert_jax.models.bert import Keys, Segments
 
 Payload = Any  # a pytree of arrays: what crosses, and whose bytes are counted
@@ -108,7 +108,9 @@ def codec(name: str, dtype: DTypeLike) -> Channel:
       dtype: the type in which the receiver computes.
     """
     if (make := CODECS[name]) is not None:
-        return typing.cast(Channel, make(dtype))
+        if not isinstance(made := make(dtype), Channel):
+            raise ConfigError(f"the codec {name!r} has made {made!r}: accepted: a Channel.")
+        return made
 
     def send(x: jax.Array) -> Payload:
         if name == "float32":

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fedbert_jax import cli
 from fedbert_jax.config import Config, all_keys, from_dict
@@ -47,13 +47,6 @@ def main() -> None:
     run(None, make_console())
 
 
-class _Parser(argparse.ArgumentParser):
-    """One that doesn't end the process of a script that calls `run`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the arguments.")
-
-
 def run(arguments: Sequence[str] | None, console: Console) -> dict[str, Any]:
     """Does what the command does, and returns the contents of each task's results.json.
 
@@ -65,7 +58,7 @@ def run(arguments: Sequence[str] | None, console: Console) -> dict[str, Any]:
       UserError: for what can be mended.
       SystemExit: if a signal has ended it.
     """
-    parser = _Parser(prog=cli.program("glue"), description=cli.usage(__doc__, "glue"))
+    parser = cli.Parser(prog=cli.program("glue"), description=cli.usage(__doc__, "glue"))
     parser.add_argument("--model", required=True, help="a Hugging Face BERT directory or hub name to start from")
     parser.add_argument("--glue", required=True, type=Path, help="GLUE's folder: one folder a task, official TSV files")
     parser.add_argument("--tasks", default="all", help="all (that are there), or names with commas between")

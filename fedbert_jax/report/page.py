@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -280,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       UserError: if there is no such run, or its report can't be written.
     """
-    parser = argparse.ArgumentParser(prog=cli.program("report"), description="Writes the report of a run.")
+    parser = cli.Parser(prog=cli.program("report"), description="Writes the report of a run.")
     parser.add_argument("--workdir", required=True, help="of a run that has finished, stopped or is still going on")
     flags = parser.parse_args(arguments)
     try:

@@ -82,7 +82,7 @@ def refused(model: Path, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("--epochs nan", "--epochs=nan: accepted"),
         ("--batch -1", "--batch=-1: accepted: an integer of at least 1"),
         ("--dropout 1.5", "--dropout=1.5: accepted: a number from 0 to below 1"),
-        ("--max-length 4", "--max-length=4: accepted: at least 8"),
+        ("--max-length 4", "--max-length=4: accepted: from 8 to 65535"),
         ("--max-length 17", "--max-length=17: accepted: at most --model's max_position_embeddings=16"),
         ("--tasks sst", "--tasks: 'sst' is no GLUE task (the nearest is SST-2)"),
         ("--tasks sst2,", "--tasks: '' is no GLUE task"),
