@@ -15,7 +15,7 @@ from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.config import ModelConfig
 from fedbert_jax.models.bert import make_segments
 
-LAYERS, STEPS, BLOCKS, RATE = 2, 150, 16, 1e-3
+LAYERS, STEPS, BLOCKS, RATE = 2, 150, 16, 3e-3
 
 
 def read_by_transformer(config: ModelConfig, pairs: Pairs, start: Discriminant, h: np.ndarray, noise: float) -> np.ndarray:
@@ -48,7 +48,7 @@ def read_by_transformer(config: ModelConfig, pairs: Pairs, start: Discriminant, 
 
     def logits(params: Any, h: jax.Array) -> jax.Array:
         x = h - places
-        return (x + net.transform(params["body"], x) @ params["out"]) @ params["directions"].T + params["bias"][None, None]
+        return (x + net.transform(params["body"], h) @ params["out"]) @ params["directions"].T + params["bias"][None, None]
 
     def loss(params: Any, h: jax.Array, tokens: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits(params, h), tokens).mean()

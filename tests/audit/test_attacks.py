@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from tiny import LENGTH, VOCAB, random_blocks, tiny_config
 
-from fedbert_jax.audit import cipher, decoder, inverter, labels, learned, words
+from fedbert_jax.audit import cipher, decoder, inverter, known, labels, learned, words
 from fedbert_jax.audit.attacks import ATTACKS, KINDS
 from fedbert_jax.audit.geometry import best, describe, distinct, unit
 from fedbert_jax.audit.groups import gather
@@ -265,6 +265,50 @@ def test_rows_that_depend_on_their_context_are_read_by_statistics(bert):
     assert (inverter.Discriminant(pairs, VOCAB, 0.1, log_prior).likeliest(pairs.h[:2])[0][..., 0] == 7).all()
 
 
+def test_a_transformer_learns_from_what_stands_around(bert):
+    """Where a block is one word throughout, its noisy rows are read better together than one by one."""
+    rng, (segments, client, _) = np.random.default_rng(1), bert
+    tokens = np.repeat(rng.integers(5, 55, (120, 1)), LENGTH, axis=1)
+    h = np.asarray(segments.embed(client, MaskedBatch(*[jnp.asarray(tokens)] * 4)))
+    noisy = (h[80:] + 1.5 * rng.standard_normal(h[80:].shape)).astype(np.float32)
+    pairs = inverter.Pairs(h[:80], tokens[:80])
+    start = inverter.Discriminant(pairs, VOCAB, 1.5)
+    alone = (start.likeliest(noisy)[0][..., 0] == tokens[80:]).mean()
+    found = (learned.read_by_transformer(CONFIG, pairs, start, noisy, 1.5)[..., 0] == tokens[80:]).mean()
+    assert 0.1 < alone < found - 0.04
+
+
+def test_known_words_help_to_solve_a_cipher():
+    """Text of little company: alone it tells few words, and with the words of some groups known most others."""
+    rng = np.random.default_rng(0)
+    chain = rng.dirichlet(np.full(400, 0.02), 400)
+
+    def text(rows):
+        found = np.empty((rows, 40), int)
+        found[:, 0] = rng.integers(0, 400, rows)
+        for t in range(1, 40):
+            found[:, t] = [rng.choice(400, p=chain[w]) for w in found[:, t - 1]]
+        return found
+
+    theirs, public = text(150), text(150)
+    name = rng.permutation(400)  # of each group, its word
+    groups = np.argsort(name)[theirs]
+    told = np.where(np.arange(400) % 3 == 0, name, -1)
+    alone, helped = (cipher.solve(groups, public, 400, known)[groups][..., 0] == theirs for known in (None, told))
+    unknown = told[groups] < 0
+    assert helped[~unknown].all() and helped[unknown].mean() > alone[unknown].mean() + 0.1
+
+
+def test_known_text_names_groups(bert, h, blocks):
+    view = view_of(bert, h)
+    groups, geometry = view.log.groups, view.log.geometry
+    where = np.zeros(blocks.shape, bool)
+    where[:3, 1:5] = True
+    found = known.words_of(groups, geometry, Known(h[:6], blocks[:6], where[:6]))
+    of = groups.nearest(geometry.centred(h))
+    assert set(found[found >= 0]) == set(blocks[where]) and (found[of[where]] == blocks[where]).all()
+
+
 def test_a_transformer_begins_as_the_discriminant_and_gets_no_worse(bert, h, blocks):
     rng = np.random.default_rng(1)
     pairs = inverter.Pairs(h[:30], blocks[:30])
@@ -322,6 +366,24 @@ def test_decoding_reads_noisy_rows_at_least_as_well_as_single_rows(bert, h, bloc
     view = view_of(bert, noisy, segment=bert[1], text=blocks, noise=0.6)
     near, whole = (share(attack(name).guess(view), blocks) for name in ("nearest", "decoded"))
     assert 0.2 < near < 0.98 and whole > near - 0.05
+
+
+def test_what_the_model_predicts_is_read_through_more_noise(bert, monkeypatch):
+    """A model that knows the word of each place: through noise more is read with what it says than without."""
+    rng, (segments, client, _) = np.random.default_rng(0), bert
+    words_at = rng.integers(5, VOCAB, LENGTH)
+    tokens = np.tile(words_at, (40, 1))
+    exact = np.asarray(segments.embed(client, MaskedBatch(*[jnp.asarray(tokens)] * 4)))
+    noisy = (exact + 1.5 * rng.standard_normal(exact.shape)).astype(np.float32)
+    knows = segments._replace(
+        transform=lambda body, h, places: jnp.broadcast_to(places[..., None], (*places.shape, h.shape[-1])),
+        predict=lambda params, z: 4.0 * jax.nn.one_hot(jnp.asarray(words_at)[z[..., 0]], VOCAB),
+    )
+    view = view_of((knows, *bert[1:]), noisy, segment=client, text=rng.integers(5, VOCAB, (60, LENGTH)), noise=1.5)
+    monkeypatch.setattr(decoder, "AGAIN", 0.0)
+    read = share(attack("decoded").guess(view), tokens)
+    monkeypatch.setattr(decoder, "HALF", 0.0)
+    assert read > share(attack("decoded").guess(view), tokens) + 0.1
 
 
 def test_words_that_come_again_in_a_block_are_read_through_more_noise(bert, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from sentences import make_config, write_glue, write_tokenizer
 from test_main import load
 
 from fedbert_jax import compare
+from fedbert_jax.audit.attacks import KINDS
 from fedbert_jax.audit.case import Case, Sizes
 from fedbert_jax.audit.command import main
 from fedbert_jax.audit.public import default_source
@@ -50,6 +52,40 @@ def audited(trained):
         patch.setattr("rich.console.Console.print", lambda self, *a, **k: said.append(str(a[0]) if a else ""))
         assert main([str(workdir), "--public", public, *SMALL, "--markdown"]) == 0
     return workdir, json.loads((workdir / "audit" / "audit.json").read_text()), "\n".join(said)
+
+
+def arrays(x):
+    """Every array that can be reached from a view."""
+    if dataclasses.is_dataclass(x):
+        names = [f.name for f in dataclasses.fields(x)] + [n for n, p in vars(type(x)).items() if hasattr(p, "func")]
+        for name in names:
+            yield from arrays(getattr(x, name))
+    elif isinstance(x, (tuple, list)):
+        for one in x:
+            yield from arrays(one)
+    elif isinstance(x, dict):
+        yield from arrays(list(x.values()))
+    elif isinstance(x, np.ndarray) and x.ndim >= 1:
+        yield x
+
+
+def test_no_view_holds_a_block_or_the_labels_of_what_is_attacked(trained):
+    workdir, public = trained
+    case = Case(open_source(workdir, None, {}), Sizes(12, 60, 3), public, print)
+    truth = case.replay.truth
+
+    def rows(x):
+        return {row.astype(np.int64).tobytes() for row in x.reshape(-1, x.shape[-1]) if np.issubdtype(x.dtype, np.number)}
+
+    hidden = rows(truth.tokens) | rows(truth.original) | rows(truth.labels)
+    assert len(hidden) > 24
+    for kind in KINDS:
+        facts = case.granted(kind)
+        if not isinstance(facts, str):
+            view = dataclasses.replace(case.view, **facts)
+            seen = set().union(*map(rows, arrays(view)))
+            assert len(seen) > 100 and not seen & hidden, kind
+    assert hidden <= set().union(*map(rows, arrays(dataclasses.replace(case.view, known=truth))))  # what would be found
 
 
 def test_every_row_says_what_it_is_of_and_what_guessing_gives(audited):
