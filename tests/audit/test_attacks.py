@@ -268,13 +268,13 @@ def test_rows_that_depend_on_their_context_are_read_by_statistics(bert):
 def test_a_transformer_learns_from_what_stands_around(bert):
     """Where a block is one word throughout, its noisy rows are read better together than one by one."""
     rng, (segments, client, _) = np.random.default_rng(1), bert
-    tokens = np.repeat(rng.integers(5, 55, (120, 1)), LENGTH, axis=1)
+    tokens = np.repeat(rng.integers(5, 25, (420, 1)), LENGTH, axis=1)
     h = np.asarray(segments.embed(client, MaskedBatch(*[jnp.asarray(tokens)] * 4)))
-    noisy = (h[80:] + 1.5 * rng.standard_normal(h[80:].shape)).astype(np.float32)
-    pairs = inverter.Pairs(h[:80], tokens[:80])
+    noisy = (h[380:] + 1.5 * rng.standard_normal(h[380:].shape)).astype(np.float32)
+    pairs = inverter.Pairs(h[:380], tokens[:380])
     start = inverter.Discriminant(pairs, VOCAB, 1.5)
-    alone = (start.likeliest(noisy)[0][..., 0] == tokens[80:]).mean()
-    found = (learned.read_by_transformer(CONFIG, pairs, start, noisy, 1.5)[..., 0] == tokens[80:]).mean()
+    alone = (start.likeliest(noisy)[0][..., 0] == tokens[380:]).mean()
+    found = (learned.read_by_transformer(CONFIG, pairs, start, noisy, 1.5)[..., 0] == tokens[380:]).mean()
     assert 0.1 < alone < found - 0.04
 
 

@@ -137,7 +137,7 @@ def test_the_command_reads_the_clients_text_off_what_a_server_has_recorded(serve
 
 
 def test_a_client_that_is_not_given_is_not_attacked(server):
-    said = audited(server, "--knows", "segment,aggregator", clients=NAMES[1:])
+    said = audited(server, "--knows", "segment,aggregator", "--out", f"{server}/audit", clients=NAMES[1:])
     assert "4 blocks of 1 clients" in said
     words = next(row for row in read_audit(server) if row["attack"] == "words by move")
     assert words["count"] == 1
@@ -173,7 +173,8 @@ def without(server: Path, folder: Path, lost: str) -> Path:
 def test_without_a_segment_at_the_server_nobody_knows_one(server, tmp_path):
     """As where the server averages without seeing; whose text it is, positions still tell."""
     copy, clients = without(server, tmp_path, "segment|opt"), [server.parent / name for name in NAMES]
-    said = audited(copy, "--knows", "segment,old_segment,aggregator,known_text", clients=clients)
+    knows = ("--knows", "segment,old_segment,aggregator,known_text", "--out", f"{copy}/audit")
+    said = audited(copy, *knows, clients=clients)
     assert "segment: left out, since the server holds none" in said and "old_segment: left out" in said
     assert "aggregator: left out" in said and {row["knows"] for row in read_audit(copy)} == {"known_text"}
     with pytest.raises(UserError, match="the text there isn't what was recorded"):
@@ -260,7 +261,8 @@ def test_a_classifiers_federation_is_read_too(place, tmp_path):
     begin = lambda name: Party(lambda stop, out: join(joining, tmp_path / name, out, hall.connect(name), stop))  # noqa: E731
     all_end_well(*map(begin, NAMES), server)
     facts = [(tmp_path / name / "run.json").stat().st_mtime_ns for name in NAMES]
-    assert "8 blocks of 2 clients" in audited(tmp_path / "server", "--knows", "segment,seed,aggregator")
+    knows = ("--knows", "segment,seed,aggregator", "--out", f"{tmp_path}/server/audit")
+    assert "8 blocks of 2 clients" in audited(tmp_path / "server", *knows)
     by = {(row["knows"], row["attack"]): row for row in read_audit(tmp_path / "server")}
     assert by["segment", "nearest"]["exact"] == 1.0 == by["seed", "nearest"]["exact"]  # the first round's segment
     assert by["segment", "gradient"]["top1"] > 0.9 and by["segment", "gradient"]["count"] == 8
