@@ -247,8 +247,11 @@ def audited(flags: argparse.Namespace, console: Console) -> Audited:
         with disk.writing(Path(flags.json)):
             Path(flags.json).write_text(written, encoding="utf-8")
     supposed = "".join(f", supposing {key}={value}" for key, value in flags.supposed.items())
+    when = f"the round after {source.round}"
+    if source.replayed != source.round:  # a fine-tuned task keeps the model that it ended with, and no other
+        when = f"the text of round {source.replayed + 1} once more, by the model as it is after round {source.round}"
     said = [
-        f"the round after {case.source.round}: {len(truth.tokens)} blocks of {len(set(owners.tolist()))} clients, with "
+        f"{when}: {len(truth.tokens)} blocks of {len(set(owners.tolist()))} clients, with "
         f"{int(truth.text.sum()):,} tokens of text and {int(truth.real.sum()):,} labels{supposed}; the floor is always the "
         "commonest word, or, of words, how frequent they are"
     ]
