@@ -25,8 +25,14 @@ __version__ = "0.1.0"
 def register(name: str, *, clients: str, client: str, body: str, cut: bool = True) -> None:
     """Adds the strategy `federated.strategy=name` in this process: who steps with whom, and who holds what.
 
-    Call it before the config is read, for example in a config file. `fedbert_jax.config.Arrangement` explains the arguments
-    and what they accept.
+    Call it before the config is read, for example in a config file.
+
+    Args:
+      name: text that can be printed.
+      clients: `together`, `pooled`, `apart` or `in turn`; `fedbert_jax.config.Arrangement` says what each is.
+      client: how the client segment is held: `one`, `copies` or `own`.
+      body: how the server's layers are held.
+      cut: whether the four messages of a step cross.
 
     Raises:
       ValueError: if no round can follow such a row, the name can't be printed, or another strategy has it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -297,6 +298,20 @@ def test_the_names_are_the_same_wherever_they_are_listed():
     stub = (Path(fb.__file__).parent / "__init__.pyi").read_text()
     assert set(fb.__all__) == {*api.__all__, "register"}
     assert set(re.findall(r"(\w+) as \1,", stub)) == set(api.__all__) and "def register(" in stub
+
+
+def test_what_the_api_page_shows_says_what_its_fields_are():
+    """The page shows docstrings, and no comments."""
+    page = (Path(__file__).parents[1] / "docs/api.md").read_text()
+    shown = re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)
+    assert len(shown) > 15
+    for path in shown:
+        module, _, name = path.rpartition(".")
+        thing = getattr(importlib.import_module(module), name)
+        fields = getattr(thing, "_fields", None) or getattr(thing, "__dataclass_fields__", ())
+        assert (thing.__doc__ or "").strip(), path
+        for field in () if thing is fb.Config else fields:
+            assert re.search(rf"\b{field}: ", thing.__doc__), f"{path}.{field}"
 
 
 def test_every_public_name_is_documented():

@@ -14,14 +14,23 @@ from fedbert_jax.models.bert import ClientParams, Segments, ServerParams
 
 
 class Messages(NamedTuple):
-    """The messages of R token blocks, as whoever receives them decodes them."""
+    """The messages of R token blocks, as whoever receives them decodes them.
 
-    h: np.ndarray  # float32 [R, T, D], what the server's layers are given
-    client: np.ndarray  # int [R], whose block it is
-    positions: np.ndarray | None = None  # int [R, M], the positions asked for, which are those that are predicted
-    z: np.ndarray | None = None  # float32 [R, M, D], the hidden states that came back
-    dz: np.ndarray | None = None  # float32 [R, M, D], their gradient
-    lengths: np.ndarray | None = None  # int [R], where a block ends and padding begins; None: nothing is padded
+    Attributes:
+      h: float32 [R, T, D], what the server's layers are given.
+      client: int [R], whose block it is.
+      positions: int [R, M], the positions asked for, which are those that are predicted; None: they don't cross.
+      z: float32 [R, M, D], the hidden states that came back.
+      dz: float32 [R, M, D], their gradient.
+      lengths: int [R], where a block ends and padding begins; None: nothing is padded.
+    """
+
+    h: np.ndarray
+    client: np.ndarray
+    positions: np.ndarray | None = None
+    z: np.ndarray | None = None
+    dz: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     def pick(self, rows: np.ndarray) -> Messages:
         """Returns these rows."""
@@ -66,25 +75,42 @@ class Aggregate(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Blocks of which somebody knows the text."""
+    """Blocks of which somebody knows the text.
 
-    h: np.ndarray  # float32 [N, T, D]
-    tokens: np.ndarray  # int [N, T]
-    where: np.ndarray  # bool [N, T], where it is known: at predicted positions it is not what was embedded
+    Attributes:
+      h: float32 [N, T, D].
+      tokens: int [N, T].
+      where: bool [N, T], where the text is known: at predicted positions it is not what was embedded.
+    """
+
+    h: np.ndarray
+    tokens: np.ndarray
+    where: np.ndarray
 
 
 @dataclass(frozen=True)
 class Public:
-    """What everybody knows of a run: its architecture, its vocabulary and its settings, but `seed`."""
+    """What everybody knows of a run: its architecture, its vocabulary and its settings, but `seed`.
+
+    Attributes:
+      segments: the functions that make the model.
+      vocab_size: V.
+      special_ids: of tokens that no text is made of.
+      mask_id: of [MASK].
+      masked: positions of a block at which [MASK] stands.
+      kinds: of tokens: 2 where there are sentence pairs, otherwise 1.
+      clip: `wire.clip`.
+      noise: standard deviation of what the clients add to rows, dropout included.
+    """
 
     segments: Segments
     vocab_size: int
     special_ids: tuple[int, ...]
     mask_id: int
-    masked: int  # positions of a block at which [MASK] stands
-    kinds: int  # of tokens: 2 where there are sentence pairs, otherwise 1
+    masked: int
+    kinds: int
     clip: float | None
-    noise: float  # standard deviation of what the clients add to rows, dropout included
+    noise: float
 
     @functools.cached_property
     def words(self) -> np.ndarray:
@@ -94,11 +120,19 @@ class Public:
 
 @dataclass(frozen=True)
 class Log:
-    """Message 1 of earlier blocks, and what anybody can work out about it."""
+    """Message 1 of earlier blocks, and what anybody can work out about it.
+
+    Attributes:
+      messages: of them, `h` alone.
+      noise: `Public.noise`.
+      layers: the client's own, which message 1 comes out of.
+      geometry: where its rows lie, without their positions (`audit.geometry`).
+      groups: its rows, gathered by word (`audit.groups`).
+    """
 
     messages: Messages
-    noise: float  # `Public.noise`
-    layers: int = 0  # the client's own, which message 1 comes out of
+    noise: float
+    layers: int = 0
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -113,12 +147,22 @@ class Log:
 
 @dataclass(frozen=True)
 class View:
-    """What an attacker holds: what is public, what it received, and what its row grants."""
+    """What an attacker holds: what is public, what it received, and what its row grants.
+
+    Attributes:
+      public: a `Public`.
+      messages: to be read.
+      log: message 1 of earlier blocks.
+      body: the server's layers [L, ...].
+      segment: a client segment: the one in use, an old one, an initial one; None: it has none.
+      known: blocks whose text it knows; None: it knows none.
+      text: public text, int [P, T]; None: there is none.
+    """
 
     public: Public
-    messages: Messages  # to be read
+    messages: Messages
     log: Log
-    body: ServerParams  # the server's layers
-    segment: ClientParams | None = None  # a client segment: the one in use, an old one, an initial one
+    body: ServerParams
+    segment: ClientParams | None = None
     known: Known | None = None
-    text: np.ndarray | None = None  # public text, int [P, T]
+    text: np.ndarray | None = None

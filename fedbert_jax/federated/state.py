@@ -14,7 +14,12 @@ Rows = Any  # what a batch is made from: token blocks to be masked in the step, 
 
 
 class Pair(NamedTuple):
-    """A value for the client segment and the same for the server body: parameters, gradients, optimizer states."""
+    """A value for the client segment and the same for the server body: parameters, gradients, optimizer states.
+
+    Attributes:
+      client: of the segment: `embeddings`, `head` and, with `model.client_layers`, `layers`.
+      server: of the body: `layers`, each array [L, ...].
+    """
 
     client: Any
     server: Any

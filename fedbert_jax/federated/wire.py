@@ -47,12 +47,19 @@ MESSAGES: dict[str, Way] = {
 
 
 class Channel(NamedTuple):
-    """Both ends of one hook: what a sender does to a pytree of arrays, and what the receiver does with what crossed."""
+    """Both ends of one hook: what a sender does to a pytree of arrays, and what the receiver does with what crossed.
 
-    send: Callable[[Any, Keys | None], Payload]  # (x, the sender's keys [G]) -> what crosses
-    receive: Callable[[Payload], Any]  # what crossed -> values to compute with, or to sum over senders
-    total: Callable[[Any], Any] = lambda x: x  # the sum over senders of what was received -> values to compute with
-    bounded: Callable[[Any], Any] = lambda x: x  # numbers to be weighted and sent -> within what can be
+    Attributes:
+      send: (x, the sender's PRNG keys [G], or None) -> what crosses, a pytree of arrays whose bytes are counted.
+      receive: what crossed -> values to compute with, or to sum over senders.
+      total: the sum over senders of what was received -> values to compute with.
+      bounded: numbers to be weighted and sent -> within what can be.
+    """
+
+    send: Callable[[Any, Keys | None], Payload]
+    receive: Callable[[Payload], Any]
+    total: Callable[[Any], Any] = lambda x: x
+    bounded: Callable[[Any], Any] = lambda x: x
 
 
 class Channels(NamedTuple):

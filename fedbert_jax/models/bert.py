@@ -63,11 +63,21 @@ class Loss(Protocol):
 
 
 class Segments(NamedTuple):
-    """A model cut in a U. Without keys there is no dropout."""
+    """A model cut in a U. Without keys there is no dropout.
+
+    Attributes:
+      config: resolved.
+      dtype: of h, z and their gradients, in which a receiver computes.
+      init: (the client's PRNG key, the server's) -> new parameters, float32: the client segment's, and the body's [L, ...].
+      embed: (client's parameters, batch, keys) -> h [B, T, D].
+      transform: (body's parameters, h, positions, lengths, keys) -> z [B, M, D] at positions [B, M], or at all.
+      predict: (client's parameters, z, keys) -> float32 logits [B, M, V], or a classifier's outputs [B, M, n].
+      loss: (client's parameters, z, batch, keys) -> the mean over the batch's positions of weight 1, in nats.
+    """
 
     config: ModelConfig
-    dtype: jnp.dtype  # of h, z and their gradients, in which a receiver computes
-    init: Callable[[jax.Array, jax.Array], tuple[ClientParams, ServerParams]]  # (client's key, server's)
+    dtype: jnp.dtype
+    init: Callable[[jax.Array, jax.Array], tuple[ClientParams, ServerParams]]
     embed: Embed
     transform: Transform
     predict: Predict
