@@ -16,6 +16,7 @@ from fedbert_jax.federated.rounds import make_strategy
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import StepResult, client_begin
 from fedbert_jax.federated.state import Cohort, State, num_steps
+from fedbert_jax.federated.wire import Channel
 from fedbert_jax.models.layers import take_positions
 
 
@@ -130,13 +131,23 @@ def _recorder(s: Setting) -> Recorder:
             "z": z.astype(jnp.float32),
             "dz": dz.astype(jnp.float32),
         }
-        norms = jnp.linalg.norm(word_table(out.client_grads), axis=-1) if s.how.averages_gradients else None
-        return {"rows": rows, "gradient": norms}
+        return {"rows": rows, "gradient": norms_of(out, channels.gradient) if s.how.averages_gradients else None}
 
     def end(client: Any, opt: Any) -> Any:
         return {"word": word_table(client), "moments": moments_of(opt)}
 
     return Recorder(step, end)
+
+
+def norms_of(out: StepResult, coded: Channel | None) -> jax.Array:
+    """Returns how large each client's gradient of each word's row is as it crosses, [C, V].
+
+    What a codec has lost in earlier steps, and sends later, is left out.
+    """
+    rows = word_table(out.client_grads)
+    if coded is not None:
+        rows = coded.receive(coded.send(rows, None))
+    return jnp.linalg.norm(rows.astype(jnp.float32), axis=-1)
 
 
 def word_table(params: Any) -> jax.Array:
