@@ -15,7 +15,7 @@ from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.config import ModelConfig
 from fedbert_jax.models.bert import make_segments
 
-LAYERS, STEPS, BLOCKS, RATE = 2, 150, 16, 3e-3
+LAYERS, STEPS, BLOCKS, RATE = 2, 150, 16, 1e-3
 
 
 def read_by_transformer(config: ModelConfig, pairs: Pairs, start: Discriminant, h: np.ndarray, noise: float) -> np.ndarray:

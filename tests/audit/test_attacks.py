@@ -265,7 +265,7 @@ def test_rows_that_depend_on_their_context_are_read_by_statistics(bert):
     assert (inverter.Discriminant(pairs, VOCAB, 0.1, log_prior).likeliest(pairs.h[:2])[0][..., 0] == 7).all()
 
 
-def test_a_transformer_learns_from_what_stands_around(bert):
+def test_a_transformer_learns_from_what_stands_around(bert, monkeypatch):
     """Where a block is one word throughout, its noisy rows are read better together than one by one."""
     rng, (segments, client, _) = np.random.default_rng(1), bert
     tokens = np.repeat(rng.integers(5, 25, (420, 1)), LENGTH, axis=1)
@@ -273,6 +273,7 @@ def test_a_transformer_learns_from_what_stands_around(bert):
     noisy = (h[380:] + 1.5 * rng.standard_normal(h[380:].shape)).astype(np.float32)
     pairs = inverter.Pairs(h[:380], tokens[:380])
     start = inverter.Discriminant(pairs, VOCAB, 1.5)
+    monkeypatch.setattr(learned, "RATE", 1e-2)  # of a network as small as this one
     alone = (start.likeliest(noisy)[0][..., 0] == tokens[380:]).mean()
     found = (learned.read_by_transformer(CONFIG, pairs, start, noisy, 1.5)[..., 0] == tokens[380:]).mean()
     assert 0.1 < alone < found - 0.04
