@@ -217,7 +217,8 @@ class PrivacyConfig:
     """What the server can't work out by itself. docs/architecture.md says what it sees nevertheless."""
 
     # The clients' secret, which decides their segment's initial values, masks, dropout, noise and the order of their text;
-    # the server's seed doesn't reveal it. None: it follows from `seed`.
+    # the server's seed doesn't reveal it. Draw it at random: who can guess it is told by the masked positions that it is
+    # right. None: it follows from `seed`.
     client_seed: int | None = None
     # blinded: what clients send is averaged as whole numbers, with task=serve and join under pads that they can take off the
     # sum and the server can't, which so holds no segment, no average and no gradient of one. Optimizer states don't travel.

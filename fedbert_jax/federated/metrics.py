@@ -51,15 +51,15 @@ def lost(payload: Any, clients: int) -> jax.Array:
 
 
 def blame(failed: jax.Array, lost: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns whose failure a step of all clients is, int32 [C]: theirs of whom something is not finite, or everybody's.
+    """Returns whose failure each step of all clients is, int32 [K, C]: theirs of whom a number isn't finite, or everybody's.
 
     Args:
-      failed: 1 if the step failed, 0 if not.
-      lost: from the function of that name.
+      failed: int32 [K], 1 if the step failed, 0 if not.
+      lost: int32 [K, C], from the function of that name.
       weights: float32 [C]; absent clients, of weight 0, are not to blame.
     """
-    whose = lost * (weights > 0)
-    return failed * jnp.where(jnp.any(whose > 0), whose, 1)
+    whose = lost * (weights > 0)[None]
+    return failed[:, None] * jnp.where(jnp.any(whose > 0, axis=1, keepdims=True), whose, 1)
 
 
 def of_steps(metrics: RoundMetrics) -> RoundMetrics:

@@ -91,12 +91,11 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
                 total = channel.total(grads.client)
                 grads = grads._replace(client=total if mean is None else mean.receive(mean.send(total, None)))
             model, opt, norms = s.update(model, opt, grads, first + k)
-            failed = blame(not_finite(loss, norms.client), whose, cohort.weights)
-            return (model, opt, sent), RoundMetrics(loss, *norms, failed, seen)
+            return (model, opt, sent), (RoundMetrics(loss, *norms, not_finite(loss, norms.client), seen), whose)
 
         steps = (jnp.arange(num_steps(cohort.rows)), cohort.rows)
-        (model, opt, sent), metrics = jax.lax.scan(step, (model, opt, sent), steps)
-        return model, opt, metrics, sent
+        (model, opt, sent), (metrics, whose) = jax.lax.scan(step, (model, opt, sent), steps)
+        return model, opt, metrics._replace(failed=blame(metrics.failed, whose, cohort.weights)), sent
 
     def train_alone(model: Pair, opt: Pair, rows: Rows, client: jax.Array, round: jax.Array, first: jax.Array) -> Any:
         """One client trains a model on its own rows [K, B, ...]: a cohort of one."""

@@ -141,7 +141,7 @@ def test_what_is_supposed_stays_apart(audited, capsys):
     workdir, rows, _ = audited
     assert main([str(workdir), "--knows", "segment", "--config.wire.noise=3", "--attacks", "nearest", *SMALL]) == 0
     assert read_audit(workdir) == rows
-    (noisy,) = json.loads((workdir / "audit" / "wire.noise=3.0" / "audit.json").read_text())
+    (noisy,) = json.loads((workdir / "audit/knows=segment/attacks=nearest/wire.noise=3.0/audit.json").read_text())
     assert noisy["top1"] < 0.9 and "supposing wire.noise=3.0" in capsys.readouterr().out
 
 
@@ -157,7 +157,12 @@ def test_a_seed_that_everybody_knows_reads_the_text_and_all_hidden_states_are_re
     """A run without a secret of the clients', to whom all hidden states come back."""
     config = load(corpus, federated__rounds=6, wire__downlink="all", model__num_layers=1)
     assert train(config, tmp_path, Console(quiet=True)) == 0
-    assert main([str(tmp_path), "--knows", "seed,segment", "--attacks", "nearest,gradient", *SMALL]) == 0
+    assert (
+        main(
+            [str(tmp_path), "--knows", "seed,segment", "--attacks", "nearest,gradient", "--out", f"{tmp_path}/audit", *SMALL]
+        )
+        == 0
+    )
     by = {(row["knows"], row["attack"]): row for row in read_audit(tmp_path)}
     assert by["seed", "nearest"]["top1"] > 0.8
     labels = by["segment", "gradient"]
@@ -194,7 +199,7 @@ def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
         finetune=dict(epochs=1.0),
     )
     assert finetune(config, tmp_path, Console(quiet=True)) == 0
-    assert main([str(tmp_path), "--knows", "segment,known_text,old_segment,seed", *SMALL]) == 0
+    assert main([str(tmp_path), "--knows", "segment,known_text,old_segment,seed", "--out", f"{tmp_path}/audit", *SMALL]) == 0
     by = {(row["knows"], row["attack"]): row for row in read_audit(tmp_path)}
     assert by["segment", "nearest"]["exact"] == 1.0 and by["segment", "gradient"]["top1"] > 0.9
     assert by["segment", "gradient"]["floor_unigram"] >= 0.5 and by["seed", "nearest"]["top1"] > 0.5

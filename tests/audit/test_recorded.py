@@ -124,7 +124,8 @@ def audited(server: Path, *given: str, clients: Sequence[str | Path] = NAMES) ->
 
 @pytest.mark.slow
 def test_the_command_reads_the_clients_text_off_what_a_server_has_recorded(server):
-    said = audited(server, "--knows", "segment,old_segment,seed,checkpoint,known_text,aggregator,neighbour")
+    knows = "segment,old_segment,seed,checkpoint,known_text,aggregator,neighbour"
+    said = audited(server, "--knows", knows, "--out", f"{server}/audit")
     by = {(row["knows"], row["attack"]): row for row in read_audit(server)}
     assert by["segment", "nearest"]["top1"] == 1.0 == by["segment", "nearest"]["exact"]
     assert by["segment", "gradient"]["top1"] > 0.98 and by["old_segment", "nearest"]["top1"] > 0.95
