@@ -124,7 +124,6 @@ TURNS = {
 SECRET = {"privacy.client_seed": 271828}
 NOISE = {sigma: {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (0.5, 1.0, 2.0)}
 DEEP = {"model.client_layers": 1}
-SELDOM = {"federated.rounds": 70, "eval.every_rounds": 5, "checkpoint.every_rounds": 10}  # the same tokens
 DEFENCES = {
     "demo": Arm("configs/demo.py"),
     "secret": Arm("configs/demo.py", SECRET),
@@ -135,14 +134,12 @@ DEFENCES = {
     "deep-noise-1": Arm("configs/demo.py", SECRET | DEEP | NOISE[1.0]),
     "eight-steps": Arm("configs/parallel.py", SECRET),
     "eight-steps-keep": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "keep"}),
-    "32-steps": Arm("configs/parallel.py", SECRET | {"federated.local_steps": 32} | SELDOM),
     "turns": Arm("configs/sequential.py", SECRET),
 }
 
 # How much of the body stands at the client: a body of four layers, since the demo's two leave one to move at most.
 FOUR = SECRET | {"model.num_layers": 4}
 DEPTHS = {f"client-{layers}": Arm("configs/demo.py", FOUR | {"model.client_layers": layers}) for layers in range(4)}
-DEPTHS["client-2-noise-0.5"] = Arm("configs/demo.py", FOUR | {"model.client_layers": 2} | NOISE[0.5])
 
 STUDIES = {
     "strategies": Study(
@@ -177,6 +174,7 @@ STUDIES = {
         arms=DEPTHS,
         baseline="client-0",
         changes=QUIET,
+        seeds=2,
         audited=True,
     ),
     "continued": Study(

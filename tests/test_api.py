@@ -159,6 +159,10 @@ def test_a_run_that_was_moved_takes_its_documents_again(run, tmp_path):
     shutil.copytree(run.workdir, tmp_path / "moved")
     moved = fb.Run(tmp_path / "moved", "text", CHANGES, documents=documents())
     assert moved.train(progress=False) is True and moved.round == 4
+    (tmp_path / "moved" / "documents.jsonl").unlink()
+    with pytest.raises(fb.UserError, match=r"documents: accepted by the run in .*: none, as documents.jsonl is gone"):
+        fb.Run(tmp_path / "moved", documents=documents()).train(progress=False)
+    assert fb.Run(tmp_path / "moved").train(progress=False) is True
 
 
 def test_ctrl_c_is_an_exception_once_the_round_is_saved(tmp_path):

@@ -155,7 +155,10 @@ class Run:
                             ) from error
                         seen.update(line)
                         file.write(line)
-                if Workdir(self.workdir).exists() and place.exists() and _digest(place) != seen.hexdigest():
+                begun = Workdir(self.workdir).exists()
+                if begun and not place.is_file():
+                    raise UserError(f"documents: accepted by the run in {self.workdir}: none, as {DOCUMENTS} is gone.")
+                if begun and _digest(place) != seen.hexdigest():
                     raise UserError(f"documents: they are not those that the run in {self.workdir} was begun with.")
                 os.replace(name, place)
             finally:

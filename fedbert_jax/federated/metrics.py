@@ -39,15 +39,14 @@ def not_finite(loss: jax.Array, norm: jax.Array) -> jax.Array:
     return (~(jnp.isfinite(loss) & jnp.isfinite(norm))).astype(jnp.int32)
 
 
-def lost(payload: Any, clients: int) -> jax.Array:
-    """Returns 1 for each client of whose part of what crossed a number is not finite: int32 [C].
+def lost(received: jax.Array, clients: int) -> jax.Array:
+    """Returns 1 for each client in whose part of what was received a number is not finite: int32 [C].
 
     Args:
-      payload: arrays [C, ...] or, where clients are treated as one, [1, C * B, ...].
+      received: [C, B, ...] or, where clients are treated as one, [1, C * B, ...].
       clients: C.
     """
-    numbers = [x.reshape(clients, -1) for x in jax.tree.leaves(payload) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.any(jnp.stack([~jnp.all(jnp.isfinite(x), axis=1) for x in numbers]), axis=0).astype(jnp.int32)
+    return jnp.any(~jnp.isfinite(received.reshape(clients, -1)), axis=1).astype(jnp.int32)
 
 
 def blame(failed: jax.Array, lost: jax.Array, weights: jax.Array) -> jax.Array:

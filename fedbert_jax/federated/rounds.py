@@ -77,7 +77,8 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
                 if as_one and len(cohort.weights) > 1:  # only the sum is needed, so none has a gradient of its own
                     batch, weights = pool(batch, weights), jnp.ones(1)
                 out = split_step(cut, model.client, model.server, batch, weights, keys, shared_client=True)
-                seen = (lost(out.messages["head_gradient"], len(ids)), recorder.step(batch, out))
+                dz = cut.channels.head_gradient.receive(out.messages["head_gradient"])
+                seen = (lost(dz, len(ids)), recorder.step(batch, out))
                 if as_one:
                     return (unsent, *seen), (out.loss[0], Pair(pick(out.client_grads, 0), out.server_grads))
                 client, unsent = add_up_with_feedback(channel, out.client_grads, weights, unsent)

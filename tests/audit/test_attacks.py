@@ -265,10 +265,13 @@ def test_rows_that_depend_on_their_context_are_read_by_statistics(bert):
     assert (inverter.Discriminant(pairs, VOCAB, 0.1, log_prior).likeliest(pairs.h[:2])[0][..., 0] == 7).all()
 
 
-def test_a_transformer_learns_from_what_stands_around(bert, monkeypatch):
-    """Where a block is one word throughout, its noisy rows are read better together than one by one."""
+@pytest.mark.parametrize("told_by", ["rows around", "place"])
+def test_a_transformer_learns_what_single_rows_do_not_tell(bert, monkeypatch, told_by):
+    """Noisy rows are read better where a block is one word throughout, or every other place has words of its own."""
     rng, (segments, client, _) = np.random.default_rng(1), bert
     tokens = np.repeat(rng.integers(5, 25, (420, 1)), LENGTH, axis=1)
+    if told_by == "place":
+        tokens = rng.integers(5, 15, (420, LENGTH)) + 10 * (np.arange(LENGTH) % 2)
     h = np.asarray(segments.embed(client, MaskedBatch(*[jnp.asarray(tokens)] * 4)))
     noisy = (h[380:] + 1.5 * rng.standard_normal(h[380:].shape)).astype(np.float32)
     pairs = inverter.Pairs(h[:380], tokens[:380])
@@ -294,8 +297,12 @@ def test_known_words_help_to_solve_a_cipher():
     theirs, public = text(150), text(150)
     name = rng.permutation(400)  # of each group, its word
     groups = np.argsort(name)[theirs]
+    alone = cipher.solve(groups, public, 400)[groups][..., 0] == theirs
+    few = np.where(np.arange(400) % 20 == 0, name, -1)  # the graph's matching begins, and leaves them alone
+    found = cipher.solve(groups, public, 400, few)[groups][..., 0]
+    assert (found == theirs)[few[groups] >= 0].all() and not np.isin(found[few[groups] < 0], few[few >= 0]).any()
     told = np.where(np.arange(400) % 3 == 0, name, -1)
-    alone, helped = (cipher.solve(groups, public, 400, known)[groups][..., 0] == theirs for known in (None, told))
+    helped = cipher.solve(groups, public, 400, told)[groups][..., 0] == theirs
     unknown = told[groups] < 0
     assert helped[~unknown].all() and helped[unknown].mean() > alone[unknown].mean() + 0.1
 

@@ -189,7 +189,7 @@ def test_a_report_and_a_comparison_have_it(audited, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
+def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path, capsys):
     tokenizer, glue = (write(tmp_path_factory.mktemp("glue")) for write in (write_tokenizer, write_glue))
     config = make_config(
         tokenizer,
@@ -200,6 +200,8 @@ def test_a_fine_tuned_task_is_read_too(tmp_path_factory, tmp_path):
     )
     assert finetune(config, tmp_path, Console(quiet=True)) == 0
     assert main([str(tmp_path), "--knows", "segment,known_text,old_segment,seed", "--out", f"{tmp_path}/audit", *SMALL]) == 0
+    rounds = read_audit(tmp_path)[0]["round"]
+    assert f"the text of round {rounds - 1} once more, by the model as it is after round {rounds}" in capsys.readouterr().out
     by = {(row["knows"], row["attack"]): row for row in read_audit(tmp_path)}
     assert by["segment", "nearest"]["exact"] == 1.0 and by["segment", "gradient"]["top1"] > 0.9
     assert by["segment", "gradient"]["floor_unigram"] >= 0.5 and by["seed", "nearest"]["top1"] > 0.5

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from tiny import VOCAB, assert_trees_close, make_simulation, tiny_config
 
+from fedbert_jax.audit import replay as replaying
 from fedbert_jax.audit.case import Case, Sizes
 from fedbert_jax.audit.groups import gather
 from fedbert_jax.audit.replay import log, replay
 from fedbert_jax.audit.source import Source
+from fedbert_jax.federated.split import StepResult
+from fedbert_jax.federated.wire import codec
 from fedbert_jax.runtime.simulation import Simulation
 
 STRATEGIES = {
@@ -83,6 +86,16 @@ def test_who_adds_up_numbers_under_pads_sees_no_words(case):
         assert isinstance(granted, str) and "under pads (privacy.averaging='blinded')" in granted
     else:
         assert granted == ({} if name != "sequential" else "nobody adds the clients' segments up")
+
+
+def test_the_sizes_of_gradients_are_those_that_cross():
+    """Behind int8 a small row of a large table's is what its own scale leaves of it."""
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 5)), jnp.float32)
+    out = StepResult(jnp.zeros(2), {"embeddings": {"word": {"embedding": table}}}, {}, {})
+    rounded = np.round(table / (np.abs(table).max(-1, keepdims=True) / 127)) * np.abs(table).max(-1, keepdims=True) / 127
+    for channel, sent in ((None, table), (codec("int8", jnp.float32), rounded)):
+        np.testing.assert_allclose(replaying.norms_of(out, channel), np.linalg.norm(sent, axis=-1), rtol=1e-6)
+    assert not np.allclose(np.linalg.norm(rounded, axis=-1), np.linalg.norm(table, axis=-1), rtol=1e-6)
 
 
 def test_what_is_kept_is_what_the_clients_sent(case):

@@ -14,8 +14,10 @@ from tiny import assert_trees_close, make_simulation, tiny_config
 
 import fedbert_jax
 from fedbert_jax.config import ARRANGEMENTS, Arrangement, from_dict, strategy_title
+from fedbert_jax.config.files import load_config
 from fedbert_jax.data.streams import Seeds, seeds_of
 from fedbert_jax.errors import ConfigError
+from fedbert_jax.federated.holding import holding
 
 PACKAGE = Path(fedbert_jax.__file__).parent
 
@@ -195,6 +197,35 @@ def test_a_registered_strategy_trains(row):
     assert not np.allclose(bias[0], bias[1]) and not np.allclose(bias[0], before[0].client["head"]["bias"])
     assert_trees_close(models[0].server, models[1].server)
     assert "segment" not in simulation.traffic() and "activations" in simulation.traffic()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_segment_of_ones_own_keeps_its_optimizer_whatever_happens_to_those_handed_on():
+    fedbert_jax.register("mine", clients="in turn", client="own", body="one")
+    how = ARRANGEMENTS["mine", "pooled", "parameters"]
+    assert holding(how, "reset").opt.client == holding(how, "average").opt.client == "own"
+    assert holding(ARRANGEMENTS["sequential", "pooled", "parameters"], "reset").opt.client == "none"
+
+
+@pytest.mark.usefixtures("registered")
+def test_bodies_averaged_at_the_server_are_nothing_that_clients_send_under_pads():
+    fedbert_jax.register("mine", clients="apart", client="own", body="copies")
+    with pytest.raises(
+        ConfigError, match=r"privacy\.averaging='blinded': accepted: 'plain' with federated\.strategy='mine'"
+    ):
+        tiny_config(federated=dict(strategy="mine", client_optimizer_state="reset"), privacy=dict(averaging="blinded"))
+
+
+def test_numpy_scalars_are_the_numbers_that_they_hold():
+    config = tiny_config(
+        federated=dict(local_steps=np.int64(3)), wire=dict(clip=np.float32(2.0)), mlm=dict(whole_word=np.bool_(True))
+    )
+    values = (config.federated.local_steps, config.wire.clip, config.mlm.whole_word)
+    assert values == (3, 2.0, True) and [*map(type, values)] == [int, float, bool]
+    with pytest.raises(ConfigError, match=r"federated\.local_steps=2\.5 is float; accepted: an integer"):
+        tiny_config(federated=dict(local_steps=np.float64(2.5)))
+    with pytest.raises(ConfigError, match="config key 1 does not exist"):
+        load_config("demo", {1: 2})  # type: ignore[dict-item]
 
 
 def test_titles_say_which_row_where_a_strategy_has_several():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from tiny import make_strategy, random_blocks, tiny_config
 
-from fedbert_jax.config import ARRANGEMENTS, Arrangement
+from fedbert_jax.config import ARRANGEMENTS, CODECS, Arrangement
 from fedbert_jax.devices.mesh import has_client_axis
 from fedbert_jax.federated import finite, rounds
 from fedbert_jax.federated.finite import first_to_fail, in_round, in_scores, in_state, not_finite
+from fedbert_jax.federated.metrics import blame
 from fedbert_jax.federated.state import Cohort, Pair, State
+from fedbert_jax.federated.wire import Channel
 
 NAN, INF = float("nan"), float("inf")
 NAMES = ("north", "south", "west")
@@ -140,3 +143,20 @@ def test_of_averaged_gradients_the_client_is_known_whose_rows_are_not_finite(wir
     _, metrics = jax.jit(rule.round)(state, Cohort(rows, jnp.arange(3), jnp.asarray(weights), jnp.int32(0)))
     assert metrics.failed.tolist() == failed
     assert first_to_fail(np.asarray(metrics.failed), config.federated.arrangement) == [1] * (max(failed) > 0)
+
+
+def test_who_is_absent_is_not_to_blame():
+    failed, rows = jnp.array([0, 1, 1]), jnp.array([[1, 1, 0], [1, 1, 0], [0, 1, 0]])
+    found = blame(failed, rows, jnp.array([0.5, 0.0, 0.5]))
+    assert found.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 1]]  # of the last step nobody is known
+
+
+WHOLE = Channel(lambda x, _: jnp.round(x * 1024).astype(jnp.int16), lambda n: n.astype(jnp.float32) / 1024)
+
+
+def test_a_codec_whose_payload_holds_whole_numbers_alone_is_looked_at_too():
+    with mock.patch.dict(CODECS, {"own": lambda dtype: WHOLE}):
+        _, rule, state = make_strategy(tiny_config(federated=dict(average="gradients"), wire=dict(codec="own")))
+        cohort = Cohort(random_blocks(0, 2, 3, 2), jnp.arange(3), jnp.full(3, 1 / 3), jnp.int32(0))
+        _, metrics = jax.jit(rule.round)(state, cohort)
+    assert metrics.failed.tolist() == [0, 0, 0] and np.isfinite(metrics.loss)
