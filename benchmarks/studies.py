@@ -36,7 +36,7 @@ class Study:
     baseline: str  # an arm
     changes: Changes = field(default_factory=dict)  # to every arm
     seeds: int = 3
-    needs: tuple[str, ...] = ()  # which of --model, --text and --glue
+    needs: tuple[str, ...] = ()  # which of --model, --text, --glue and --public
     # What the first seed's models are fine-tuned on, beside a random start (and the checkpoint).
     tasks: tuple[Tasks, ...] = ()
     audited: bool = False  # whether every run is audited, too
@@ -121,7 +121,8 @@ TURNS = {
 
 # What may keep text from whoever receives activations: each alone and in combinations, on the demo's data and tokens. The
 # clients' secret is the same number in all runs: what it hides is what the server can't compute, whatever the number is.
-SECRET = {"privacy.client_seed": 271828}
+SECRETS = (271828, 314159, 161803, 141421)
+SECRET = {"privacy.client_seed": SECRETS[0]}
 NOISE = {sigma: {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (0.5, 1.0, 2.0)}
 DEEP = {"model.client_layers": 1}
 DEFENCES = {
@@ -136,6 +137,19 @@ DEFENCES = {
     "eight-steps-keep": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "keep"}),
     "turns": Arm("configs/sequential.py", SECRET),
 }
+
+# Noise on averages grows with how many numbers there are, and falls with how many clients are in a round.
+HUNDRED = {
+    "data.tokenizer": "train:1024",
+    "data.seq_len": 32,
+    "data.partition.kind": "iid",
+    "federated.num_clients": 100,
+    "federated.clients_per_round": 25,
+    "federated.client_optimizer_state": "reset",
+    "federated.rounds": 40,
+    "client_optimizer.learning_rate": 2e-3,
+}
+DP = {"privacy.dp": "client", "privacy.dp_clip": 1.0}
 
 # How much of the body stands at the client: a body of four layers, since the demo's two leave one to move at most.
 FOUR = SECRET | {"model.num_layers": 4}
@@ -169,12 +183,50 @@ STUDIES = {
         changes=QUIET,
         audited=True,
     ),
+    "secrets": Study(
+        about="Whether a secret of the clients' changes what is learnt, on the demo's data and tokens: several secrets, "
+        "since each is another draw of initial values, masks and order.",
+        arms={"demo": Arm("configs/demo.py")}
+        | {f"secret-{n}": Arm("configs/demo.py", {"privacy.client_seed": secret}) for n, secret in enumerate(SECRETS)},
+        baseline="demo",
+        changes=QUIET,
+    ),
+    "codecs": Study(
+        about="What a codec of averaged gradients costs in learning, on the demo's data and tokens.",
+        arms={name: Arm("configs/demo.py", {"wire.gradient_codec": name}) for name in ("float32", "bfloat16", "int8")},
+        baseline="float32",
+        changes=QUIET,
+    ),
     "depths": Study(
         about="What layers at the client keep from whoever receives activations, on the demo's data and tokens.",
         arms=DEPTHS,
         baseline="client-0",
         changes=QUIET,
         seeds=2,
+        audited=True,
+    ),
+    "averages": Study(
+        about="What differential privacy of averages costs: the demo's text dealt to 100 clients, 25 a round.",
+        arms={
+            "plain": Arm("configs/parallel.py"),
+            "clipped": Arm("configs/parallel.py", DP | {"privacy.dp_noise": 1e-6}),
+            "noise-0.1": Arm("configs/parallel.py", DP | {"privacy.dp_noise": 0.1}),
+            "noise-1": Arm("configs/parallel.py", DP | {"privacy.dp_noise": 1.0}),
+        },
+        baseline="plain",
+        changes=QUIET | HUNDRED,
+    ),
+    "checkpoint": Study(
+        about="What can be read off a model that is trained on from a public checkpoint, on film reviews, with none of its "
+        "layers at the client and with one.",
+        arms={
+            f"client-{layers}": Arm("configs/continue.py", {"federated.strategy": "parallel", "model.client_layers": layers})
+            for layers in range(2)
+        },
+        baseline="client-0",
+        changes=QUIET | FILMS | CONTINUED | SIXTEEN | {"federated.rounds": 40},
+        seeds=1,
+        needs=("model", "text", "public"),
         audited=True,
     ),
     "continued": Study(

@@ -43,13 +43,14 @@ def glue_command(model: Path, glue: Path, tasks: Tasks, seeds: int, workdir: Pat
     return command + (["--random-start"] if random else [])
 
 
-def audits(runs: dict[str, dict[int, Path]], root: Path, at_once: int, say: Any) -> str:
-    """Audits runs, and returns the price list as Markdown."""
+def audits(runs: dict[str, dict[int, Path]], root: Path, at_once: int, say: Any, text: Path | None) -> str:
+    """Audits runs, with `text` as public text if there is any, and returns the price list as Markdown."""
     from fedbert_jax.report import audits, comparison
 
     workdirs = [path for by_seed in runs.values() for path in by_seed.values()]
+    flags = [] if text is None else ["--public", f"text:{text}"]
     all_of(
-        {f"audit-{path.name}": [sys.executable, "-m", "fedbert_jax.audit", str(path)] for path in workdirs},
+        {f"audit-{path.name}": [sys.executable, "-m", "fedbert_jax.audit", *flags, str(path)] for path in workdirs},
         root,
         at_once,
         say,
@@ -188,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint, a Hugging Face BERT directory")
     parser.add_argument("--text", type=Path, help="JSON lines with the fields text and movie")
     parser.add_argument("--glue", type=Path, help="GLUE's folder")
+    parser.add_argument("--public", type=Path, help="text that whoever reads messages has, with the same fields")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too")
     args, more = parser.parse_known_args(arguments)
     if unknown := [c for c in more if not c.startswith("--config.")]:
@@ -201,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = study.seeds if args.seeds is None else args.seeds
     if seeds < 1 or args.glue_seeds < 1 or args.jobs < 1:
         parser.error("--seeds, --glue-seeds and --jobs: accepted: at least 1")
-    places = {name: getattr(args, name).resolve() for name in ("model", "text", "glue") if getattr(args, name)}
+    places = {name: getattr(args, name).resolve() for name in ("model", "text", "glue", "public") if getattr(args, name)}
     root = (args.workdir or Path("runs") / args.name).resolve()
     root.mkdir(parents=True, exist_ok=True)
     console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -220,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {"study": args.name, "machine": facts, "changes": more, "pretraining": numbers}
     said = [study.about, text]
     if study.audited:
-        said.append(audits(runs, root, args.jobs, console.print))
+        said.append(audits(runs, root, args.jobs, console.print, places.get("public")))
     if study.tasks:
         any_model = places.get("model", runs[study.baseline][0] / "hf")
         starts = {RANDOM: any_model} | ({CHECKPOINT: places["model"]} if "model" in study.needs else {})

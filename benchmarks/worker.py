@@ -6,6 +6,7 @@ The parent writes one JSON object per line to the child's standard input, and re
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -21,6 +22,8 @@ from benchmarks.flops import Flops
 from benchmarks.pairs import Side
 from benchmarks.sizes import Size
 
+ROOT = Path(__file__).parents[1]
+
 
 class Worker:
     """The parent's end of a child that holds one side.
@@ -28,10 +31,11 @@ class Worker:
     Args:
       spec: the first object that the child reads; its `name` is for messages.
       module: what the child runs.
+      checkout: whose code it runs.
     """
 
-    def __init__(self, spec: dict[str, Any], module: str = "benchmarks.worker"):
-        self._spec, self._module = spec, module
+    def __init__(self, spec: dict[str, Any], module: str = "benchmarks.worker", checkout: Path = ROOT):
+        self._spec, self._module, self._checkout = spec, module, checkout
         self._child: subprocess.Popen[str] | None = None
 
     def start(self) -> dict[str, Any]:
@@ -46,7 +50,8 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=self._checkout,
+            env=os.environ | {"PYTHONPATH": str(self._checkout)},  # rather than what is installed
         )
         self.ask(self._spec)
 
@@ -93,9 +98,13 @@ class Worker:
             self._child = None
 
 
-def remote_side(name: str, size: Size) -> Side:
+def remote_side(name: str, size: Size, checkout: Path = ROOT) -> Side:
     """Makes a side that lives in a child; when it rests, the child ends, and the next one starts from new weights."""
-    worker = Worker({"name": name, "size": vars(size)})
+    fields = {field.name: field.default for field in dataclasses.fields(size)}
+    changed = {
+        key: value for key, value in vars(size).items() if value != fields[key]
+    }  # the other checkout may lack the rest
+    worker = Worker({"name": name, "size": changed}, checkout=checkout)
 
     def built() -> dict[str, Any]:
         try:

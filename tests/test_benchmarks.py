@@ -9,6 +9,7 @@ import io
 import json
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    against,
     clients,
     compiling,
     federation,
@@ -44,6 +46,7 @@ from benchmarks import (
     tables,
     traffic,
     watch,
+    worker,
 )
 from benchmarks.suites import SUITES
 from fedbert_jax.data.masking import mask_blocks
@@ -171,6 +174,46 @@ def test_compiling_is_timed_in_fresh_processes(monkeypatch):
     result = measure.Bench({"tiny": SMALLEST}, samples=7).measure(row)
     assert result["values"] == [19.0, 20.0, 21.0] and closed == ["parallel"] * 3
     assert not result["met"] and tables.verdict(result) == "missed by 0.0 s"
+
+
+def test_another_checkout_is_timed_in_pairs(monkeypatch, tmp_path, capsys):
+    """Each side's code comes from its own checkout, and what is slower there gives a ratio above 1."""
+    begun = []
+
+    def remote(name, size, checkout=against.ROOT):
+        begun.append(checkout)
+        slower = 1.5 if checkout == tmp_path else 1.0
+        made = dataclasses.replace(side(name), compile_seconds=8 * slower)
+        made.timed = lambda: made.losses.append(2.0) or 1e-6 * slower  # a token
+        return made
+
+    monkeypatch.setattr(against, "remote_side", remote)
+    monkeypatch.setattr(against.machine, "keep_freed_memory", lambda: None)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "worker.py").write_text("")
+    against.main([str(tmp_path), "--sides", "parallel", "--compiled", "fast", "--samples", "3"])
+    here, there = against.ROOT, tmp_path
+    assert begun == [here, there, *(here, there), *(there, here), *(here, there)]
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| parallel")]
+    times = [f"{1e-3 * sizes.SIZES['small'].tokens * slower:.1f}" for slower in (1.0, 1.5)]
+    assert [row[1:] for row in rows] == [[*side, "1.500", "1.500 to 1.500"] for side in (times, ["8.00", "12.00"])]
+    for wrong in ([str(tmp_path / "none")], [str(tmp_path), "--sides", "hf"], [str(tmp_path), "--samples", "0"]):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            against.main(wrong)
+
+
+@pytest.mark.slow
+def test_a_side_runs_the_code_of_its_checkout(tmp_path):
+    """Even though the package is installed; and a setting that the other checkout doesn't know is left to it."""
+    for folder in ("benchmarks", "fedbert_jax"):
+        shutil.copytree(against.ROOT / folder, tmp_path / folder)
+    older = tmp_path / "benchmarks" / "sizes.py"
+    older.write_text(older.read_text().replace("    unroll: bool = True", "    unroll = True"))
+    with (tmp_path / "fedbert_jax" / "__init__.py").open("a") as file:
+        file.write('\nraise RuntimeError("the other one")\n')
+    with pytest.raises(RuntimeError, match="the other one"):
+        worker.remote_side("centralized", SMALLEST, tmp_path)
+    assert worker.remote_side("centralized", SMALLEST).compile_seconds > 0
 
 
 @pytest.mark.slow
@@ -675,6 +718,17 @@ def test_a_study_audits_what_it_has_trained(tmp_path, commands, capsys):
     assert audited == ["demo-0", "demo-1", "deep-0", "deep-1"] and len(commands) == 8
     text = capsys.readouterr().out
     assert "| run | audited | seed, tokens |" in text and "4 of 4 | 50.6 % ± 0.1 %" in text
+    assert not any("--public" in c for c in commands)
+
+
+def test_a_study_is_audited_with_the_public_text_that_it_is_given(tmp_path, commands):
+    """Its runs train on other text, from the checkpoint that is given."""
+    places = [f"--{name}={tmp_path / name}" for name in ("model", "text", "public")]
+    study.main(["checkpoint", "--workdir", str(tmp_path / "w"), *places])
+    audited = [c for c in commands if "fedbert_jax.audit" in c]
+    assert [Path(c[-1]).name for c in audited] == ["client-0-0", "client-1-0"]
+    assert all(c[c.index("--public") + 1] == f"text:{tmp_path / 'public'}" for c in audited)
+    assert all(f"--config.data.source=text:{tmp_path / 'text'}" in c for c in commands if "fedbert_jax.main" in c)
 
 
 def test_a_study_stops_with_a_command_that_fails(tmp_path, commands):
@@ -726,6 +780,7 @@ def test_losses_over_other_vocabularies_are_not_compared(tmp_path, monkeypatch):
         ("bf16 --seeds 0", "at least 1"),
         ("bf16 --arms bfloat16", "float32 among them"),
         ("continued", "needs --model"),
+        ("checkpoint --model=x --text=x", "needs --public"),
         ("bf16 --rounds 3", "--rounds: accepted"),
     ],
 )

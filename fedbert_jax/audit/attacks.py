@@ -70,6 +70,10 @@ def _noisy(view: View) -> bool:
     return view.public.noise > 0
 
 
+def _hazy(view: View) -> bool:
+    return view.public.gradient_noise > 0
+
+
 def _blurred(view: View) -> bool:
     return _noisy(view) or _deep(view)
 
@@ -148,6 +152,16 @@ def predicted(view: View) -> np.ndarray:
     return labels.read_labels(view.public.segments, view.segment, m.z, m.dz)
 
 
+def expected(view: View) -> np.ndarray:
+    """The label that the model's prediction and a noisy dL/dz make likeliest together."""
+    m, public = view.messages, view.public
+    assert m.z is not None and m.dz is not None and view.segment is not None
+    noise, clip = public.gradient_noise, public.gradient_clip
+    if not noise:  # what rounding adds, more or less
+        noise = 1e-5 * float(np.sqrt(np.mean(np.square(m.dz))))
+    return labels.weigh_labels(public.segments, view.segment, m.z, m.dz, noise, clip)
+
+
 def by_known_text(view: View) -> np.ndarray:
     """The word whose rows, in blocks of known text, are nearest."""
     assert view.known is not None
@@ -181,6 +195,7 @@ ATTACKS: list[Attack] = [
     Attack("decoded", TABLES, decoded, needs_text=True, adds=_blurred),
     Attack("transformer", ("segment",), transformer, needs_text=True, adds=_blurred),
     Attack("gradient", TABLES, predicted, of="labels", works=_classes),
+    Attack("gradient and model", TABLES, expected, of="labels", works=_classes, adds=_hazy),
     Attack("known words", ("known_text",), by_known_text),
     Attack("known words and cipher", ("known_text",), by_both_texts, needs_text=True),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),

@@ -110,6 +110,8 @@ class Case:
             kinds=min(setting.segments.config.type_vocab_size, 2) if source.config.labelled else 1,
             clip=source.config.wire.clip,
             noise=_noise(source.config),
+            gradient_clip=source.config.wire.gradient_clip,
+            gradient_noise=source.config.wire.gradient_noise,
         )
         model = make_strategy(setting).model_of(source.state, jnp.int32(0))
         log = Log(self.log[0], facts.noise, facts.segments.config.client_layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.models.bert import ClientParams, Segments
 
 LIKELY = 256  # labels whose direction is compared exactly
+WAYS = 16  # of a Jacobian, those in which it is longest
 
 
 def read_labels(segments: Segments, params: ClientParams, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
@@ -21,34 +24,117 @@ def read_labels(segments: Segments, params: ClientParams, z: np.ndarray, dz: np.
     each label's direction is compared with the one that came; its length, which also depends on how many positions are
     predicted, doesn't matter.
     """
+    factors = _factors(segments, params)
+
+    def one(z: jax.Array, dz: jax.Array) -> jax.Array:
+        _, apart, jacobian = factors(z)
+        likely = _near(apart, jacobian, dz)
+        rows = apart[likely] @ jacobian
+        return _best(likely, (rows @ dz) / (jnp.linalg.norm(rows, axis=1) + 1e-30))
+
+    return np.asarray(_each(one, z, dz)).reshape(*z.shape[:2], GUESSES)
+
+
+def weigh_labels(
+    segments: Segments, params: ClientParams, z: np.ndarray, dz: np.ndarray, noise: float, clip: float | None
+) -> np.ndarray:
+    """Returns the likeliest labels, int [R, M, 5], if dL/dz came with noise: by Bayes, with what the model predicts.
+
+    By z, the model gives label y the probability p_y; dL/dz is then s J'W'(p - e_y), clipped, and noise. The factor s is the
+    one with which rows have the mean square that came, if labels are as frequent as the model expects.
+
+    Args:
+      segments: the model's.
+      params: a client segment.
+      z: float [R, M, D], message 2.
+      dz: float [R, M, D], message 3.
+      noise: standard deviation of what was added to each number of dz; above 0.
+      clip: the norm to which rows were clipped before that; None: they were not.
+    """
+    factors, most = _factors(segments, params), math.inf if clip is None else clip
+
+    def length(z: jax.Array, key: jax.Array) -> jax.Array:
+        logits, apart, jacobian = factors(z)
+        return jnp.linalg.norm(apart[jax.random.categorical(key, logits)] @ jacobian)
+
+    keys = jax.random.split(jax.random.key(0), math.prod(z.shape[:2]))
+    lengths = np.asarray(_each(length, z, keys), np.float64)
+    square = np.mean(np.sum(np.square(dz, dtype=np.float64), axis=-1)) - dz.shape[-1] * noise**2
+    scale = _scale(lengths, float(square), most)
+
+    def one(z: jax.Array, dz: jax.Array) -> jax.Array:
+        logits, apart, jacobian = factors(z)
+        near, expected = _near(apart, jacobian, dz), jax.lax.top_k(logits, min(LIKELY, len(logits)))[1]
+        again = jnp.concatenate([jnp.zeros(len(near), bool), jnp.isin(expected, near)])
+        likely = jnp.concatenate([near, expected])
+        rows = scale * (apart[likely] @ jacobian)
+        rows *= jnp.minimum(1.0, most / (jnp.linalg.norm(rows, axis=1, keepdims=True) + 1e-30))
+        squares = jnp.sum(rows * (rows - 2 * dz[None]), axis=1)  # |dz - row|^2 - |dz|^2
+        return _best(likely, jnp.where(again, -jnp.inf, logits[likely] - squares / (2 * noise**2)))
+
+    return np.asarray(_each(one, z, dz)).reshape(*z.shape[:2], GUESSES)
+
+
+def _scale(lengths: np.ndarray, square: float, most: float) -> float:
+    """Returns the factor with which lengths that are cut off at `most` have a mean square; 0 if that is negative."""
+    low, high = 0.0, 1e6 * math.sqrt(max(square, 0.0)) / (float(lengths.mean()) + 1e-30)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.mean(np.minimum(middle * lengths, most) ** 2) < square else (low, middle)
+    return low
+
+
+def _factors(segments: Segments, params: ClientParams) -> Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Returns a function from z to the logits [V], and two matrices whose product has dL/dz for each label, [V, D]."""
     head = lambda params, z: segments.predict(params, z[None, None].astype(segments.dtype))[0, 0]  # noqa: E731
     table = params["embeddings"]["word"]["embedding"]
-    classes = "classifier" in params
-    if not classes:
-        # With the unit matrix for a word table and no bias, the logits are x(z) itself.
-        unit = jnp.eye(table.shape[1], dtype=table.dtype)
-        plain: Any = {
-            **params,
-            "embeddings": {**params["embeddings"], "word": {"embedding": unit}},
-            "head": {**params["head"], "bias": jnp.zeros(len(unit), table.dtype)},
-        }
+    if "classifier" in params:
 
-    def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        z, dz = pair
-        p = jax.nn.softmax(head(params, z))
-        if classes:
-            jacobian = jax.jacrev(lambda z: head(params, z))(z)  # [V, D]
-            rows, likely = (p @ jacobian)[None] - jacobian, jnp.arange(len(p))
-        else:
-            jacobian = jax.jacrev(lambda z: head(plain, z))(z)  # [D, D]
-            apart = (p @ table)[None] - table  # W'(p - e_y), for each y
-            # All products with dz, but lengths for the likeliest alone: these take a product with J each.
-            near = (apart @ (jacobian @ dz)) / (jnp.linalg.norm(apart, axis=1) + 1e-30)
-            likely = jax.lax.top_k(near, min(LIKELY, len(p)))[1]
-            rows = apart[likely] @ jacobian
-        likeness = (rows @ dz) / (jnp.linalg.norm(rows, axis=1) + 1e-30)
-        found = likely[jax.lax.top_k(likeness, min(GUESSES, len(likeness)))[1]]
-        return jnp.pad(found, (0, GUESSES - len(found)), mode="edge")
+        def of_classes(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            logits = head(params, z)
+            return logits, jax.nn.softmax(logits)[None] - jnp.eye(len(logits)), jax.jacrev(lambda z: head(params, z))(z)
 
-    flat = (jnp.asarray(z).reshape(-1, z.shape[-1]), jnp.asarray(dz).reshape(-1, z.shape[-1]))
-    return np.asarray(jax.jit(lambda pairs: jax.lax.map(one, pairs))(flat)).reshape(*z.shape[:2], GUESSES)
+        return of_classes
+    # With the unit matrix for a word table and no bias, the logits are x(z) itself.
+    unit = jnp.eye(table.shape[1], dtype=table.dtype)
+    plain: Any = {
+        **params,
+        "embeddings": {**params["embeddings"], "word": {"embedding": unit}},
+        "head": {**params["head"], "bias": jnp.zeros(len(unit), table.dtype)},
+    }
+
+    def of_words(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits = head(params, z)
+        return logits, (jax.nn.softmax(logits) @ table)[None] - table, jax.jacrev(lambda z: head(plain, z))(z)
+
+    return of_words
+
+
+def _near(apart: jax.Array, jacobian: jax.Array, dz: jax.Array) -> jax.Array:
+    """Returns the labels whose direction, `apart` [V, A] times the Jacobian [A, D], is likeliest, [LIKELY].
+
+    All products with dz are exact. Exact lengths would take a product with the Jacobian for each label, so these are
+    estimated: exact in the ways in which the Jacobian is longest (found by two steps of subspace iteration), average in the
+    others. Where a model has learnt little, a few ways are nearly all there is.
+    """
+    ways = jax.random.normal(jax.random.key(0), (len(jacobian), min(WAYS, *jacobian.shape)), jacobian.dtype)
+    for _ in range(2):
+        ways = jnp.linalg.qr(jacobian @ (jacobian.T @ ways))[0]
+    longest, along = ways.T @ jacobian, apart @ ways
+    others = jnp.maximum(jnp.sum(jacobian**2) - jnp.sum(longest**2), 0) / max(len(jacobian) - ways.shape[1], 1)
+    beside = jnp.maximum(jnp.sum(apart**2, axis=1) - jnp.sum(along**2, axis=1), 0)
+    lengths = jnp.sqrt(jnp.sum((along @ longest) ** 2, axis=1) + others * beside)
+    near = (apart @ (jacobian @ dz)) / (lengths + 1e-30)
+    return jax.lax.top_k(near, min(LIKELY, len(near)))[1]
+
+
+def _best(labels: jax.Array, scores: jax.Array) -> jax.Array:
+    found = labels[jax.lax.top_k(scores, min(GUESSES, len(scores)))[1]]
+    return jnp.pad(found, (0, GUESSES - len(found)), mode="edge")
+
+
+def _each(function: Callable[[jax.Array, jax.Array], jax.Array], z: np.ndarray, other: Any) -> jax.Array:
+    """Returns what a function of a row of z, and of something else, gives for each position."""
+    rows = jnp.asarray(z).reshape(-1, z.shape[-1])
+    others = other if jnp.issubdtype(other.dtype, jax.dtypes.prng_key) else jnp.asarray(other).reshape(rows.shape)
+    return jax.jit(lambda pairs: jax.lax.map(lambda pair: function(*pair), pairs))((rows, others))

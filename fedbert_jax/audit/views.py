@@ -101,6 +101,8 @@ class Public:
       kinds: of tokens: 2 where there are sentence pairs, otherwise 1.
       clip: `wire.clip`.
       noise: standard deviation of what the clients add to rows, dropout included.
+      gradient_clip: `wire.gradient_clip`.
+      gradient_noise: `wire.gradient_noise`.
     """
 
     segments: Segments
@@ -111,6 +113,8 @@ class Public:
     kinds: int
     clip: float | None
     noise: float
+    gradient_clip: float | None = None
+    gradient_noise: float = 0.0
 
     @functools.cached_property
     def words(self) -> np.ndarray:

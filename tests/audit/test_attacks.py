@@ -140,6 +140,60 @@ def test_labels_are_read_off_the_gradient_that_jax_computes(bert, codec):
     assert (found[..., 0] == np.asarray(asked)).mean() > (0.99 if codec == "float32" else 0.9)
 
 
+def test_labels_are_read_off_a_model_that_has_learnt_little(bert, monkeypatch):
+    """Its head knows hardly more than one direction, by which most labels differ little from one another, and few are looked
+    at exactly."""
+    monkeypatch.setattr(labels, "LIKELY", 5)
+    segments, client, _ = bert
+    dense = client["head"]["dense"]["kernel"]
+    one = 3 * jnp.outer(jnp.linspace(-1, 1, len(dense)), jnp.linspace(1, -0.5, len(dense)))
+    client = {**client, "head": {**client["head"], "dense": {**client["head"]["dense"], "kernel": one + 1e-3 * dense}}}
+    z = jax.random.normal(jax.random.key(3), (40, 3, 16))
+    asked = jax.random.randint(jax.random.key(4), (40, 3), 5, VOCAB)
+    batch = MaskedBatch(asked, asked, asked, jnp.ones(asked.shape))
+    dz = jax.grad(lambda z: segments.loss(client, z, batch))(z)
+    found = labels.read_labels(segments, client, np.asarray(z), np.asarray(dz))
+    assert (found[..., 0] == np.asarray(asked)).mean() > 0.95
+
+
+@pytest.mark.parametrize("clip, outputs", [(None, 0), (0.004, 0), (None, 3)])
+def test_labels_under_noise_are_those_of_bayes_rule(bert, clip, outputs):
+    """Compared with every label's own gradient, as jax computes it, and its probability, in float64.
+
+    Labels are as frequent as the model says. Alone, neither prediction nor gradient finds as many.
+    """
+    segments, client, _ = bert
+    if outputs:
+        segments = make_segments(CONFIG, outputs=outputs)
+        client = segments.init(jax.random.key(1), jax.random.key(2))[0]
+        client = {**client, "classifier": jax.tree.map(lambda x: x * 20, client["classifier"])}
+    rows, asked = 80, 1 if outputs else 3
+    z = jax.random.normal(jax.random.key(3), (rows, asked, 16))
+    logits = segments.predict(client, z)
+    drawn = jax.random.categorical(jax.random.key(4), logits)
+
+    def loss(z, labels):
+        return segments.loss(client, z, MaskedBatch(labels, labels, labels, jnp.ones(labels.shape)))
+
+    every = jnp.arange(logits.shape[-1])
+    of = np.asarray(jax.lax.map(lambda y: jax.grad(loss)(z, jnp.full(drawn.shape, y)), every), np.float64)  # [V, R, M, D]
+    if clip is not None:
+        assert (np.linalg.norm(of, axis=-1) > clip).mean() > 0.1
+        of *= np.minimum(1, clip / np.linalg.norm(of, axis=-1, keepdims=True))
+    where = tuple(np.ogrid[:rows, :asked])
+    sigma = (2.0 if outputs else 1.0) * of[(np.asarray(drawn), *where)].std()
+    dz = of[(np.asarray(drawn), *where)] + sigma * np.random.default_rng(0).standard_normal(z.shape)
+    likelihood = -np.square(dz - of).sum(axis=-1) / (2 * sigma**2)
+    posterior = np.asarray(jax.nn.log_softmax(logits), np.float64) + np.moveaxis(likelihood, 0, -1)
+
+    found = labels.weigh_labels(segments, client, np.asarray(z), dz.astype(np.float32), float(sigma), clip)
+    right = (found[..., 0] == np.asarray(drawn)).mean()
+    assert found.shape == (rows, asked, 5) and (found[..., 0] == posterior.argmax(axis=-1)).mean() > 0.97
+    alone = labels.read_labels(segments, client, np.asarray(z), dz.astype(np.float32))
+    assert right > (alone[..., 0] == np.asarray(drawn)).mean() + 0.02
+    assert right > float((logits.argmax(axis=-1) == drawn).mean()) + 0.02
+
+
 def test_classes_are_read_off_the_gradient(bert):
     segments = make_segments(CONFIG, outputs=3)
     client, _ = segments.init(jax.random.key(1), jax.random.key(2))

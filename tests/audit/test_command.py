@@ -13,6 +13,7 @@ from rich.console import Console
 from sentences import make_config, write_glue, write_tokenizer
 from test_main import load
 
+from benchmarks import controls
 from fedbert_jax import compare
 from fedbert_jax.audit.attacks import KINDS
 from fedbert_jax.audit.case import Case, Sizes
@@ -143,6 +144,12 @@ def test_what_is_supposed_stays_apart(audited, capsys):
     assert read_audit(workdir) == rows
     (noisy,) = json.loads((workdir / "audit/knows=segment/attacks=nearest/wire.noise=3.0/audit.json").read_text())
     assert noisy["top1"] < 0.9 and "supposing wire.noise=3.0" in capsys.readouterr().out
+    assert main([str(workdir), "--knows", "segment", "--config.wire.gradient_noise=0.004", *SMALL]) == 0
+    hazy = json.loads((workdir / "audit/knows=segment/wire.gradient_noise=0.004/audit.json").read_text())
+    read = {row["attack"]: row["top1"] for row in hazy if row["of"] == "labels"}
+    clear = {row["attack"]: row["top1"] for row in rows if row["of"] == "labels" and row["knows"] == "segment"}
+    assert clear.keys() == {"gradient"} and read.keys() == {"gradient", "gradient and model"}
+    assert 0.1 < max(read.values()) < clear["gradient"]
 
 
 @pytest.mark.parametrize("content", ["5", "[5]", '[{"knows": "x", "attack": "y", "of": "z", "top1": "abc"}]', "{"])
@@ -153,8 +160,8 @@ def test_a_damaged_audit_is_no_audit(content, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_seed_that_everybody_knows_reads_the_text_and_all_hidden_states_are_read_too(corpus, tmp_path):
-    """A run without a secret of the clients', to whom all hidden states come back."""
+def test_a_seed_that_everybody_knows_reads_the_text_and_all_hidden_states_are_read_too(corpus, tmp_path, capsys):
+    """A run without a secret of the clients', to whom all hidden states come back. Other seeds and blocks give nothing."""
     config = load(corpus, federated__rounds=6, wire__downlink="all", model__num_layers=1)
     assert train(config, tmp_path, Console(quiet=True)) == 0
     assert (
@@ -169,6 +176,11 @@ def test_a_seed_that_everybody_knows_reads_the_text_and_all_hidden_states_are_re
     assert labels["top1"] > 0.98 and labels["of"] == "labels" and labels["given"] == {
         "blocks": 12, "log": 60, "known_blocks": 3, "public": "", "divergence": None,
     }  # fmt: skip
+    capsys.readouterr()
+    controls.main([str(tmp_path), "--blocks", "12", "--log", "60"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| the ")]
+    shares = [float(row[2].rstrip("%")) for row in rows]
+    assert min(shares[0:2]) > 80 and max(shares[2:8]) < 5 and shares[8] == 100 and shares[9] < 20 and len(rows) == 10
 
 
 def test_a_report_and_a_comparison_have_it(audited, tmp_path, capsys):
