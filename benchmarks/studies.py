@@ -205,6 +205,18 @@ STUDIES = {
         seeds=2,
         audited=True,
     ),
+    "labels": Study(
+        about="What noise on the gradients that clients send back hides of labels, on the demo's data and tokens.",
+        arms={"clear": Arm("configs/demo.py", SECRET)}
+        | {
+            f"noise-{sigma:g}": Arm("configs/demo.py", SECRET | {"wire.gradient_noise": sigma, "wire.gradient_clip": 0.05})
+            for sigma in (0.0005, 0.0015, 0.005)
+        },
+        baseline="clear",
+        changes=QUIET,
+        seeds=2,
+        audited=True,
+    ),
     "averages": Study(
         about="What differential privacy of averages costs: the demo's text dealt to 100 clients, 25 a round.",
         arms={

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import fedbert_jax
 from benchmarks import __main__ as command
 from benchmarks import (
     against,
@@ -42,6 +43,7 @@ from benchmarks import (
     sides,
     sizes,
     steps,
+    studies,
     study,
     tables,
     traffic,
@@ -647,6 +649,15 @@ def test_a_study_judges_by_the_seeds_spread():
 
 def test_two_means_differ_by_more_than_both_deviations():
     assert study.differs([1.0, 2.0, 3.0], [4.1, 5.1, 6.1]) and not study.differs([1.0, 2.0, 3.0], [2.9, 3.9, 4.9])
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_a_studys_configs_are_accepted(name):
+    """Before a study has trained for an hour, and stops at an arm's mistake."""
+    chosen = studies.STUDIES[name]
+    for arm in chosen.arms.values():
+        changes = {"fill_mask": (), **chosen.changes, **arm.changes}
+        fedbert_jax.load_config(arm.config, {k: () if v == "()" else v for k, v in changes.items()})
 
 
 @pytest.fixture
