@@ -22,7 +22,8 @@ from benchmarks.worker import ROOT, remote_side
 
 def steps(name: str, size: str, other: Path, samples: int) -> tuple[str, ...]:
     """Returns a side's name, its milliseconds per step here and there, and how many times as fast it is here."""
-    here, there = remote_side(name, SIZES[size]), remote_side(name, SIZES[size], other)
+    here = remote_side(name, SIZES[size])
+    there = remote_side(name, SIZES[size], other)
     try:
         found = compare(Row(name, name, name, size=size), here, there, SIZES[size].tokens, samples)
     finally:
@@ -72,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(machine.describe(machine.facts(machine.limit_cores(None))))
     columns = ("here:", "there:", "there / here:", "quartiles:")
     for title, measure, size in (("ms a step", steps, args.size), ("s to compile", compiling, args.compiled)):
-        rows = [measure(name, size, other, args.samples) for name in names]
+        try:
+            rows = [measure(name, size, other, args.samples) for name in names]
+        except RuntimeError as e:  # the side's process has said more
+            raise SystemExit(str(e)) from e
         print("\n" + markdown((f"{size}, {title}", *columns), rows), flush=True)
 
 

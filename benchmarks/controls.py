@@ -15,9 +15,11 @@ import jax
 import numpy as np
 
 from benchmarks.tables import markdown
+from fedbert_jax import cli
 from fedbert_jax.audit import attacks
 from fedbert_jax.audit.case import Case, Sizes
 from fedbert_jax.audit.source import drawn, open_source
+from fedbert_jax.errors import UserError
 
 SEEDS = 3
 
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = open_source(args.workdir, None, {})
     case = Case(source, Sizes(args.blocks, args.log), "", print)
     truth, seed = case.replay.truth, source.config.seed
+    if isinstance(found := source.segments["seed"](), str):
+        raise UserError(f"{args.workdir}: {found}; accepted: a run that began with random numbers.")
 
     def right(segment: object, attack: attacks.Attack, other: int = 0) -> float:
         guesses = attack.guess(dataclasses.replace(case.view, segment=jax.device_get(segment)))[..., 0]
@@ -38,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return float((guesses == np.roll(truth.tokens, other, axis=0))[where].mean())
 
     nearest, likeness = (attack for attack in attacks.ATTACKS if attack.name in ("nearest", "likeness"))
+    if not nearest.works(case.view):
+        raise UserError(f"{args.workdir}: accepted: a run with model.client_layers=0.")
     rows = []
     for n in range(SEEDS + 1):
         config = dataclasses.replace(source.config, seed=seed + n)
@@ -46,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (whose, attack.name, f"{right(drawn(config, source.setting), attack):.2%}") for attack in (nearest, likeness)
         ]
     half = len(truth.tokens) // 2
-    found = source.segments["segment"]()
-    if not isinstance(found, str):
+    if not isinstance(found := source.segments["segment"](), str):
         rows.append(("the segment", nearest.name, f"{right(found, nearest):.2%}"))
         rows.append(
             ("the segment, compared with the text of other blocks", nearest.name, f"{right(found, nearest, half):.2%}")
@@ -57,4 +62,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -120,7 +120,7 @@ TURNS = {
 }
 
 # What may keep text from whoever receives activations: each alone and in combinations, on the demo's data and tokens. The
-# clients' secret is the same number in all runs: what it hides is what the server can't compute, whatever the number is.
+# clients' secret is the same number in all these: what it hides is what the server can't compute, whatever the number is.
 SECRETS = (271828, 314159, 161803, 141421)
 SECRET = {"privacy.client_seed": SECRETS[0]}
 NOISE = {sigma: {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (0.5, 1.0, 2.0)}

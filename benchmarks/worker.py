@@ -51,7 +51,6 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=self._checkout,
-            env=os.environ | {"PYTHONPATH": str(self._checkout)},  # rather than what is installed
         )
         self.ask(self._spec)
 
@@ -101,9 +100,8 @@ class Worker:
 def remote_side(name: str, size: Size, checkout: Path = ROOT) -> Side:
     """Makes a side that lives in a child; when it rests, the child ends, and the next one starts from new weights."""
     fields = {field.name: field.default for field in dataclasses.fields(size)}
-    changed = {
-        key: value for key, value in vars(size).items() if value != fields[key]
-    }  # the other checkout may lack the rest
+    # What has its default is left out: another checkout may not have the field.
+    changed = {key: value for key, value in vars(size).items() if value != fields[key]}
     worker = Worker({"name": name, "size": changed}, checkout=checkout)
 
     def built() -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _noisy(view: View) -> bool:
 
 
 def _hazy(view: View) -> bool:
-    return view.public.gradient_noise > 0
+    return _classes(view) and view.public.gradient_noise > 0
 
 
 def _blurred(view: View) -> bool:
@@ -156,10 +156,7 @@ def expected(view: View) -> np.ndarray:
     """The label that the model's prediction and a noisy dL/dz make likeliest together."""
     m, public = view.messages, view.public
     assert m.z is not None and m.dz is not None and view.segment is not None
-    noise, clip = public.gradient_noise, public.gradient_clip
-    if not noise:  # what rounding adds, more or less
-        noise = 1e-5 * float(np.sqrt(np.mean(np.square(m.dz))))
-    return labels.weigh_labels(public.segments, view.segment, m.z, m.dz, noise, clip)
+    return labels.weigh_labels(public.segments, view.segment, m.z, m.dz, public.gradient_noise, public.gradient_clip)
 
 
 def by_known_text(view: View) -> np.ndarray:
@@ -195,7 +192,7 @@ ATTACKS: list[Attack] = [
     Attack("decoded", TABLES, decoded, needs_text=True, adds=_blurred),
     Attack("transformer", ("segment",), transformer, needs_text=True, adds=_blurred),
     Attack("gradient", TABLES, predicted, of="labels", works=_classes),
-    Attack("gradient and model", TABLES, expected, of="labels", works=_classes, adds=_hazy),
+    Attack("gradient and model", TABLES, expected, of="labels", works=_hazy),
     Attack("known words", ("known_text",), by_known_text),
     Attack("known words and cipher", ("known_text",), by_both_texts, needs_text=True),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),

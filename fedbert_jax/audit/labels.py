@@ -32,7 +32,7 @@ def read_labels(segments: Segments, params: ClientParams, z: np.ndarray, dz: np.
         rows = apart[likely] @ jacobian
         return _best(likely, (rows @ dz) / (jnp.linalg.norm(rows, axis=1) + 1e-30))
 
-    return np.asarray(_each(one, z, dz)).reshape(*z.shape[:2], GUESSES)
+    return np.asarray(_each(one, _rows(z), _rows(dz))).reshape(*z.shape[:2], GUESSES)
 
 
 def weigh_labels(
@@ -58,7 +58,7 @@ def weigh_labels(
         return jnp.linalg.norm(apart[jax.random.categorical(key, logits)] @ jacobian)
 
     keys = jax.random.split(jax.random.key(0), math.prod(z.shape[:2]))
-    lengths = np.asarray(_each(length, z, keys), np.float64)
+    lengths = np.asarray(_each(length, _rows(z), keys), np.float64)
     square = np.mean(np.sum(np.square(dz, dtype=np.float64), axis=-1)) - dz.shape[-1] * noise**2
     scale = _scale(lengths, float(square), most)
 
@@ -72,7 +72,7 @@ def weigh_labels(
         squares = jnp.sum(rows * (rows - 2 * dz[None]), axis=1)  # |dz - row|^2 - |dz|^2
         return _best(likely, jnp.where(again, -jnp.inf, logits[likely] - squares / (2 * noise**2)))
 
-    return np.asarray(_each(one, z, dz)).reshape(*z.shape[:2], GUESSES)
+    return np.asarray(_each(one, _rows(z), _rows(dz))).reshape(*z.shape[:2], GUESSES)
 
 
 def _scale(lengths: np.ndarray, square: float, most: float) -> float:
@@ -133,8 +133,10 @@ def _best(labels: jax.Array, scores: jax.Array) -> jax.Array:
     return jnp.pad(found, (0, GUESSES - len(found)), mode="edge")
 
 
-def _each(function: Callable[[jax.Array, jax.Array], jax.Array], z: np.ndarray, other: Any) -> jax.Array:
-    """Returns what a function of a row of z, and of something else, gives for each position."""
-    rows = jnp.asarray(z).reshape(-1, z.shape[-1])
-    others = other if jnp.issubdtype(other.dtype, jax.dtypes.prng_key) else jnp.asarray(other).reshape(rows.shape)
-    return jax.jit(lambda pairs: jax.lax.map(lambda pair: function(*pair), pairs))((rows, others))
+def _rows(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(x).reshape(-1, x.shape[-1])
+
+
+def _each(function: Callable[[jax.Array, jax.Array], jax.Array], *of: jax.Array) -> jax.Array:
+    """Returns what a function gives for each position, one after another: a Jacobian takes room."""
+    return jax.jit(lambda of: jax.lax.map(lambda one: function(*one), of))(of)

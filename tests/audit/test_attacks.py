@@ -157,7 +157,7 @@ def test_labels_are_read_off_a_model_that_has_learnt_little(bert, monkeypatch):
 
 
 @pytest.mark.parametrize("clip, outputs", [(None, 0), (0.004, 0), (None, 3)])
-def test_labels_under_noise_are_those_of_bayes_rule(bert, clip, outputs):
+def test_labels_under_noise_are_those_of_bayes_rule(bert, monkeypatch, clip, outputs):
     """Compared with every label's own gradient, as jax computes it, and its probability, in float64.
 
     Labels are as frequent as the model says. Alone, neither prediction nor gradient finds as many.
@@ -186,7 +186,9 @@ def test_labels_under_noise_are_those_of_bayes_rule(bert, clip, outputs):
     likelihood = -np.square(dz - of).sum(axis=-1) / (2 * sigma**2)
     posterior = np.asarray(jax.nn.log_softmax(logits), np.float64) + np.moveaxis(likelihood, 0, -1)
 
+    monkeypatch.setattr(labels, "LIKELY", 9)  # by dL/dz, and as many that the model expects, of all that there are
     found = labels.weigh_labels(segments, client, np.asarray(z), dz.astype(np.float32), float(sigma), clip)
+    assert all(len(set(five)) == min(5, len(every)) for five in found.reshape(-1, 5).tolist())
     right = (found[..., 0] == np.asarray(drawn)).mean()
     assert found.shape == (rows, asked, 5) and (found[..., 0] == posterior.argmax(axis=-1)).mean() > 0.97
     alone = labels.read_labels(segments, client, np.asarray(z), dz.astype(np.float32))

@@ -128,6 +128,12 @@ def test_the_log_lies_before_the_round_and_known_text_is_not_what_is_read(traine
     assert len(set(messages.client[places].tolist())) == 3  # spread over the log
 
 
+def test_how_gradients_are_blurred_is_public(trained):
+    source = open_source(trained[0], None, {"wire.gradient_clip": 0.5, "wire.gradient_noise": 0.25})
+    public = Case(source, Sizes(12, 60, 3), "", print).view.public
+    assert (public.gradient_clip, public.gradient_noise) == (0.5, 0.25)
+
+
 @pytest.mark.slow
 def test_the_same_numbers_when_repeated(audited, trained, tmp_path):
     workdir, public = trained
