@@ -125,6 +125,8 @@ SECRETS = (271828, 314159, 161803, 141421)
 SECRET = {"privacy.client_seed": SECRETS[0]}
 NOISE = {sigma: {"wire.noise": sigma, "wire.clip": 12.0} for sigma in (0.5, 1.0, 2.0)}
 DEEP = {"model.client_layers": 1}
+# The same steps in a quarter of the rounds: evaluated and kept as often by steps.
+LONG = {"federated.local_steps": 32, "federated.rounds": 70, "eval.every_rounds": 5, "checkpoint.every_rounds": 10}
 DEFENCES = {
     "demo": Arm("configs/demo.py"),
     "secret": Arm("configs/demo.py", SECRET),
@@ -135,6 +137,7 @@ DEFENCES = {
     "deep-noise-1": Arm("configs/demo.py", SECRET | DEEP | NOISE[1.0]),
     "eight-steps": Arm("configs/parallel.py", SECRET),
     "eight-steps-keep": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "keep"}),
+    "thirty-two-steps": Arm("configs/parallel.py", SECRET | LONG),
     "turns": Arm("configs/sequential.py", SECRET),
 }
 

@@ -79,6 +79,8 @@ def open_run(config: Config, workdir: Workdir, progress: Progress, warn: Callabl
     clients = run.simulation.feed.num_clients
     for sentence in [*optim.warnings(run.config, steps_per_round), *accountant.warnings(run.config, clients)]:
         warn(sentence)
+    if run.config.model.init_from and run.config.privacy.client_seed is not None:
+        warn("privacy.client_seed doesn't hide the segment that training begins with: that is model.init_from's.")
     if processes.first():
         workdir.write_config(run.config)
     return run

@@ -38,6 +38,7 @@ def refused(network: Network) -> dict[str, Party]:
     away = free_port()
     started = {
         "port": network.start("serve", "port"),
+        "schedule": network.start("serve", "schedule", federated__schedule_from=1),
         "away": network.start("join", "away", network__port=away, network__patience=0.5, data__source="text:x"),
         "name": network.start("join", "name", **one | {"network__name": "hamilton"}),
         "nobody": network.start("join", "nobody", network__credentials=folder / "nowhere", network__name=NORTH),
@@ -57,6 +58,7 @@ def refused(network: Network) -> dict[str, Party]:
     "what, words",
     [
         ("port", "config keys network.host='127.0.0.1', network.port={port}: another program may have it."),
+        ("schedule", "config key federated.schedule_from=1: accepted: 0, the finished rounds."),
         ("away", "no server answers at 127.0.0.1:"),
         ("name", "config key network.credentials='{folder}/ours/client_0': "),
         ("nobody", "config key network.credentials='{folder}/nowhere': {folder}/nowhere/ca.crt can't be read ("),

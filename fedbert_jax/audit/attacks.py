@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedbert_jax.audit import cipher, decoder, inverter, known, labels, learned
+from fedbert_jax.audit import cipher, decoder, inverter, known, labels, learned, regression
 from fedbert_jax.audit.tables import Table, alike
 from fedbert_jax.audit.views import View
 
@@ -72,6 +72,15 @@ def _noisy(view: View) -> bool:
 
 def _hazy(view: View) -> bool:
     return _classes(view) and view.public.gradient_noise > 0
+
+
+def _answered(view: View) -> bool:
+    """Whether labels are words, at positions that are known, and those of some blocks of the round are known, too."""
+    return _placed(view) and view.answers is not None
+
+
+def _placed(view: View) -> bool:
+    return view.public.masked > 0 and view.messages.positions is not None
 
 
 def _blurred(view: View) -> bool:
@@ -140,9 +149,10 @@ def decoded(view: View) -> np.ndarray:
     public, h = view.public, view.messages.h
     if _flat(view):
         return decoder.read_with_model(_table(view), h, view)
-    scores = _discriminant(view, _pairs(view)).likeliest(h, decoder.CANDIDATES)
     assert view.text is not None
-    return decoder.decode(*scores, decoder.Bigrams(view.text, public.vocab_size))
+    bigrams = decoder.Bigrams(view.text, public.vocab_size)
+    ids, scores = _discriminant(view, _pairs(view)).likeliest(h, min(decoder.CANDIDATES, public.vocab_size))
+    return decoder.decode(ids, scores - bigrams.log_prior[ids], bigrams)  # the prior chose them, and counts once
 
 
 def predicted(view: View) -> np.ndarray:
@@ -156,7 +166,12 @@ def expected(view: View) -> np.ndarray:
     """The label that the model's prediction and a noisy dL/dz make likeliest together."""
     m, public = view.messages, view.public
     assert m.z is not None and m.dz is not None and view.segment is not None
-    return labels.weigh_labels(public.segments, view.segment, m.z, m.dz, public.gradient_noise, public.gradient_clip)
+    seen = None
+    if m.positions is not None and public.masked:
+        rows = nearest(view) if _flat(view) else discriminant(view)
+        seen = np.take_along_axis(rows[..., 0], m.positions.astype(np.int64), axis=1)
+        seen = np.where(seen == public.mask_id, -1, seen)
+    return labels.weigh_labels(public.segments, view.segment, m.z, m.dz, public.gradient_noise, public.gradient_clip, seen)
 
 
 def by_known_text(view: View) -> np.ndarray:
@@ -177,9 +192,12 @@ def by_both_texts(view: View) -> np.ndarray:
 
 def by_public_text(view: View) -> np.ndarray:
     """A substitution cipher, solved with public text."""
-    assert view.text is not None
-    names = cipher.solve(view.log.groups.of, view.text, view.public.vocab_size)
-    return names[view.log.groups.nearest(view.log.geometry.centred(view.messages.h))]
+    return view.log.names[view.log.groups.nearest(view.log.geometry.centred(view.messages.h))]
+
+
+def regressed(view: View) -> np.ndarray:
+    """The label whose row, as the cipher names rows, explains dL/dz best."""
+    return regression.read_labels(view)
 
 
 TABLES = ("segment", "old_segment", "seed", "checkpoint")
@@ -196,6 +214,8 @@ ATTACKS: list[Attack] = [
     Attack("known words", ("known_text",), by_known_text),
     Attack("known words and cipher", ("known_text",), by_both_texts, needs_text=True),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),
+    Attack("known words and gradient", ("known_text",), regressed, "labels", True, _answered),
+    Attack("cipher and gradient", ("public_text",), regressed, "labels", True, _placed),
 ]  # and those that are registered
 
 

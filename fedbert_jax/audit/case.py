@@ -17,10 +17,12 @@ from fedbert_jax.audit.attacks import KINDS
 from fedbert_jax.audit.recorded import Recordings
 from fedbert_jax.audit.replay import Replay, log, replay
 from fedbert_jax.audit.source import Source, num_masked
-from fedbert_jax.audit.views import Aggregate, Known, Log, Messages, Public, Truth, View
+from fedbert_jax.audit.views import Aggregate, Answers, Known, Log, Messages, Public, Truth, View
 from fedbert_jax.config import Config
 from fedbert_jax.data.partition import js_divergence
 from fedbert_jax.federated.rounds import make_strategy
+
+OTHERS = 192  # blocks of the round, beside those attacked, that attacks look at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +59,24 @@ class Case:
         self.source, self.sizes, self._text, self._warn, self._recordings = source, sizes, text, warn, recordings
 
     @functools.cached_property
-    def replay(self) -> Replay:
-        """The round, `blocks` blocks of it, spread over its steps and clients."""
+    def _round(self) -> tuple[Replay, np.ndarray]:
+        """The round, and which of its blocks are attacked: some of every step and client."""
         found = replay(self.source) if self._recordings is None else self._recordings.replay()
-        count = len(found.truth.tokens)
-        rows = np.unique(np.linspace(0, count - 1, min(self.sizes.blocks, count)).astype(int))
+        return found, _spread(len(found.truth.tokens), self.sizes.blocks)
+
+    @functools.cached_property
+    def replay(self) -> Replay:
+        """The round, and of its blocks those that are attacked."""
+        found, rows = self._round
         return found._replace(messages=found.messages.pick(rows), truth=found.truth.pick(rows))
+
+    @functools.cached_property
+    def others(self) -> tuple[Messages, Truth]:
+        """Blocks of the round that are not attacked, spread as those are."""
+        found, attacked = self._round
+        left = np.setdiff1d(np.arange(len(found.truth.tokens)), attacked)
+        rows = left[_spread(len(left), OTHERS)]
+        return found.messages.pick(rows), found.truth.pick(rows)
 
     @functools.cached_property
     def log(self) -> tuple[Messages, Truth]:
@@ -114,8 +128,10 @@ class Case:
             gradient_noise=source.config.wire.gradient_noise,
         )
         model = make_strategy(setting).model_of(source.state, jnp.int32(0))
-        log = Log(self.log[0], facts.noise, facts.segments.config.client_layers)
-        return View(facts, self.replay.messages, log, jax.device_get(model.server), text=self.text)
+        layers = facts.segments.config.client_layers
+        log = Log(self.log[0], facts.noise, layers, self.text, facts.vocab_size)
+        others = self.others[0] if len(self.others[1].tokens) else None
+        return View(facts, self.replay.messages, log, jax.device_get(model.server), text=self.text, others=others)
 
     def granted(self, kind: str) -> dict[str, Any] | str:
         """Returns the fields of a view that a kind of knowledge adds, or in words why nobody has it here."""
@@ -124,14 +140,12 @@ class Case:
             found = self.source.segments[kind]()
             return found if isinstance(found, str) else {"segment": jax.device_get(found)}
         if kind == "known_text":
-            messages, truth = self.log
-            read = {block.tobytes() for block in self.replay.truth.original}
-            others = [n for n, block in enumerate(truth.original) if block.tobytes() not in read]
-            if not others:
+            rows, blocks = self._known(*self.log)
+            if not len(rows):
                 return "every earlier block is one of those attacked"
-            spread = np.linspace(0, len(others) - 1, min(self.sizes.known, len(others))).astype(int)
-            rows = np.array(others)[np.unique(spread)]  # of all clients, as far as they go
-            return {"known": Known(messages.h[rows], truth.tokens[rows], truth.text[rows])}
+            now, answered = self._known(*self.others)
+            answers = Answers(now, answered, self.others[1].labels[now]) if len(now) else None
+            return {"known": blocks, "answers": answers}
         if kind == "public_text":
             return {} if self.text is not None else "there is none (--public)"
         if kind == "aggregator" and self.source.setting.blinded:
@@ -141,11 +155,23 @@ class Case:
             return "nobody hands a segment on" if kind == "neighbour" else "nobody adds the clients' segments up"
         return {}
 
+    def _known(self, messages: Messages, truth: Truth) -> tuple[np.ndarray, Known]:
+        """Returns which blocks somebody knows the text of, and them: of all clients, as far as they go."""
+        read = {block.tobytes() for block in self.replay.truth.original}
+        left = np.array([n for n, block in enumerate(truth.original) if block.tobytes() not in read], int)
+        rows = left[_spread(len(left), self.sizes.known)]
+        return rows, Known(messages.h[rows], truth.tokens[rows], truth.text[rows])
+
     @property
     def aggregate(self) -> Aggregate:
         """What whoever adds up sees."""
         assert self.replay.aggregate is not None
         return self.replay.aggregate
+
+
+def _spread(of: int, count: int) -> np.ndarray:
+    """Returns `count` numbers from 0 to below `of`, far apart; all of them if they are fewer."""
+    return np.unique(np.linspace(0, of - 1, min(count, of)).astype(int)) if of else np.zeros(0, int)
 
 
 def _noise(config: Config) -> float:

@@ -135,7 +135,8 @@ def audit(
                 say(f"{kind}: the learning rate of this round is {share:.1%} of its peak; moves tell more where it is "
                     "higher (--round)")  # fmt: skip
         view = dataclasses.replace(case.view, **facts)
-        if kind == "seed" and case.source.config.wire.noise and case.source.config.privacy.client_seed is None:
+        wire = case.source.config.wire
+        if kind == "seed" and (wire.noise or wire.gradient_noise) and case.source.config.privacy.client_seed is None:
             say("seed: the noise follows from it, too, since privacy.client_seed is not set; these rows don't subtract it")
         if "segment" in kind and case.source.setting.blinded:
             say(f"{kind}: the server has none (privacy.averaging='blinded'); these rows are what one client could tell it")

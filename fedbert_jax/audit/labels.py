@@ -14,6 +14,7 @@ from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.models.bert import ClientParams, Segments
 
 LIKELY = 256  # labels whose direction is compared exactly
+KEPT = 0.5  # of predicted positions that don't have [MASK], those that keep their token (data/masking.py)
 WAYS = 16  # of a Jacobian, those in which it is longest
 
 
@@ -36,7 +37,13 @@ def read_labels(segments: Segments, params: ClientParams, z: np.ndarray, dz: np.
 
 
 def weigh_labels(
-    segments: Segments, params: ClientParams, z: np.ndarray, dz: np.ndarray, noise: float, clip: float | None
+    segments: Segments,
+    params: ClientParams,
+    z: np.ndarray,
+    dz: np.ndarray,
+    noise: float,
+    clip: float | None,
+    seen: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns the likeliest labels, int [R, M, 5], if dL/dz came with noise: by Bayes, with what the model predicts.
 
@@ -50,6 +57,8 @@ def weigh_labels(
       dz: float [R, M, D], message 3.
       noise: standard deviation of what was added to each number of dz; above 0.
       clip: the norm to which rows were clipped before that; None: they were not.
+      seen: int [R, M], the tokens that message 1 has at these positions, -1 for [MASK]; None: nobody can tell. As often as
+        not, such a token is the label.
     """
     factors, most = _factors(segments, params), math.inf if clip is None else clip
 
@@ -62,8 +71,11 @@ def weigh_labels(
     square = np.mean(np.sum(np.square(dz, dtype=np.float64), axis=-1)) - dz.shape[-1] * noise**2
     scale = _scale(lengths, float(square), most)
 
-    def one(z: jax.Array, dz: jax.Array) -> jax.Array:
+    def one(z: jax.Array, dz: jax.Array, seen: jax.Array) -> jax.Array:
         logits, apart, jacobian = factors(z)
+        kept = jnp.log(KEPT) - jnp.where(jnp.arange(len(logits)) == seen, 0.0, jnp.inf)
+        told = jax.nn.log_softmax(logits) + jnp.log1p(-KEPT)
+        logits = jnp.where(seen < 0, logits, jnp.logaddexp(told, kept))
         near, expected = _near(apart, jacobian, dz), jax.lax.top_k(logits, min(LIKELY, len(logits)))[1]
         again = jnp.concatenate([jnp.zeros(len(near), bool), jnp.isin(expected, near)])
         likely = jnp.concatenate([near, expected])
@@ -72,7 +84,8 @@ def weigh_labels(
         squares = jnp.sum(rows * (rows - 2 * dz[None]), axis=1)  # |dz - row|^2 - |dz|^2
         return _best(likely, jnp.where(again, -jnp.inf, logits[likely] - squares / (2 * noise**2)))
 
-    return np.asarray(_each(one, _rows(z), _rows(dz))).reshape(*z.shape[:2], GUESSES)
+    seen = np.full(z.shape[:2], -1) if seen is None else seen
+    return np.asarray(_each(one, _rows(z), _rows(dz), jnp.asarray(seen).reshape(-1))).reshape(*z.shape[:2], GUESSES)
 
 
 def _scale(lengths: np.ndarray, square: float, most: float) -> float:
@@ -137,6 +150,6 @@ def _rows(x: np.ndarray) -> jax.Array:
     return jnp.asarray(x).reshape(-1, x.shape[-1])
 
 
-def _each(function: Callable[[jax.Array, jax.Array], jax.Array], *of: jax.Array) -> jax.Array:
+def _each(function: Callable[..., jax.Array], *of: jax.Array) -> jax.Array:
     """Returns what a function gives for each position, one after another: a Jacobian takes room."""
     return jax.jit(lambda of: jax.lax.map(lambda one: function(*one), of))(of)

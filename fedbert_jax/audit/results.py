@@ -67,7 +67,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         assert row.auc is not None
         return (
             f"AUC {row.auc:.3f}",
-            f"{row.low:.3f}–{row.high:.3f}",
+            f"clients {row.low:.3f}–{row.high:.3f}",
             "",
             "",
             "",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedbert_jax.audit.cipher import solve
 from fedbert_jax.audit.geometry import Geometry, describe
 from fedbert_jax.audit.groups import Groups, gather
 from fedbert_jax.models.bert import ClientParams, Segments, ServerParams
@@ -88,6 +89,20 @@ class Known(NamedTuple):
     where: np.ndarray
 
 
+class Answers(NamedTuple):
+    """Blocks of the attacked round of which somebody knows the text, and so the labels.
+
+    Attributes:
+      rows: int [N], which of `View.others` they are.
+      blocks: their message 1, and its tokens.
+      labels: int [N, M].
+    """
+
+    rows: np.ndarray
+    blocks: Known
+    labels: np.ndarray
+
+
 @dataclass(frozen=True)
 class Public:
     """What everybody knows of a run: its architecture, its vocabulary and its settings, but `seed`.
@@ -130,23 +145,31 @@ class Log:
       messages: of them, `h` alone.
       noise: `Public.noise`.
       layers: the client's own, which message 1 comes out of.
-      geometry: where its rows lie, without their positions (`audit.geometry`).
-      groups: its rows, gathered by word (`audit.groups`).
+      text: public text, int [P, T]; None: there is none.
+      vocab_size: V.
     """
 
     messages: Messages
     noise: float
     layers: int = 0
+    text: np.ndarray | None = None
+    vocab_size: int = 0
 
     @functools.cached_property
     def geometry(self) -> Geometry:
-        """Where its rows lie."""
+        """Where its rows lie, without their positions (`audit.geometry`)."""
         return describe(self.messages.h, self.messages.present)
 
     @functools.cached_property
     def groups(self) -> Groups:
-        """Its rows, gathered by word."""
+        """Its rows, gathered by word (`audit.groups`)."""
         return gather(self.messages.h, self.geometry, self.messages.unasked, self.noise, self.layers)
+
+    @functools.cached_property
+    def names(self) -> np.ndarray:
+        """The likeliest words of each group, by public text (`audit.cipher`), int [K, 5]."""
+        assert self.text is not None
+        return solve(self.groups.of, self.text, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -161,6 +184,8 @@ class View:
       segment: a client segment: the one in use, an old one, an initial one; None: it has none.
       known: blocks whose text it knows; None: it knows none.
       text: public text, int [P, T]; None: there is none.
+      others: messages of the round's other blocks; None: there are none.
+      answers: those of them whose text it knows; None: it knows none.
     """
 
     public: Public
@@ -170,3 +195,5 @@ class View:
     segment: ClientParams | None = None
     known: Known | None = None
     text: np.ndarray | None = None
+    others: Messages | None = None
+    answers: Answers | None = None

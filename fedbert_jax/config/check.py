@@ -155,10 +155,10 @@ def _check_cohort(config: Config, need: Need) -> None:
         "all clients, since this strategy, body or client_optimizer_state='keep' has state of its own for each client",
     )
     need(
-        f.client_optimizer_state == "average" or how.averages or how.clients == "in turn",
+        f.client_optimizer_state == "average" or how.averages or (how.clients == "in turn" and how.client == "one"),
         "federated.client_optimizer_state",
         f.client_optimizer_state,
-        f"'average' {_named(f)}, which averages no copies",
+        f"'average' {_named(f)}, which averages no copies and hands none on",
     )
     need(
         f.order == "shuffled" or how.clients == "in turn",
@@ -180,7 +180,7 @@ def _check_cohort(config: Config, need: Need) -> None:
         f.batch_by == "client" or by_size,
         "federated.batch_by",
         f.batch_by,
-        "'client', unless federated.average='gradients', federated.clients_per_round, max_clients_per_round and "
+        "'client', unless task='pretrain', federated.average='gradients', clients_per_round, max_clients_per_round and "
         "clients_at_once are None, and wire.gradient_codec='float32', gradient_clip=None and gradient_noise=0.0",
     )
 

@@ -143,8 +143,9 @@ class FederatedConfig:
 
     @property
     def own_state(self) -> bool:
-        """Whether each client keeps state of its own from round to round, so that all clients take part in each round."""
-        return self.client_optimizer_state == "keep" or self.arrangement.keeps_own
+        """Whether clients train at once with state of their own from earlier rounds, so that all take part in each round."""
+        in_turn = self.arrangement.clients == "in turn"  # each finds its own when its turn comes
+        return not in_turn and (self.client_optimizer_state == "keep" or self.arrangement.keeps_own)
 
 
 @dataclass(frozen=True)

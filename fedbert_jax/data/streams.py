@@ -46,6 +46,7 @@ class Stream(Enum):
     EXAMPLES = 23, "client", ("client", "epoch")  # fine-tuning: the order of a client's examples
     TASK_HOLD_OUT = 24, "client", ()  # fine-tuning: the training examples kept back to judge by
     NOISE = 25, "client", ("round", "step", "client")  # added to what leaves the client
+    EVAL_NOISE = 26, "client", ("round", "client", "batch")  # the same at an evaluation, over a network
 
     @property
     def tag(self) -> int:

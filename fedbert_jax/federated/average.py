@@ -39,7 +39,7 @@ def weighted_average(stacked: Any, weights: jax.Array) -> Any:
 
 def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Returns the sum over clients of weights [C] times x [C, ...]; a client of weight 0 is left out, finite or not."""
-    if tuning.adds_clients_up_in_one_pass():
+    if tuning.adds_clients_up_in_one_pass(len(weights)):
         parts = [jnp.where(weights[n] > 0, weights[n] * x[n], 0.0) for n in range(x.shape[0])]
         return functools.reduce(jnp.add, parts)
     there = (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))

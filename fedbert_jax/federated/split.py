@@ -8,7 +8,7 @@
 
 Each half is a pure function of its own side's values and of the message received. What it has to remember until the next
 message (`Kept`, a pytree) never leaves that side. A simulation composes the five in one program (`split_step`); over a
-network, the two sides' processes call their own (`runtime/step.py`). Nothing else trains across a cut.
+network, the two sides' processes call their own (`runtime/parties.py`). Nothing else trains across a cut.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class State(NamedTuple):
 
     model: Pair
     opt: Pair
-    # State of the averaging: the outer optimizer's; if gradients are averaged, what their codec has yet to send [N, ...].
+    # State of the averaging: the outer optimizer's; if gradients are averaged, what their codec has yet to send [N, ...]; if
+    # averages are blinded, a `Blinding`.
     outer: Any
 
 

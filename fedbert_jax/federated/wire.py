@@ -20,9 +20,10 @@ Way = Literal["up", "down"]  # to the server, or to the clients
 
 # Everything that crosses, and its direction. Tokens and labels are not in it.
 MESSAGES: dict[str, Way] = {
-    # In each step. Positions are those whose hidden states are asked for (`wire.downlink=masked`). They are drawn at random
-    # among those without a special token, so they reveal a little about where documents end, and with `mlm.whole_word` about
-    # where long words are. Lengths cross if sequences are padded.
+    # In each step; over a network, at an evaluation as well, where held-out text makes the activations. Positions are those
+    # whose hidden states are asked for (`wire.downlink=masked`). They are drawn at random among those without a special
+    # token, so they reveal a little about where documents end, and with `mlm.whole_word` about where long words are. Lengths
+    # cross if sequences are padded.
     "activations": "up",  # h [B, T, D]
     "positions": "up",  # uint16 [B, M]
     "lengths": "up",  # uint16 [B]
@@ -71,6 +72,7 @@ class Channels(NamedTuple):
     input_gradient: Channel
     gradient: Channel | None  # a client's weighted part of the segment's mean gradient; None: unchanged
     mean: Channel | None  # the mean gradient on its way back; None: unchanged
+    questions: Channel  # activations of held-out text, for evaluation over a network: guarded alike, and never coded
 
 
 class Cut(NamedTuple):
@@ -174,15 +176,21 @@ def make_channels(wire: WireConfig, dtype: DTypeLike) -> Channels:
     """
     plain = codec(wire.codec, dtype)
 
-    def guarded(norm: float | None, deviation: float, tag: int) -> Channel:
+    def guarded(norm: float | None, deviation: float, tag: int, coded: Channel = plain) -> Channel:
         links = ([clip(norm)] if norm is not None else []) + ([noise(deviation, tag)] if deviation else [])
-        return chain(*links, plain) if links else plain
+        return chain(*links, coded) if links else coded
 
     gradient = mean = None
     if wire.gradient_codec != "float32":
         gradient, mean = codec(wire.gradient_codec, jnp.float32), codec("bfloat16", jnp.float32)
     return Channels(
-        guarded(wire.clip, wire.noise, 0), plain, guarded(wire.gradient_clip, wire.gradient_noise, 1), plain, gradient, mean
+        activations=guarded(wire.clip, wire.noise, 0),
+        hidden_states=plain,
+        head_gradient=guarded(wire.gradient_clip, wire.gradient_noise, 1),
+        input_gradient=plain,
+        gradient=gradient,
+        mean=mean,
+        questions=guarded(wire.clip, wire.noise, 0, codec("float32", jnp.float32)),
     )
 
 

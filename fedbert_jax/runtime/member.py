@@ -126,7 +126,6 @@ class Member:
         self.blinded = Blinded(pads, self.programs, shapes, index) if pads is not None else None
         self.in_turn = s.how.clients == "in turn"
         self.opt_travels = opt_travels(s)
-        self._embed = jax.jit(s.segments.embed)
         self._marks = jax.jit(lambda params, z, q, beside: exam.marks(s.segments.predict(params, z), q, beside))
 
     def fresh(self) -> Held:
@@ -247,17 +246,21 @@ class Member:
             last = id._replace(at=self.scores_at(members))
             # Where clients take turns, others may have trained the segment further; the server answers when all have.
             ended = self.received(wire.segment(last), held, id.round + 1).segment if in_turn else segment
-            sums = self.score(ended, wire)
+            sums = self.score(ended, id.round, wire)
             wire.post(last, {"sums": sums}).result()
         return Ended(Held(segment, own, outer, id.round + 1, id.epoch), float(np.mean(losses)), sums)
 
-    def score(self, segment: Any, wire: Wire) -> np.ndarray:
-        """Asks the model what its exam asks; returns the client's total of the answers, float32."""
+    def score(self, segment: Any, round: int, wire: Wire) -> np.ndarray:
+        """Asks the model what its exam asks; returns the client's total of the answers, float32.
+
+        What held-out text makes crosses, too, so it is clipped and noised like rows of training.
+        """
         marks = []
-        for questions, beside in self.exam.questions():
+        for n, (questions, beside) in enumerate(self.exam.questions()):
             asked = {"positions": questions.positions, "lengths": questions.lengths}
             message = {name: np.asarray(x, np.uint16) for name, x in asked.items() if x is not None}
-            z = wire.transform({"h": np.asarray(self._embed(segment, questions), np.float32)} | message)["z"]
+            h = np.asarray(self.programs.ask(segment, questions, round, n), np.float32)
+            z = wire.transform({"h": h} | message)["z"]
             marks.append(np.asarray(self._marks(segment, z, questions, beside)))
         return self.exam.total(marks)
 

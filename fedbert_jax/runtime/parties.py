@@ -105,13 +105,18 @@ class ClientPrograms:
             after = next_ranges(ranges, total) + 1 - exponent  # the mean of some is larger than their sum
             return jax.tree.map(lambda x: x / share, found), jnp.clip(after, NARROWEST, WIDEST)
 
+        def ask(index: Any, params: Params, questions: MaskedBatch, round: Any, batch: Any) -> jax.Array:
+            key = self._key(Stream.EVAL_NOISE, round, index, batch)
+            return cut.channels.questions.send(s.segments.embed(params, questions), key[None])
+
+        self._ask = jax.jit(ask)
         self._draw, self.begin, self.head = jax.jit(draw), jax.jit(begin), jax.jit(head)
         self.finish, self.update = jax.jit(finish), jax.jit(update)
         self.contribution, self.mean_gradient = jax.jit(contribution), jax.jit(mean_gradient)
         self.upload, self.whole, self.mean_of = jax.jit(upload), jax.jit(whole), jax.jit(mean_of)
         self.moved = jax.jit(lambda begun, mean, outer: outer_update(s.outer, begun, mean, outer))
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-        self.new_segment = jax.jit(lambda: s.segments.init(self._segment_key(), jax.random.key(0))[0])
+        self.new_segment = jax.jit(lambda: s.segments.init(self._key(Stream.SEGMENT), jax.random.key(0))[0])
         self.new_optimizer = jax.jit(s.client_tx.init)
         first_outer = lambda segment: s.outer.init(segment) if s.outer else ()  # noqa: E731
         self.new_blinding = jax.jit(lambda segment: Blinding(first_ranges(segment), first_outer(segment)))
@@ -120,15 +125,19 @@ class ClientPrograms:
         """Makes this client's batch of a step, and its keys."""
         return self._draw(np.int32(self.index), rows, round, step)
 
+    def ask(self, params: Params, questions: MaskedBatch, round: Any, batch: Any) -> jax.Array:
+        """Returns what crosses of a batch of an evaluation, [B, T, D]."""
+        return self._ask(np.int32(self.index), params, questions, np.int32(round), np.int32(batch))
+
     def of(self, index: int) -> ClientPrograms:
         """Returns the same programs, compiled once for both, of the client at another place in the roster."""
         other = copy.copy(self)
         other.index = index
         return other
 
-    def _segment_key(self) -> jax.Array:
+    def _key(self, stream: Stream, *numbers: Any) -> jax.Array:
         of = streams.secrets(seeds_of(self.s.config)) if self.s.secrets is None else self.s.secrets
-        return streams.key(of, Stream.SEGMENT)
+        return streams.key(of, stream, *numbers)
 
 
 class ServerPrograms:

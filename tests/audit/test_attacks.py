@@ -12,13 +12,13 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from tiny import LENGTH, VOCAB, random_blocks, tiny_config
 
-from fedbert_jax.audit import cipher, decoder, inverter, known, labels, learned, words
+from fedbert_jax.audit import cipher, decoder, inverter, known, labels, learned, regression, views, words
 from fedbert_jax.audit.attacks import ATTACKS, KINDS
 from fedbert_jax.audit.geometry import best, describe, distinct, unit
 from fedbert_jax.audit.groups import gather
 from fedbert_jax.audit.score import floors, score
 from fedbert_jax.audit.tables import Table, alike
-from fedbert_jax.audit.views import Aggregate, Known, Log, Messages, Public, Truth, View
+from fedbert_jax.audit.views import Aggregate, Answers, Known, Log, Messages, Public, Truth, View
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.federated import wire
 from fedbert_jax.models.bert import make_segments
@@ -304,6 +304,87 @@ def test_known_text_reads_the_words_that_it_has(bert, h, blocks):
     assert (guesses[..., 0] == blocks)[has].mean() > 0.9 and not (guesses[..., 0] == blocks)[~has].any()
 
 
+@pytest.fixture(scope="module")
+def told_apart():
+    """A round and a log of text in which words follow one another, with dL/dz as it is for a head that is a matrix.
+
+    All but the number of blocks is as in a round: 3 of 12 words are hidden and asked for, and blocks 40 on are not attacked.
+    """
+    rng, size = np.random.default_rng(0), VOCAB - 5
+    chain = 0.85 * np.eye(size)[rng.permutation(size)] + 0.15 / size
+    text = np.empty((700, LENGTH), int)
+    text[:, 0] = rng.integers(0, size, 700)
+    for t in range(1, LENGTH):
+        text[:, t] = [rng.choice(size, p=chain[w]) for w in text[:, t - 1]]
+    text += 5
+    table, places = rng.standard_normal((VOCAB, 24)), np.sort(np.argsort(rng.random((700, LENGTH)))[:, :3], axis=1)
+    labels, seen = np.take_along_axis(text, places, axis=1), text.copy()
+    np.put_along_axis(seen, places, 4, axis=1)
+    h = (table[seen] + 0.3 * rng.standard_normal((LENGTH, 24))).astype(np.float32)
+    z, head, mix = rng.standard_normal((700, 3, 24)), rng.standard_normal((24, 24)), rng.standard_normal((24, 24))
+    dz = (0.5 * z @ mix - table[labels]) @ head + 0.5 * rng.standard_normal(z.shape)
+    return text, places, labels, h, z.astype(np.float32), (1e-3 * dz).astype(np.float32)
+
+
+def without_a_segment(bert, told_apart, monkeypatch, known: int, shuffled: bool = False) -> float:
+    """The share of labels read in 40 blocks of a round of 80, by public text and `known` of the others.
+
+    The cipher, which other tests solve, names each group with the word that most of it is.
+    """
+    text, places, labels, h, z, dz = told_apart
+    dz = np.random.default_rng(1).permuted(dz[:80].reshape(-1, 24), axis=0).reshape(80, 3, 24) if shuffled else dz[:80]
+    segments, _, server = bert
+    messages = [Messages(h[n], np.zeros(40, int), places[n], z[n], dz[n]) for n in (slice(40), slice(40, 80))]
+    log = Log(Messages(h[80:400], np.zeros(320, int), places[80:400]), 0.0, 0, text[400:], VOCAB)
+    where = np.ones((40, LENGTH), bool)
+    np.put_along_axis(where, places[40:80], False, axis=1)
+    rows = np.arange(known)
+    of = log.groups.of
+    most = [np.bincount(text[80:400][of == n]).argmax() for n in range(len(log.groups.means))]
+    named = np.repeat(np.array(most)[:, None], 5, axis=1)
+    for module in (cipher, views):
+        monkeypatch.setattr(module, "solve", lambda of, text, size, told=None: named)
+    answers = Answers(rows, Known(h[40 + rows], text[40 + rows], where[rows]), labels[40 + rows]) if known else None
+    public = Public(segments, VOCAB, SPECIAL, 4, 3, 1, None, 0.0)
+    view = View(public, messages[0], log, server, text=text[400:], others=messages[1], answers=answers)
+    found = attack("known words and gradient" if known else "cipher and gradient").guess(view)
+    assert found.shape == (40, 3, 5) and found.min() >= 0
+    return float((found[..., 0] == labels[:40]).mean())
+
+
+def test_labels_are_read_without_a_segment(bert, told_apart, monkeypatch):
+    """Public text alone, or a few known blocks, name words; what dL/dz has to do with their rows follows."""
+    read = lambda *given: without_a_segment(bert, told_apart, monkeypatch, *given)  # noqa: E731
+    assert read(0) > 0.8 and read(8) > 0.8
+    # A gradient that is another place's tells nothing: the words beside are left, and guessing.
+    assert read(0, True) < 0.35 and read(8, True) < 0.35
+
+
+def test_known_labels_are_told_from_guessed_ones(bert, told_apart, monkeypatch):
+    """Where what stands beside says nothing, labels follow from known ones alone."""
+
+    def nothing(view, messages, where, names, words, bigrams):
+        return np.full((int(where.sum()), len(words)), -np.log(len(words)), np.float32)
+
+    monkeypatch.setattr(regression, "_beside", nothing)
+    assert without_a_segment(bert, told_apart, monkeypatch, 40) > 0.7
+    assert without_a_segment(bert, told_apart, monkeypatch, 0) < 0.3
+
+
+def test_a_word_that_was_left_in_its_place_is_half_of_a_label(bert):
+    """Under so much noise that only message 1 tells something, a token that is seen is taken for the label."""
+    segments, client, _ = bert
+    rng = np.random.default_rng(0)
+    z, dz = rng.standard_normal((2, 6, 3, 16)).astype(np.float32)
+    seen = np.where(np.arange(18).reshape(6, 3) % 2, rng.integers(5, VOCAB, (6, 3)), -1)
+    found = labels.weigh_labels(segments, client, z, dz, 1e6, None, seen)[..., 0]
+    expected = np.asarray(segments.predict(client, jnp.asarray(z))).argmax(axis=-1)
+    sure = np.asarray(jax.nn.softmax(segments.predict(client, jnp.asarray(z)))).max(axis=-1)
+    np.testing.assert_array_equal(found[seen < 0], expected[seen < 0])
+    assert (sure < 1).all()
+    np.testing.assert_array_equal(found[seen >= 0], seen[seen >= 0])
+
+
 # --- deeper cuts and whole blocks ---------------------------------------------------------------------------------------
 
 
@@ -430,6 +511,26 @@ def test_decoding_reads_noisy_rows_at_least_as_well_as_single_rows(bert, h, bloc
     view = view_of(bert, noisy, segment=bert[1], text=blocks, noise=0.6)
     near, whole = (share(attack(name).guess(view), blocks) for name in ("nearest", "decoded"))
     assert 0.2 < near < 0.98 and whole > near - 0.05
+
+
+def test_frequencies_count_once_behind_a_layer(bert, monkeypatch):
+    """What is decoded are the likelihoods of rows: a word's frequency is the decoder's to add."""
+    segments = make_segments(dataclasses.replace(CONFIG, client_layers=1))
+    client, server = segments.init(jax.random.key(1), jax.random.key(2))
+    rng = np.random.default_rng(0)
+    text = 5 + np.minimum(rng.geometric(0.1, (400, LENGTH)) - 1, VOCAB - 6)  # some words are far more frequent than others
+    h = np.asarray(segments.embed(client, MaskedBatch(*[jnp.asarray(text[:6])] * 4)))
+    view = dataclasses.replace(view_of((segments, client, server), h, noise=2.0), segment=client, text=text)
+    given = []
+    monkeypatch.setattr(decoder, "decode", lambda ids, scores, bigrams: given.append((ids, scores)) or ids[..., :5])
+    attack("decoded").guess(view)
+    (ids, scores), pairs = given[0], inverter.embedded(
+        segments, client, text, np.arange(5, VOCAB), 4, 3, LENGTH, clip=None
+    )  # fmt: skip
+    plain = inverter.Discriminant(pairs, VOCAB, 2.0)  # without frequencies
+    of = np.take_along_axis((h - plain.places) @ plain.directions.T + plain.bias, ids, axis=-1)
+    seen = of > -1e8
+    np.testing.assert_allclose((scores - of)[seen], 0, atol=1e-3)
 
 
 def test_what_the_model_predicts_is_read_through_more_noise(bert, monkeypatch):

@@ -15,6 +15,7 @@ from test_main import load
 
 from benchmarks import controls
 from fedbert_jax import compare
+from fedbert_jax.audit import labels
 from fedbert_jax.audit.attacks import KINDS
 from fedbert_jax.audit.case import Case, Sizes
 from fedbert_jax.audit.command import main
@@ -126,6 +127,19 @@ def test_the_log_lies_before_the_round_and_known_text_is_not_what_is_read(traine
     places = [n for n, h in enumerate(messages.h) if (h == known.h).all(axis=(1, 2)).any()]
     assert len(places) == 20 and not set(places) & set(again.tolist())
     assert len(set(messages.client[places].tolist())) == 3  # spread over the log
+
+
+def test_answers_are_of_blocks_of_the_round_that_are_not_attacked(trained):
+    case = Case(open_source(trained[0], 3, {}), Sizes(blocks=6, log=60, known=3), "", print)
+    answers, others = case.granted("known_text")["answers"], case.view.others
+    assert len(others.h) == 6 and len(answers.rows) == 3  # of twelve
+    np.testing.assert_array_equal(others.h[answers.rows], answers.blocks.h)
+    read = case.replay
+    assert not (others.dz[:, None] == read.messages.dz[None]).all(axis=(2, 3)).any()
+    assert not {x.tobytes() for x in answers.labels} & {x.tobytes() for x in read.truth.labels}
+    # They are the labels that the round had: with the segment, the gradient of these blocks gives them, too.
+    found = labels.read_labels(case.view.public.segments, case.granted("segment")["segment"], others.z, others.dz)
+    assert (found[answers.rows][..., 0] == answers.labels).mean() > 0.98
 
 
 def test_how_gradients_are_blurred_is_public(trained):

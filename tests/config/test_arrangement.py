@@ -205,6 +205,20 @@ def test_a_segment_of_ones_own_keeps_its_optimizer_whatever_happens_to_those_han
     how = ARRANGEMENTS["mine", "pooled", "parameters"]
     assert holding(how, "reset").opt.client == holding(how, "average").opt.client == "own"
     assert holding(ARRANGEMENTS["sequential", "pooled", "parameters"], "reset").opt.client == "none"
+    with pytest.raises(ConfigError, match=r"client_optimizer_state='reset': accepted: 'average' with .* hands none on"):
+        tiny_config(federated=dict(strategy="mine", client_optimizer_state="reset"))
+
+
+def test_clients_that_take_turns_find_their_own_moments_whoever_takes_part():
+    config = tiny_config(federated=dict(strategy="sequential", client_optimizer_state="keep", clients_per_round=2))
+    simulation = make_simulation(config)
+    state, cohorts = simulation.init_state(), [tuple(simulation.feed.cohort_of(n)) for n in range(6)]
+    assert len({frozenset(cohort) for cohort in cohorts}) > 1 and {len(cohort) for cohort in cohorts} == {2}
+    for n, cohort in enumerate(cohorts):
+        before = np.array(jax.tree.leaves(state.opt.client)[-1])
+        state, _ = simulation.run_round(state, n)
+        moved = [not np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(state.opt.client)[-1], strict=True)]
+        assert np.flatnonzero(moved).tolist() == sorted(cohort)
 
 
 @pytest.mark.usefixtures("registered")

@@ -31,6 +31,7 @@ STREAMS = {
     "EXAMPLES": (23, "client", ("client", "epoch")),
     "TASK_HOLD_OUT": (24, "client", ()),
     "NOISE": (25, "client", ("round", "step", "client")),
+    "EVAL_NOISE": (26, "client", ("round", "client", "batch")),
 }
 SOME = (0, 1, 2, 10, 11)  # as numbers of a stream
 ODD = (0, 1, -1, 3, 31, 2**32, 2**64 + 1, -(2**70), 10**30)  # as seeds

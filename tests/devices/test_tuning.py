@@ -32,11 +32,14 @@ def test_choices_follow_the_backend(backend, choices, monkeypatch):
         assert tuning.compute_dtype(tiny_config(precision=dict(compute_dtype=name))) == name
 
 
-@pytest.mark.parametrize("backend, devices, expected", [("cpu", 1, True), ("cpu", 8, False), ("gpu", 1, False)])
-def test_clients_are_added_up_in_one_pass_on_one_cpu(backend, devices, expected, monkeypatch):
+@pytest.mark.parametrize(
+    "backend, devices, clients, expected",
+    [("cpu", 1, 16, True), ("cpu", 1, 17, False), ("cpu", 8, 4, False), ("gpu", 1, 4, False)],
+)
+def test_clients_are_added_up_in_one_pass_if_they_are_few_on_one_cpu(backend, devices, clients, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "devices", lambda: [None] * devices)
-    assert tuning.adds_clients_up_in_one_pass() == expected
+    assert tuning.adds_clients_up_in_one_pass(clients) == expected
 
 
 def test_attention_is_the_compilers_where_cudnn_is_not():

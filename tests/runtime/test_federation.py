@@ -42,6 +42,7 @@ CASES = [
         marks=pytest.mark.slow,
     ),
     (dict(local_steps=1), dict(wire=dict(codec="bfloat16", downlink="all")), 1),
+    (dict(local_steps=1), dict(wire=dict(clip=3.0, noise=0.5, gradient_clip=0.05, gradient_noise=0.01)), 1),
 ]
 
 

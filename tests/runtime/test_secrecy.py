@@ -99,3 +99,34 @@ def test_nothing_in_the_package_unpickles_or_evaluates_what_it_is_sent():
                 assert called not in ("eval", "exec", "compile", "__import__"), (path, node.lineno)
                 assert not any(k.arg == "allow_pickle" for k in node.keywords), (path, node.lineno)
     assert seen > 1000
+
+
+def test_what_an_evaluation_asks_is_clipped_and_noised():
+    """Held-out text crosses as training text does: with noise that is new for every batch, client and round."""
+    still = dict(
+        client_optimizer=dict(learning_rate=0.0), server_optimizer=dict(learning_rate=0.0)
+    )  # so rounds ask the same
+    config = tiny_config(federated=dict(rounds=2, local_steps=1), wire=dict(clip=3.0, noise=0.5), **still)
+    federation, asked = Federation(config, evaluates=True), []
+    transform = federation.engine.transform
+
+    def noted(tensors: Any) -> Any:
+        asked.append(np.asarray(tensors["h"]))
+        return transform(tensors)
+
+    federation.engine.transform = noted
+    clients = federation.run()
+    drawn = []
+    for name in NAMES:
+        held = clients[name].held
+        assert held is not None
+        for questions, _ in federation.shard(name).exam.questions():
+            exact = np.asarray(federation.setting.segments.embed(held.segment, questions), np.float64)
+            norms = np.linalg.norm(exact, axis=-1, keepdims=True)
+            assert norms.min() > 3.5
+            apart = [h - exact * (3.0 / norms) for h in asked]
+            drawn += [x for x in apart if x.std() < 0.6]  # this batch, in each of the rounds
+    assert len(drawn) == len(asked) > len(NAMES)
+    assert all(0.45 < x.std() < 0.55 and abs(x.mean()) < 0.02 for x in drawn)
+    alike = np.corrcoef([x.ravel() for x in drawn]) - np.eye(len(drawn))
+    assert np.abs(alike).max() < 0.1
