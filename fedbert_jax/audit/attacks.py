@@ -214,8 +214,8 @@ ATTACKS: list[Attack] = [
     Attack("known words", ("known_text",), by_known_text),
     Attack("known words and cipher", ("known_text",), by_both_texts, needs_text=True),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),
-    Attack("known words and gradient", ("known_text",), regressed, "labels", True, _answered),
-    Attack("cipher and gradient", ("public_text",), regressed, "labels", True, _placed),
+    Attack("known words and gradient", ("known_text",), regressed, of="labels", needs_text=True, works=_answered),
+    Attack("cipher and gradient", ("public_text",), regressed, of="labels", needs_text=True, works=_placed),
 ]  # and those that are registered
 
 

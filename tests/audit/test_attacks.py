@@ -648,7 +648,7 @@ def test_shuffled_truth_gives_the_floor(bert, h, blocks):
 def test_a_view_holds_no_token_of_what_is_read():
     """An attack is given a view and nothing else; what of it may be tokens is text that is known or public."""
     fields = {f.name for f in dataclasses.fields(View)}
-    assert fields == {"public", "messages", "log", "body", "segment", "known", "text"}
+    assert fields == {"public", "messages", "log", "body", "segment", "known", "text", "others", "answers"}
     assert set(Messages._fields) & set(Truth._fields) == set()
     assert set(Messages._fields) == {"h", "client", "positions", "z", "dz", "lengths"}
 

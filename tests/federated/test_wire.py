@@ -134,6 +134,27 @@ def test_gradients_in_a_codec_train_nearly_as_they_are(codec, close):
         assert 0 < max(float(jnp.abs(x).max()) for x in jax.tree.leaves(coded.outer)) < 0.1
 
 
+@pytest.mark.parametrize("codec, up, down", [("float32", None, None), ("bfloat16", 2, 2), ("int8", None, 2)])
+def test_a_mean_gradient_comes_back_in_two_bytes_a_number_where_gradients_are_coded(codec, up, down):
+    channels, x = wire.make_channels(WireConfig(gradient_codec=codec), jnp.float32), normal(4, 16)
+    assert (channels.mean is None) == (channels.gradient is None) == (codec == "float32")
+    for channel, width in ((channels.gradient, up), (channels.mean, down)):
+        if width is not None:
+            assert channel is not None and wire.num_bytes(channel.send(x, None)) == width * 64
+    if codec == "int8":
+        assert wire.num_bytes(channels.gradient.send(x, None)) == 64 + 4 * 4  # and a scale for each row
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8"])
+def test_an_evaluation_is_guarded_and_never_coded(codec):
+    """Its scores are to be those of the model: codecs are for training."""
+    channels, x = wire.make_channels(WireConfig(codec=codec, clip=1.0), jnp.float32), normal(2, 3, 16)
+    sent = channels.questions.send(x, None)
+    np.testing.assert_allclose(sent, x / np.linalg.norm(x, axis=-1, keepdims=True), rtol=1e-6)
+    plain = wire.make_channels(WireConfig(codec=codec), jnp.float32).questions.send(x, None)
+    np.testing.assert_array_equal(plain, x)
+
+
 def test_noise_and_int8_change_what_is_learnt_and_not_the_draws():
     losses = {
         name: end_of_two_rounds(wire=settings, federated=dict(local_steps=1))[1]
