@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from fedbert_jax import config as config_lib
 from fedbert_jax.config import Config
 from fedbert_jax.console import progress
 from fedbert_jax.console.output import make_console, shown
@@ -90,8 +91,7 @@ class Serving:
         if workdir.exists():
             # With credentials, the roster says how many clients there are.
             free = ("federated.num_clients",) if self.credentials else ()
-            made = resume.newest(workdir.checkpoints)
-            check_same(workdir.read_config(), config, free, resume.harmless(config, made))
+            check_same(workdir.read_config(), config, free, config_lib.HARMLESS)
 
     def run(self, listen: Callable[[Gathering], Listening] | None, interrupts: Interrupts) -> int:
         """Gathers the clients, serves them, and ends."""
@@ -103,8 +103,8 @@ class Serving:
         known, wanted = self._names(), self.given.federated.num_clients or 0
         gathering = Gathering(known, wanted, self.facts["run"])
         clients = max(len(known), wanted)
-        begun = settled(self.given, clients)  # that it can't go on from the checkpoint is said before anybody is waited for
-        steps = begun.federated.steps_per_round(min(begun.federated.clients_per_round or clients, clients))
+        begun = settled(self.given, len(known) or wanted)  # whether it can go on is said before anybody is waited for
+        steps = begun.federated.steps_per_round(min(begun.federated.clients_per_round or clients, len(known) or wanted))
         resume.check(begun, resume.newest(self.workdir.checkpoints), steps, None)
         grpc = lambda service: Server(service, n.host, n.port, self.credentials, self.roster_of, clients)  # noqa: E731
         server = (listen or grpc)(gathering)

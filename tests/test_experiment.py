@@ -439,6 +439,20 @@ def test_a_run_takes_sizes_and_tokenizer_and_names_what_is_missing(tmp_path):
     assert np.array_equal(server["layers"]["up"]["bias"][1], tensors["encoder.layer.1.intermediate.dense.bias"])
 
 
+@pytest.mark.parametrize("begins, secret, warned", [(True, 5, True), (True, None, False), (False, 5, False)])
+def test_a_secret_that_hides_nothing_of_a_checkpoint_is_no_secret(begins, secret, warned, tmp_path):
+    directory, said = tmp_path / "bert", list[str]()
+    torch_model("BertForMaskedLM").save_pretrained(directory)
+    (directory / "vocab.txt").write_text("\n".join(WORDS))
+    text = write_corpus(tmp_path / "corpus", clients=2, documents=6).parent / "text"
+    model = {} if begins else dict(init_from="", hidden_size=16, num_layers=1, num_heads=2)
+    data = dict(source=f"text:{text}", tokenizer="" if begins else str(directory))
+    config = run_config(directory, model=model, data=data, privacy=dict(client_seed=secret))
+    run = experiment.open_run(config, Workdir(tmp_path / "w"), progress=None, warn=said.append)
+    run.simulation.close()
+    assert any("privacy.client_seed doesn't hide the segment" in sentence for sentence in said) == warned
+
+
 def test_what_can_t_be_started_from_is_refused_before_text_is_read(saved, tmp_path):
     rename(saved, lambda t: t | {"cls.predictions.bias": t["cls.predictions.bias"] / 0})
     config = run_config(saved, data=dict(source=f"text:{tmp_path / 'nowhere'}"))

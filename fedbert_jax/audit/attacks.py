@@ -75,12 +75,14 @@ def _hazy(view: View) -> bool:
 
 
 def _answered(view: View) -> bool:
-    """Whether labels are words, at positions that are known, and those of some blocks of the round are known, too."""
+    """Whether the labels of some blocks of the round are known, too."""
     return _placed(view) and view.answers is not None
 
 
 def _placed(view: View) -> bool:
-    return view.public.masked > 0 and view.messages.positions is not None
+    """Whether labels are words, at positions that are known, and something came back for them."""
+    m = view.messages
+    return view.public.masked > 0 and m.positions is not None and bool(np.any(m.dz))
 
 
 def _blurred(view: View) -> bool:

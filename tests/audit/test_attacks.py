@@ -358,6 +358,9 @@ def test_labels_are_read_without_a_segment(bert, told_apart, monkeypatch):
     assert read(0) > 0.8 and read(8) > 0.8
     # A gradient that is another place's tells nothing: the words beside are left, and guessing.
     assert read(0, True) < 0.35 and read(8, True) < 0.35
+    whole = read(40)
+    monkeypatch.setattr(regression, "SWEEPS", 1)
+    assert read(40) < whole - 0.03  # what it has guessed helps it to guess
 
 
 def test_known_labels_are_told_from_guessed_ones(bert, told_apart, monkeypatch):

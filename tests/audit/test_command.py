@@ -196,7 +196,10 @@ def test_a_seed_that_everybody_knows_reads_the_text_and_all_hidden_states_are_re
     assert labels["top1"] > 0.98 and labels["of"] == "labels" and labels["given"] == {
         "blocks": 12, "log": 60, "known_blocks": 3, "public": "", "divergence": None,
     }  # fmt: skip
-    capsys.readouterr()
+    assert "the noise follows from it" not in " ".join(capsys.readouterr().out.split())
+    noisy = ["--config.wire.gradient_noise=0.1", "--knows", "seed", "--attacks", "gradient"]
+    assert main([str(tmp_path), "--out", f"{tmp_path}/noisy", *noisy, *SMALL]) == 0
+    assert "seed: the noise follows from it, too" in " ".join(capsys.readouterr().out.split())
     controls.main([str(tmp_path), "--blocks", "12", "--log", "60"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| the ")]
     shares = [float(row[2].rstrip("%")) for row in rows]
