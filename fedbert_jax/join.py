@@ -276,16 +276,16 @@ class Joining:
         if self.checkpoints is not None:
             held = ended.held
             stamp = {"config": resume.stamp(self._shown(self.config))}
-            self.checkpoints.save(self.done, {"opt": held.opt, "unsent": held.outer, "segment": held.segment}, stamp)
+            self.checkpoints.save(self.done, {"opt": held.opt, "averaging": held.averaging, "segment": held.segment}, stamp)
 
     def _recall(self, round: int) -> Held | None:
         """Returns what the client held at the beginning of a round, if it kept it."""
         if self.checkpoints is None or round not in self.checkpoints.rounds():
             return None
-        like = {"opt": self.shape.opt, "unsent": self.shape.outer, "segment": self.shape.segment}
+        like = {"opt": self.shape.opt, "averaging": self.shape.averaging, "segment": self.shape.segment}
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         found, _ = self.checkpoints.restore(round, like, jax.tree.map(lambda _: here, like))
-        return Held(found["segment"], found["opt"], found["unsent"], round)
+        return Held(found["segment"], found["opt"], found["averaging"], round)
 
     # --- after the last round ---
 

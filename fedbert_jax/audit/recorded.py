@@ -20,7 +20,7 @@ from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.tokenizer import special_ids, vocab_size
 from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import UserError
-from fedbert_jax.federated.state import Pair, State
+from fedbert_jax.federated.state import Averaging, Pair, State
 from fedbert_jax.finished import elsewhere
 from fedbert_jax.jobs import open_job
 from fedbert_jax.models.bert import ClientParams
@@ -102,7 +102,7 @@ class Recordings:
             vocab_size=vocab_size(job.tokenizer),
             special_ids=tuple(special_ids(job.tokenizer)),
             text=tuple(tokens for client in self._clients.values() for tokens in client.text),
-            state=State(Pair(self._segment, body), Pair(() if opt is None else opt, ()), ()),
+            state=State(Pair(self._segment, body), Pair(() if opt is None else opt, ()), Averaging()),
             round=at,
             segments={
                 "segment": lambda: "the server holds none" if self._segment is None else self._segment,

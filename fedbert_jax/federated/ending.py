@@ -8,7 +8,7 @@ import jax
 
 from fedbert_jax.federated.average import add_up, outer_update, weighted_average
 from fedbert_jax.federated.dp import add_noise, clipped_shares
-from fedbert_jax.federated.fixed_point import Blinding, fixed_point, next_ranges
+from fedbert_jax.federated.fixed_point import fixed_point, next_ranges
 from fedbert_jax.federated.holding import Holding, merge, only, sent_copies, sides
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Pair, State
@@ -42,12 +42,12 @@ def average(s: Setting, held: Holding, state: State, kept: Any, sums: Any, round
     moved = sides(lambda channel, x: x if channel is None else channel.total(x), channels, sums[0])
     if s.noised:
         moved = add_noise(moved, s.noise_key(round), privacy.dp_noise * privacy.dp_clip / s.cohort)
-    before = state.outer.outer if s.blinded else state.outer
-    new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, before)
+    new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, state.averaging.outer)
+    averaging = state.averaging._replace(outer=outer)
     if s.blinded:
         after = lambda channel, ranges, x: ranges if channel is None else next_ranges(ranges, x)  # noqa: E731
-        outer = Blinding(sides(after, channels, state.outer.ranges, sums[0]), outer)
-    return State(merge(held.model, new, kept[0]), merge(held.opt, sums[1], kept[1]), outer)
+        averaging = averaging._replace(ranges=sides(after, channels, averaging.ranges, sums[0]))
+    return State(merge(held.model, new, kept[0]), merge(held.opt, sums[1], kept[1]), averaging)
 
 
 def _channels(s: Setting, held: Holding, state: State) -> Pair:
@@ -55,4 +55,4 @@ def _channels(s: Setting, held: Holding, state: State) -> Pair:
     if not s.blinded:
         return Pair(None, None)
     sent = sent_copies(held, s.how.cut)
-    return sides(lambda sent, ranges: fixed_point(ranges) if sent else None, sent, state.outer.ranges)
+    return sides(lambda sent, ranges: fixed_point(ranges) if sent else None, sent, state.averaging.ranges)

@@ -7,7 +7,7 @@ out from whole numbers alone, and so are the same at every client, whatever it c
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,6 @@ FIRST = 7  # the range before there is an average: numbers within ±2**7
 WIDEST, NARROWEST = 24, -64
 HEADROOM = 6  # a range reaches 2**6 times the largest number of the last average, or further
 MARGIN = 2.0**-10  # of a range, left for what rounding adds to a sum
-
-
-class Blinding(NamedTuple):
-    """The state of averaging in fixed point."""
-
-    ranges: Any  # a `Pair` of int32 [L] for L tensors, in their order; () for a side that isn't sent
-    outer: Any  # the outer optimizer's
 
 
 def first_ranges(like: Any) -> jax.Array:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from fedbert_jax.config import Arrangement
 from fedbert_jax.devices.mesh import constrain_clients
 from fedbert_jax.federated.average import replicate
-from fedbert_jax.federated.fixed_point import Blinding, first_ranges
+from fedbert_jax.federated.fixed_point import first_ranges
 from fedbert_jax.federated.setting import Setting
-from fedbert_jax.federated.state import Pair, State, pick
+from fedbert_jax.federated.state import Averaging, Pair, State, pick
 
 
 class Holding(NamedTuple):
@@ -54,13 +54,14 @@ def sent_copies(held: Holding, cut: bool) -> Pair:
 def first_state(s: Setting, held: Holding, model: Pair) -> State:
     """Returns the state before the first round, from a fresh model; parts that are each client's own become [N, ...]."""
     at_rest = lambda h, x: replicate(x, s.num_clients) if h == "own" else () if h == "none" else x  # noqa: E731
-    outer = s.outer.init(only(("copies",), held.model, model)) if s.outer else ()
+    averaging = Averaging(outer=s.outer.init(only(("copies",), held.model, model)) if s.outer else ())
     if s.blinded:
         sent = Pair(True, False) if s.how.averages_gradients else sent_copies(held, s.how.cut)
-        outer = Blinding(sides(lambda sent, x: first_ranges(x) if sent else (), sent, model), outer)
+        averaging = averaging._replace(ranges=sides(lambda sent, x: first_ranges(x) if sent else (), sent, model))
     if s.config.wire.gradient_codec == "int8":
-        outer = jax.tree.map(lambda x: jnp.zeros((s.num_clients, *x.shape), x.dtype), model.client)
-    return State(sides(at_rest, held.model, model), sides(at_rest, held.opt, s.init_opt(model)), outer)
+        nothing = jax.tree.map(lambda x: jnp.zeros((s.num_clients, *x.shape), x.dtype), model.client)
+        averaging = averaging._replace(unsent=nothing)
+    return State(sides(at_rest, held.model, model), sides(at_rest, held.opt, s.init_opt(model)), averaging)
 
 
 def begun(s: Setting, held: Holding, state: State) -> Pair:

@@ -15,12 +15,12 @@ from fedbert_jax.devices.mesh import constrain, constrain_clients
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import add_up_with_feedback, pool, weighted_sum
 from fedbert_jax.federated.ending import average, settle
-from fedbert_jax.federated.fixed_point import Blinding, fixed_point, next_ranges
+from fedbert_jax.federated.fixed_point import fixed_point, next_ranges
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, blame, lost, not_finite, of_steps, of_turns
 from fedbert_jax.federated.setting import Setting, over_slices
 from fedbert_jax.federated.split import split_step
-from fedbert_jax.federated.state import Cohort, Pair, Rows, State, Strategy, clients_first, num_steps, pick
+from fedbert_jax.federated.state import Averaging, Cohort, Pair, Rows, State, Strategy, clients_first, num_steps, pick
 
 
 def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
@@ -116,13 +116,14 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
             cohort = Cohort(jax.tree.map(lambda x: x[:, :1], cohort.rows), cohort.clients[:1], jnp.ones(1), cohort.round)
         if len(cohort.weights) == 1:
             cohort = cohort._replace(rows=constrain(cohort.rows, None, None, "data"))
-        sent = state.outer.ranges.client if s.blinded else pick(state.outer, cohort.clients)
+        averaging = state.averaging
+        sent = averaging.ranges.client if s.blinded else pick(averaging.unsent, cohort.clients)
         model, opt, metrics, sent = train_one(state.model, state.opt, cohort, first, sent)
         if s.blinded:
-            return State(model, opt, Blinding(Pair(sent, ()), state.outer.outer)), of_steps(metrics)
+            return State(model, opt, averaging._replace(ranges=Pair(sent, ()))), of_steps(metrics)
         there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # absent clients keep theirs
         put = lambda all_, x: all_.at[there].set(x, mode="drop")  # noqa: E731
-        return State(model, opt, jax.tree.map(put, state.outer, sent)), of_steps(metrics)
+        return State(model, opt, averaging._replace(unsent=jax.tree.map(put, averaging.unsent, sent))), of_steps(metrics)
 
     def apart(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def train(part: Any) -> Any:
@@ -141,7 +142,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
     def in_turn(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def turn(carry: tuple[Pair, Pair], x: Any) -> tuple[tuple[Pair, Pair], RoundMetrics]:
             (model, opt), (n, client, rows) = carry, x
-            mine = State(hold.take(held.model, model, client), hold.take(held.opt, opt, client), ())
+            mine = State(hold.take(held.model, model, client), hold.take(held.opt, opt, client), Averaging())
             then = first + n * num_steps(cohort.rows)
             end, end_opt, metrics = train_alone(mine.model, hold.begun(s, held, mine), rows, client, cohort.round, then)
             return (hold.put(held.model, model, client, end), hold.put(held.opt, opt, client, end_opt)), metrics
@@ -149,7 +150,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         rows = constrain(clients_first(cohort.rows), None, None, "data")  # [C, K, B, ...]
         turns = (jnp.arange(len(cohort.clients)), cohort.clients, rows)
         (model, opt), metrics = jax.lax.scan(turn, (state.model, state.opt), turns)
-        return State(model, opt, state.outer), of_turns(metrics, cohort.weights)
+        return State(model, opt, state.averaging), of_turns(metrics, cohort.weights)
 
     rounds = {"together": together, "pooled": pooled, "apart": apart, "in turn": in_turn}
     steps = s.config.federated.steps_per_round(s.cohort)

@@ -25,14 +25,26 @@ class Pair(NamedTuple):
     server: Any
 
 
+class Averaging(NamedTuple):
+    """What averaging carries on from round to round, or from step to step if gradients are averaged; () for what it doesn't.
+
+    Attributes:
+      outer: the state of the optimizer that takes averages (`aggregator`).
+      unsent: what the codec of gradients has yet to send: of each client's, [N, ...], or at a client, of its own.
+      ranges: with which numbers are sent in fixed point, int32 [L] for L tensors: a `Pair`, or at a client, the segment's.
+    """
+
+    outer: Any = ()
+    unsent: Any = ()
+    ranges: Any = ()
+
+
 class State(NamedTuple):
     """Everything that changes from round to round. Parts that each client has of its own have a leading axis [N]."""
 
     model: Pair
     opt: Pair
-    # State of the averaging: the outer optimizer's; if gradients are averaged, what their codec has yet to send [N, ...]; if
-    # averages are blinded, a `Blinding`.
-    outer: Any
+    averaging: Averaging
 
 
 class Cohort(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedbert_jax.config import Arrangement
 from fedbert_jax.errors import UserError
-from fedbert_jax.federated.fixed_point import Blinding
+from fedbert_jax.federated.state import Averaging
 from fedbert_jax.federated.wire import num_bytes
 from fedbert_jax.privacy.pads import NONCE, SEAL, Pads
 from fedbert_jax.runtime import frames
@@ -48,8 +48,8 @@ class Blinded:
         self._first = False  # whether this client was the first of those who were in the last sum
 
     def mean(
-        self, numbers: Any, state: Blinding, weight: float, id: Id, norm: np.ndarray, wire: Poster
-    ) -> tuple[Any, Blinding]:
+        self, numbers: Any, state: Averaging, weight: float, id: Id, norm: np.ndarray, wire: Poster
+    ) -> tuple[Any, Averaging]:
         """Returns the clients' weighted mean of their gradients, or of their moves, and the state after it.
 
         Raises:
@@ -95,20 +95,20 @@ def message_schema(shapes: Shapes) -> Schema:
     return merged(schema_of(HIDDEN, shapes.contribution), {"nonce": TensorSpec("uint8", (NONCE,))})
 
 
-def kept(segment: Any, opt: Any, blinding: Any, how: Arrangement) -> Any:
+def kept(segment: Any, opt: Any, averaging: Averaging, how: Arrangement) -> Any:
     """Returns what of a client's state all of them have the same: what a snapshot is of."""
-    return segment, opt if how.averages_gradients else (), blinding
+    return segment, opt if how.averages_gradients else (), averaging
 
 
 def opened(pads: Pads, sealed: Tensors, shapes: Shapes, how: Arrangement) -> Any:
     """Returns what `kept` made of a client's state, from what `Blinded.sealed` made of that."""
-    leaves, treedef = jax.tree.flatten(kept(shapes.segment, shapes.segment_opt, shapes.blinding, how))
+    leaves, treedef = jax.tree.flatten(kept(shapes.segment, shapes.segment_opt, shapes.averaging, how))
     return jax.tree.unflatten(treedef, pads.unseal(sealed[SNAPSHOT], leaves, int(sealed[ROUND])))
 
 
 def sealed_shapes(shapes: Shapes, how: Arrangement) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a sealed snapshot, and of the round that it says it is of."""
-    size = num_bytes(kept(shapes.segment, shapes.segment_opt, shapes.blinding, how))
+    size = num_bytes(kept(shapes.segment, shapes.segment_opt, shapes.averaging, how))
     return {SNAPSHOT: jax.ShapeDtypeStruct((size + SEAL,), np.uint8), ROUND: jax.ShapeDtypeStruct((), np.int32)}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedbert_jax.federated.evaluation import Exam
 from fedbert_jax.federated.setting import Setting
+from fedbert_jax.federated.state import Averaging
 from fedbert_jax.privacy.pads import Pads
 from fedbert_jax.runtime.blinded import Blinded, kept
 from fedbert_jax.runtime.frames import Tensors
@@ -47,7 +48,7 @@ class Held(NamedTuple):
 
     segment: Any
     opt: Any  # () where it is made anew each round
-    outer: Any  # as `State.outer`, where clients have it: what a gradient codec has lost so far, or a `Blinding`; ()
+    averaging: Averaging  # what it carries on of it
     round: int  # the round that this is the beginning of
     since: int = 0  # the epoch in which the round before it ended: a server that went back has another past
 
@@ -132,13 +133,13 @@ class Member:
         """Returns what a client holds before the first round: the segment that all of them draw."""
         segment = self.programs.new_segment()
         opt = () if self.s.config.federated.client_optimizer_state == "reset" else self.programs.new_optimizer(segment)
-        return Held(segment, opt, self._first_outer(segment), 0)
+        return Held(segment, opt, self.programs.new_averaging(segment), 0)
 
     def brought(self, held: Held) -> Tensors:
         """Returns what the server gets of the first segment."""
         if self.blinded is None:
             return to_tensors("segment", held.segment)
-        found = kept(held.segment, held.opt, held.outer, self.s.how)
+        found = kept(held.segment, held.opt, held.averaging, self.s.how)
         return to_tensors("segment", self.blinded.sealed(found, held.round))
 
     def received(self, tensors: Tensors, held: Held | None, round: int) -> Held:
@@ -150,14 +151,14 @@ class Member:
             opt = from_tensors("opt", self.shapes.segment_opt, tensors)
         else:
             opt = held.opt if held is not None else self.programs.new_optimizer(segment)
-        outer = held.outer if held is not None else self._first_outer(segment)
-        return Held(jax.device_put(segment), jax.device_put(opt), outer, round)
+        averaging = held.averaging if held is not None else self.programs.new_averaging(segment)
+        return Held(jax.device_put(segment), jax.device_put(opt), averaging, round)
 
     def _opened(self, blinded: Blinded, tensors: Tensors, held: Held | None, round: int) -> Held:
-        segment, opt, outer = jax.device_put(blinded.opened(tensors, self.s.how))
+        segment, opt, averaging = jax.device_put(blinded.opened(tensors, self.s.how))
         if not self.s.how.averages_gradients:
             opt = held.opt if held is not None else self.fresh().opt
-        return Held(segment, opt, outer, round)
+        return Held(segment, opt, averaging, round)
 
     def compile(self) -> None:
         """Compiles what a step needs, before anybody waits for it."""
@@ -209,7 +210,7 @@ class Member:
         in_turn = self.in_turn
         at = self.first_message(members, me)
         first = id.round * f.steps_per_round(self.s.cohort) + (members.index(me) * f.local_steps if in_turn else 0)
-        segment, opt, outer = held[:3]
+        segment, opt, averaging = held.segment, held.opt, held.averaging
         if not jax.tree.leaves(opt):
             opt = p.new_optimizer(segment)
         rows, losses, norms = self.rows(id.round), [], []
@@ -219,7 +220,7 @@ class Member:
             at += 2 * self.parts
             step = np.int32(first + k)
             if how.averages_gradients:
-                grads, outer = self._mean(grads, outer, weight, id._replace(at=at), wire)
+                grads, averaging = self._mean(grads, averaging, weight, id._replace(at=at), wire)
                 at += 1
             segment, opt, norm = p.update(grads, opt, segment, step)
             losses.append(loss)
@@ -232,15 +233,15 @@ class Member:
         elif how.client == "copies":
             upload = p.upload(segment, held.segment)
             if self.blinded is not None:
-                mean, outer = self.blinded.mean(upload, outer, weight, id._replace(at=at), norm, wire)
-                segment, after_outer = p.moved(held.segment, mean, outer.outer)
-                outer, at = outer._replace(outer=after_outer), at + 1
+                mean, averaging = self.blinded.mean(upload, averaging, weight, id._replace(at=at), norm, wire)
+                segment, outer = p.moved(held.segment, mean, averaging.outer)
+                averaging, at = averaging._replace(outer=outer), at + 1
             else:
                 answer = wire.post(id._replace(at=at), to_tensors("segment", upload) | state | {"norm": norm}).result()
-                after = self.received(answer, Held(segment, own, outer, id.round), id.round + 1)
+                after = self.received(answer, Held(segment, own, averaging, id.round), id.round + 1)
                 segment, own = after.segment, after.opt
         if self.blinded is not None:
-            self.blinded.keep(kept(segment, own, outer, how), id.round + 1, id._replace(at=at), wire)
+            self.blinded.keep(kept(segment, own, averaging, how), id.round + 1, id._replace(at=at), wire)
         sums = None
         if evaluates:
             last = id._replace(at=self.scores_at(members))
@@ -248,7 +249,7 @@ class Member:
             ended = self.received(wire.segment(last), held, id.round + 1).segment if in_turn else segment
             sums = self.score(ended, id.round, wire)
             wire.post(last, {"sums": sums}).result()
-        return Ended(Held(segment, own, outer, id.round + 1, id.epoch), float(np.mean(losses)), sums)
+        return Ended(Held(segment, own, averaging, id.round + 1, id.epoch), float(np.mean(losses)), sums)
 
     def score(self, segment: Any, round: int, wire: Wire) -> np.ndarray:
         """Asks the model what its exam asks; returns the client's total of the answers, float32.
@@ -285,19 +286,14 @@ class Member:
             total = grads if total is None else p.add(total, grads)
         return total, loss
 
-    def _mean(self, grads: Any, outer: Any, weight: float, id: Id, wire: Wire) -> tuple[Any, Any]:
+    def _mean(self, grads: Any, averaging: Averaging, weight: float, id: Id, wire: Wire) -> tuple[Any, Averaging]:
         """Returns the clients' mean gradient of a step, and what is carried on to the next one."""
         p, norm = self.programs, np.asarray(_norm(grads), np.float32)
         if self.blinded is not None:
-            return self.blinded.mean(grads, outer, weight, id, norm, wire)
-        payload, outer = p.contribution(grads, outer, np.float32(weight))
+            return self.blinded.mean(grads, averaging, weight, id, norm, wire)
+        payload, unsent = p.contribution(grads, averaging.unsent, np.float32(weight))
         answer = wire.post(id, to_tensors("gradient", payload) | {"norm": norm}).result()
-        return p.mean_gradient(from_tensors("mean", self.shapes.mean, answer)), outer
-
-    def _first_outer(self, segment: Any) -> Any:
-        if self.s.blinded:
-            return self.programs.new_blinding(segment)
-        return jax.tree.map(jnp.zeros_like, segment) if self.s.config.wire.gradient_codec == "int8" else ()
+        return p.mean_gradient(from_tensors("mean", self.shapes.mean, answer)), averaging._replace(unsent=unsent)
 
 
 @jax.jit

@@ -19,10 +19,10 @@ from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.streams import Stream, seeds_of
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import outer_update, weighted_average, weighted_sum
-from fedbert_jax.federated.fixed_point import NARROWEST, WIDEST, Blinding, first_ranges, fixed_point, next_ranges
+from fedbert_jax.federated.fixed_point import NARROWEST, WIDEST, first_ranges, fixed_point, next_ranges
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import Up, client_begin, client_finish, client_head, server_backward, server_forward
-from fedbert_jax.federated.state import Rows, pick
+from fedbert_jax.federated.state import Averaging, Rows, pick
 from fedbert_jax.federated.wire import StepKeys
 
 Params = Any
@@ -118,8 +118,15 @@ class ClientPrograms:
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self.new_segment = jax.jit(lambda: s.segments.init(self._key(Stream.SEGMENT), jax.random.key(0))[0])
         self.new_optimizer = jax.jit(s.client_tx.init)
-        first_outer = lambda segment: s.outer.init(segment) if s.outer else ()  # noqa: E731
-        self.new_blinding = jax.jit(lambda segment: Blinding(first_ranges(segment), first_outer(segment)))
+
+        def new_averaging(segment: Params) -> Averaging:
+            """Returns what a client carries on of the averaging: where the server averages, what a codec has yet to send."""
+            if s.blinded:
+                return Averaging(outer=s.outer.init(segment) if s.outer else (), ranges=first_ranges(segment))
+            coded = s.config.wire.gradient_codec == "int8"
+            return Averaging(unsent=jax.tree.map(jnp.zeros_like, segment) if coded else ())
+
+        self.new_averaging = jax.jit(new_averaging)
 
     def draw(self, rows: Rows, round: Any, step: Any) -> Drawn:
         """Makes this client's batch of a step, and its keys."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import Up
-from fedbert_jax.federated.state import Rows
+from fedbert_jax.federated.state import Averaging, Rows
 from fedbert_jax.runtime.parties import ClientPrograms, ServerPrograms
 
 
@@ -25,7 +25,7 @@ class Shapes(NamedTuple):
     contribution: Any
     upload: Any
     mean: Any
-    blinding: Any  # the state of averaging in fixed point, which the clients hold; () where the server averages
+    averaging: Averaging  # what a client carries on of it
 
 
 def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
@@ -49,12 +49,11 @@ def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
     z = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
     _, _, dz = jax.eval_shape(programs.head, segment, drawn, zero, z)
     upload = jax.eval_shape(programs.upload, segment, segment)
+    averaging = jax.eval_shape(programs.new_averaging, segment)
     if s.blinded:
-        blinding = jax.eval_shape(programs.new_blinding, segment)
-        contribution = jax.eval_shape(programs.whole, segment, blinding.ranges, weight)
-        return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, (), blinding)
-    unsent = segment if s.config.wire.gradient_codec == "int8" else ()
-    contribution, _ = jax.eval_shape(programs.contribution, segment, unsent, weight)
+        contribution = jax.eval_shape(programs.whole, segment, averaging.ranges, weight)
+        return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, (), averaging)
+    contribution, _ = jax.eval_shape(programs.contribution, segment, averaging.unsent, weight)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), contribution)
     mean = jax.eval_shape(server.gradient, one, jnp.ones(1)) if s.how.averages_gradients else ()
-    return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, mean, ())
+    return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, mean, averaging)

@@ -121,7 +121,7 @@ def test_a_round_counts_the_steps_that_failed_by_client(strategy, mode, failed):
     config = tiny_config(federated=federated)
     _, rule, state = make_strategy(config)
     opt = Pair(nan_for(1, state.opt.client), state.opt.server)
-    state = State(nan_for(1, state.model) if strategy == "local" else state.model, opt, state.outer)
+    state = State(nan_for(1, state.model) if strategy == "local" else state.model, opt, state.averaging)
     cohort = Cohort(random_blocks(0, 3, 3, 1), jnp.arange(3), jnp.full(3, 1 / 3), jnp.int32(0))
     _, metrics = jax.jit(rule.round)(state, cohort)
     assert metrics.failed.tolist() == failed

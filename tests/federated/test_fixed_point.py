@@ -101,10 +101,10 @@ def test_a_blinded_average_is_the_average(kind):
     assert_trees_close(states[-1].model, plain.model, rtol=1e-4, atol=2e-6)
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), states[-1].model.client, plain.model.client)
     assert not all(jax.tree.leaves(same))
-    ranges = [np.asarray(s.outer.ranges.client) for s in states]
+    ranges = [np.asarray(s.averaging.ranges.client) for s in states]
     assert (ranges[0] < FIRST).any() and not np.array_equal(ranges[0], ranges[-1])
     crosses = kind.get("strategy") == "fedavg"  # with a cut, copies of the body are at the server
-    assert bool(jax.tree.leaves(states[-1].outer.ranges.server)) == crosses
+    assert bool(jax.tree.leaves(states[-1].averaging.ranges.server)) == crosses
 
 
 def test_the_outer_optimizer_gets_the_moves_that_it_would():
@@ -113,7 +113,7 @@ def test_the_outer_optimizer_gets_the_moves_that_it_would():
     plain = trained(federated=kind, **adam)[1][-1]
     found = trained(federated=kind, privacy=BLINDED, **adam)[1][-1]
     assert_trees_close(found.model, plain.model, rtol=1e-4, atol=2e-6)
-    assert_trees_close(found.outer.outer, plain.outer, rtol=1e-3, atol=1e-6)
+    assert_trees_close(found.averaging.outer, plain.averaging.outer, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1]], ids=str)
@@ -121,7 +121,7 @@ def test_slices_and_absent_clients_change_nothing(kind):
     whole = trained(federated=kind, privacy=BLINDED)[1][-1]
     sliced = trained(federated=kind | dict(clients_at_once=1), privacy=BLINDED)[1][-1]
     assert_trees_close(sliced.model, whole.model, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(sliced.outer.ranges.client, whole.outer.ranges.client)
+    np.testing.assert_array_equal(sliced.averaging.ranges.client, whole.averaging.ranges.client)
     # The third client is absent, whatever it holds.
     without = trained(federated=kind, privacy=BLINDED, weights=(0.5, 0.5, 0.0))[1][-1]
     plain = trained(federated=kind, weights=(0.5, 0.5, 0.0))[1][-1]

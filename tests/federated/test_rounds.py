@@ -14,7 +14,7 @@ from tiny import assert_trees_close, cohort, make_setting, make_strategy, mask_s
 from fedbert_jax.data.masking import mask_blocks
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.rounds import make_strategy as make
-from fedbert_jax.federated.state import Cohort
+from fedbert_jax.federated.state import Averaging, Cohort
 from fedbert_jax.federated.traffic import round_traffic
 
 SGD = dict(name="sgd", learning_rate=0.5, warmup_steps=0, schedule="constant", clip_norm=None, eps=None)
@@ -302,7 +302,7 @@ def test_outer_update_against_its_formula(aggregator):
     for n in range(2):
         data = cohort(config, round=n, seed=n)
         x = np.asarray(state.model.client["head"]["dense"]["kernel"])
-        average = one(state._replace(outer=()), data)[0].model.client["head"]["dense"]["kernel"]
+        average = one(state._replace(averaging=Averaging()), data)[0].model.client["head"]["dense"]["kernel"]
         delta = x - np.asarray(average)
         if aggregator.get("name") == "adam":
             m, v = 0.9 * m + 0.1 * delta, 0.999 * v + 0.001 * delta**2
@@ -448,8 +448,8 @@ def test_what_int8_has_yet_to_send_is_kept_by_client():
         wire=dict(gradient_codec="int8"),
     )
     _, _, state, round = program(config)
-    lost = jax.tree.map(lambda x: x + 1e-4 * (1 + jnp.arange(5.0)).reshape(-1, *(1,) * (x.ndim - 1)), state.outer)
-    state = state._replace(outer=lost)
+    lost = jax.tree.map(lambda x: x + 1e-4 * (1 + jnp.arange(5.0)).reshape(-1, *(1,) * (x.ndim - 1)), state.averaging)
+    state = state._replace(averaging=lost)
     data = cohort(config)._replace(clients=jnp.array([4, 1, 2]))
     first, _ = round(state, data)
     padded = Cohort(
@@ -460,12 +460,12 @@ def test_what_int8_has_yet_to_send_is_kept_by_client():
     )
     again, _ = round(state, padded)
     assert_trees_close(again, first)
-    bias = lambda s: np.asarray(s.outer["head"]["dense"]["kernel"])  # noqa: E731
+    bias = lambda s: np.asarray(s.averaging.unsent["head"]["dense"]["kernel"])  # noqa: E731
     for c in range(5):
         assert np.array_equal(bias(first)[c], bias(state)[c]) == (c in (0, 3))
     # A client adds what it has itself yet to send: with another client's, the error would be as large as their difference.
     shuffled = Cohort(data.rows[:, ::-1], data.clients[::-1], data.weights[::-1], data.round)
-    assert_trees_close(round(state, shuffled)[0].outer, first.outer, atol=2e-6)
+    assert_trees_close(round(state, shuffled)[0].averaging, first.averaging, atol=2e-6)
 
 
 def test_the_mean_gradient_comes_back_in_bfloat16():

@@ -129,9 +129,9 @@ def test_gradients_in_a_codec_train_nearly_as_they_are(codec, close):
     coded, _ = end_of_two_rounds(federated=dict(average="gradients"), wire=dict(gradient_codec=codec))
     differences = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), coded.model.client, plain.model.client)
     assert 0 < max(jax.tree.leaves(differences)) < close * 5
-    assert bool(jax.tree.leaves(coded.outer)) == (codec == "int8")
+    assert bool(jax.tree.leaves(coded.averaging)) == (codec == "int8")
     if codec == "int8":  # at most the remainder of a step of 1/127 of a row's largest
-        assert 0 < max(float(jnp.abs(x).max()) for x in jax.tree.leaves(coded.outer)) < 0.1
+        assert 0 < max(float(jnp.abs(x).max()) for x in jax.tree.leaves(coded.averaging.unsent)) < 0.1
 
 
 @pytest.mark.parametrize("codec, up, down", [("float32", None, None), ("bfloat16", 2, 2), ("int8", None, 2)])

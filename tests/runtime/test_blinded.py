@@ -281,7 +281,7 @@ def test_who_missed_a_round_that_was_made_again_goes_on_from_what_it_became(blin
     assert first.round == third.round == 4
     assert_trees_close(third.segment, first.segment, rtol=0, atol=0)
     assert_trees_close(third.opt, first.opt, rtol=0, atol=0)
-    assert_trees_close(third.outer, first.outer, rtol=0, atol=0)
+    assert_trees_close(third.averaging, first.averaging, rtol=0, atol=0)
 
 
 def test_who_comes_back_has_the_others_optimizer_and_ranges():
@@ -289,25 +289,27 @@ def test_who_comes_back_has_the_others_optimizer_and_ranges():
     one, other = (f.participant(n).member for n in NAMES[:2])
     held = one.fresh()
     moved = held._replace(
-        opt=jax.tree.map(lambda x: x + 3, held.opt), outer=jax.tree.map(lambda x: x - 5, held.outer), round=7
+        opt=jax.tree.map(lambda x: x + 3, held.opt), averaging=jax.tree.map(lambda x: x - 5, held.averaging), round=7
     )
     found = other.received(one.brought(moved), None, 9)
     assert found.round == 9  # rounds may have been skipped
-    assert_trees_close((found.segment, found.opt, found.outer), (moved.segment, moved.opt, moved.outer), rtol=0, atol=0)
+    assert_trees_close(
+        (found.segment, found.opt, found.averaging), (moved.segment, moved.opt, moved.averaging), rtol=0, atol=0
+    )
 
 
 def test_numbers_beyond_their_range_do_not_turn_a_sum_around():
     f = federation(GRADIENTS)
     p = f.client_programs
     like = jax.tree.map(lambda x: np.full(x.shape, 1e6, np.float32), f.shapes.segment)
-    blinding = p.new_blinding(like)
-    parts = [jax.device_get(p.whole(like, blinding.ranges, np.float32(share))) for share in (0.5, 0.3, 0.2)]
+    averaging = p.new_averaging(like)
+    parts = [jax.device_get(p.whole(like, averaging.ranges, np.float32(share))) for share in (0.5, 0.3, 0.2)]
     total = f.engine.programs.total(jax.tree.map(lambda *x: np.stack(x), *parts), np.array([0.5, 0.3, 0.2], np.float32))
-    mean, ranges = p.mean_of(total, blinding.ranges, np.float32(1.0))
+    mean, ranges = p.mean_of(total, averaging.ranges, np.float32(1.0))
     for x in jax.tree.leaves(mean):
         np.testing.assert_allclose(x, 128.0, rtol=2e-3)
     assert set(np.asarray(ranges).tolist()) == {7 + 6}  # so that the next ones may be larger
-    _, of_a_few = p.mean_of(total, blinding.ranges, np.float32(0.2))
+    _, of_a_few = p.mean_of(total, averaging.ranges, np.float32(0.2))
     assert set(np.asarray(of_a_few).tolist()) == {7 + 6 + 3}
 
 

@@ -63,7 +63,7 @@ def test_a_federation_equals_the_simulation(federated, others, parts):
         held = clients[name].held
         assert held is not None and held.round == 2
         if "privacy" in others:
-            np.testing.assert_array_equal(held.outer.ranges, state.outer.ranges.client)
+            np.testing.assert_array_equal(held.averaging.ranges, state.averaging.ranges.client)
         if federated.get("strategy") != "sequential":
             assert_trees_close(jax.device_get(held.segment), jax.device_get(state.model.client), **loose)
     losses = [numbers["train_loss"] for _, numbers in federation.rounds]

@@ -51,7 +51,7 @@ def test_averaged_gradients_go_on_bit_for_bit(codec, tmp_path):
     second.close()
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True))
-    assert bool(jax.tree.leaves(state.outer)) == (codec == "int8")
+    assert bool(jax.tree.leaves(state.averaging)) == (codec == "int8")
 
 
 def test_a_round_does_not_depend_on_the_rounds_asked_for_before():
