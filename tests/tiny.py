@@ -47,12 +47,12 @@ def mask_spec(config: config_lib.Config) -> MaskSpec:
     return MaskSpec(num_masked(config.mlm.mask_prob, config.data.seq_len), VOCAB, 4, (0, 1, 2, 3, 4), None)
 
 
-def make_setting(config: config_lib.Config, total_steps: int = 100) -> Setting:
+def make_setting(config: config_lib.Config, total_steps: int = 100, dtype: Any = jnp.float32) -> Setting:
     f = config.federated
     assert f.num_clients is not None
     return setting_lib.make_setting(
         config,
-        make_segments(config.model),
+        make_segments(config.model, dtype),
         functools.partial(mask_blocks, spec=mask_spec(config)),
         f.num_clients,
         f.clients_per_round or f.num_clients,

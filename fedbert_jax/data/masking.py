@@ -34,6 +34,7 @@ class MaskSpec(NamedTuple):
     mask_id: int
     special_ids: tuple[int, ...]
     continuation: np.ndarray | None  # bool [V], true where a token continues a word; None masks single tokens
+    by_sorting: bool = False  # chooses the M lowest draws by sorting all; the same positions: `tuning.masks_by_sorting`
 
 
 def num_masked(mask_prob: float, seq_len: int) -> int:
@@ -72,7 +73,9 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec, hide_all: boo
         start = jax.lax.cummax(jnp.where(begins, jnp.arange(length)[None], 0), axis=1)  # [B, T]
         scores = jnp.take_along_axis(scores, start, axis=1)
     scores = jnp.where(maskable, scores, 2.0)  # past every draw, so chosen last
-    positions = jnp.sort(_smallest(scores, m), axis=1)  # in reading order, which doesn't reveal the order of the draw
+    positions = jnp.sort(
+        _smallest(scores, m, spec.by_sorting), axis=1
+    )  # in reading order, which doesn't reveal the order of the draw
     weights = jnp.take_along_axis(maskable, positions, axis=1)
     if spec.continuation is not None:
         rank = jnp.sum(scores[:, None, :] <= scores[:, :, None], axis=2)  # [B, T]: tokens in all words drawn up to this one
@@ -87,9 +90,9 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec, hide_all: boo
     return MaskedBatch(masked, positions, labels, weights.astype(jnp.float32))
 
 
-def _smallest(scores: jax.Array, count: int) -> jax.Array:
+def _smallest(scores: jax.Array, count: int, by_sorting: bool) -> jax.Array:
     """Returns the positions, int32 [B, count], of each row's smallest scores [B, T]; of equal scores, the first win."""
-    if jax.sharding.get_abstract_mesh().size > 1:  # with rows on several devices, top_k would gather all of them on each
+    if by_sorting:
         places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         return jax.lax.sort_key_val(scores, places)[1][:, :count]
-    return jax.lax.top_k(-scores, count)[1]  # two to four times as fast on a CPU
+    return jax.lax.top_k(-scores, count)[1]

@@ -19,7 +19,7 @@ from fedbert_jax.data.blocks import TokenBlocks
 from fedbert_jax.data.masking import MaskSpec, mask_blocks
 from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.devices.mesh import place, put, tree_shardings
-from fedbert_jax.devices.tuning import compute_dtype, resolve_attention
+from fedbert_jax.devices.tuning import compute_dtype, masks_by_sorting, resolve_attention
 from fedbert_jax.federated.evaluation import (
     Evaluation,
     evaluation,
@@ -52,6 +52,7 @@ class Simulation:
 
     def __init__(self, config: Config, train: TokenBlocks, heldout: TokenBlocks, mask: MaskSpec, mesh: Mesh):
         self.config, self.train, self.mesh, seeds = config, train, mesh, seeds_of(config)
+        mask = mask._replace(by_sorting=masks_by_sorting(mesh))
         self.feed = Feed(config, train, mesh)
         steps = config.federated.steps_per_round(self.feed.cohort)
         self.setting = make_setting(

@@ -51,6 +51,14 @@ def test_exactly_m_positions_and_no_special_token():
     assert not np.any(changed & ~places)
 
 
+def test_positions_chosen_by_sorting_are_the_same_where_draws_are_equal_too():
+    tokens = blocks().at[:50, 3:60].set(0)  # rows with fewer than M to mask: the others' draws are all equal
+    for spec in (TOKENS, WORDS):
+        sorting = Hashed(*spec[:5], True)
+        for a, b in zip(*(mask(jax.random.key(0), tokens, s)[:4] for s in (spec, sorting)), strict=True):
+            assert np.array_equal(a, b)
+
+
 def test_with_hide_all_every_chosen_position_is_the_mask_token():
     tokens = blocks()
     out, usual = (mask(jax.random.key(0), tokens, TOKENS, hide_all) for hide_all in (True, False))
