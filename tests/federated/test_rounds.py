@@ -374,17 +374,21 @@ def test_schedules_count_global_steps():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind",
+    "kind, codec",
     [
-        dict(),
-        dict(body="merged", local_steps=1),
-        dict(strategy="fedavg", client_optimizer_state="reset", local_steps=1),
-        dict(average="gradients", local_steps=1),
+        (dict(), "float32"),
+        (dict(body="merged", local_steps=1), "float32"),
+        (dict(strategy="fedavg", client_optimizer_state="reset", local_steps=1), "float32"),
+        (dict(average="gradients", local_steps=1), "float32"),
+        (dict(average="gradients", local_steps=1), "int8"),
     ],
     ids=str,
 )
-def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
-    """Five clients, two (or one) at a time, padded to six by one of weight 0, with the momentum of an outer update."""
+def test_a_cohort_in_slices_is_the_cohort_at_once(kind, codec):
+    """Five clients, two (or one) at a time, padded to six by one of weight 0, with the momentum of an outer update.
+
+    Under int8 a number that lies between two may be rounded to the other one: for each client, few do.
+    """
     ends = []
     outer = {} if "average" in kind else dict(momentum=0.9)
     for at_once in (None, 1 if "strategy" in kind else 2):
@@ -392,9 +396,15 @@ def test_a_cohort_in_slices_is_the_cohort_at_once(kind):
             federated=dict(num_clients=6, clients_at_once=at_once, **kind),
             model=dict(hidden_dropout=0.1),
             aggregator=outer,
+            wire=dict(gradient_codec=codec) if codec == "int8" else {},
         )
         ends.append(run(config, rounds=2, clients=6, weights=[0.1, 0.3, 0.2, 0.15, 0.25, 0.0]))
-    assert_trees_close(ends[1], ends[0], atol=3e-6)
+    if codec == "float32":
+        return assert_trees_close(ends[1], ends[0], atol=3e-6)
+    (sliced, _), (whole, _) = ends
+    assert_trees_close(sliced.model, whole.model, atol=2e-3)
+    for a, b in zip(jax.tree.leaves(sliced.averaging.unsent), jax.tree.leaves(whole.averaging.unsent), strict=True):
+        assert np.mean(np.isclose(a, b, rtol=1e-3, atol=1e-6), axis=tuple(range(1, a.ndim))).min() > 0.9
 
 
 @pytest.mark.parametrize("kind", [dict(average="gradients"), dict(strategy="sequential")], ids=str)
