@@ -1,8 +1,9 @@
 """Reading labels without a segment: dL/dz depends on the row of its label, and the cipher names rows of words.
 
 Of the positions whose label is known, or guessed, dL/dz is regressed on the label's row and on z; each position then gets
-the word whose row explains its dL/dz best, and all is repeated with these. The first guesses are the labels of known text
-or, without any, what public text says stands between the words beside a position.
+the word whose row explains its dL/dz best, and all is repeated with these, each counting by how far its word is ahead of the
+second. The first guesses are the labels of known text or, without any, what public text says stands between the words beside
+a position.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fedbert_jax.audit.tables import GUESSES
 from fedbert_jax.audit.views import Messages, View
 
 WORDS = 4096  # the most frequent words that a label may be
-SWEEPS = 12
+SWEEPS = 20
 RIDGE = 100.0
-TOLD = 3.0  # guessed labels that a known one counts for
+TOLD = 3.0  # mean guesses that a known label counts for
 ENOUGH = 100  # known labels, from which on they are a better start alone
 FREQUENT = 0.01  # of a logarithm of frequency, and of what the words beside say, that counts as much as a cosine
 AT_ONCE = 256  # positions whose surroundings are looked up at a time
@@ -57,7 +58,8 @@ def read_labels(view: View) -> np.ndarray:
         rest = unit(dz - features[:, rows.shape[1] :] @ by[rows.shape[1] :])
         scores = rest @ unit(rows @ by[: rows.shape[1]]).T + bias
         labels = np.where(sure, labels, scores.argmax(axis=1))
-        weights = np.where(sure, TOLD, 1.0)
+        second, first = np.partition(scores, -2, axis=1)[:, -2:].T
+        weights = np.where(sure, TOLD, (first - second) / (np.mean(first - second) + 1e-12))
     count = int(where[0].sum())
     best = words[np.argsort(-scores[:count], axis=1, kind="stable")[:, :GUESSES]]
     guesses = np.full((*where[0].shape, GUESSES), best[0, 0])
