@@ -14,6 +14,7 @@ from tiny import make_simulation, mask_spec
 from fedbert_jax.config import Config
 from fedbert_jax.data import sampling
 from fedbert_jax.data.streams import seeds_of
+from fedbert_jax.devices.tuning import compute_dtype
 from fedbert_jax.federated.evaluation import masked_exam, plan_evaluation
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.jobs.job import Shard
@@ -84,7 +85,7 @@ class Federation:
         self.simulation = make_simulation(config)
         rows = jax.ShapeDtypeStruct((config.federated.batch_size, config.data.seq_len), np.uint16)
         batch, masked = min(config.eval.batch_size, config.eval.max_blocks), mask_spec(config).num_masked
-        asked = questions(batch, config.data.seq_len, masked, config.model.hidden_size)
+        asked = questions(batch, config.data.seq_len, masked, config.model.hidden_size, compute_dtype(config).name)
         return self.simulation.setting, rows, asked, self.simulation.feed.cohort_of
 
     def _on_round(self, round: int, members: tuple[str, ...]) -> None:

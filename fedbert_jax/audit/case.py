@@ -148,6 +148,8 @@ class Case:
             return {"known": blocks, "answers": answers}
         if kind == "public_text":
             return {} if self.text is not None else "there is none (--public)"
+        if kind == "aggregator" and self.source.config.federated.batch_by == "size":
+            return "the simulation makes one gradient of all clients' rows (federated.batch_by='size'), and none of each"
         if kind == "aggregator" and self.source.setting.blinded:
             return "who adds up gets numbers under pads (privacy.averaging='blinded')"
         in_turn = self.source.setting.how.clients == "in turn"

@@ -174,6 +174,7 @@ def _check_cohort(config: Config, need: Need) -> None:
         and config.wire.gradient_codec == "float32"
         and config.wire.gradient_clip is None  # a client's own dL/dz would be clipped, or blurred, and there are none
         and config.wire.gradient_noise == 0
+        and config.privacy.averaging == "plain"  # of one pooled gradient there is no sum
         and config.task == "pretrain"
     )
     need(
@@ -181,7 +182,8 @@ def _check_cohort(config: Config, need: Need) -> None:
         "federated.batch_by",
         f.batch_by,
         "'client', unless task='pretrain', federated.average='gradients', clients_per_round, max_clients_per_round and "
-        "clients_at_once are None, and wire.gradient_codec='float32', gradient_clip=None and gradient_noise=0.0",
+        "clients_at_once are None, wire.gradient_codec='float32', gradient_clip=None and gradient_noise=0.0, and "
+        "privacy.averaging='plain'",
     )
 
 

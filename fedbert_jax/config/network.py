@@ -65,6 +65,12 @@ def check_network(config: Config, need: Need) -> None:
         f.strategy,
         f"{task} a strategy with a cut that ends in one model",
     )
+    need(
+        how.body != "copies" or f.client_optimizer_state != "keep",
+        "federated.client_optimizer_state",
+        f.client_optimizer_state,
+        f"'average' or 'reset' {task} and federated.body={f.body!r}: the server keeps no optimizer state a client",
+    )
     need(config.data.partition.kind == "natural", "data.partition.kind", config.data.partition.kind, f"'natural' {task}")
     need(
         not config.data.tokenizer.startswith("train:"),

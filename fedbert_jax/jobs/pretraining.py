@@ -20,6 +20,7 @@ from fedbert_jax.data.dataset import Dataset, prepare
 from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.data.summary import client_table
 from fedbert_jax.data.tokenizer import load_tokenizer, vocab_size
+from fedbert_jax.devices.tuning import compute_dtype
 from fedbert_jax.federated.evaluation import EvalSet, evaluation, masked_exam, plan_evaluation
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.state import Rows
@@ -64,7 +65,9 @@ class Pretraining:
         e, m = self.config.eval, self.config.model
         assert m.hidden_size is not None
         batch = min(e.batch_size, e.max_blocks)
-        return questions(batch, self.config.data.seq_len, self.mask.num_masked, m.hidden_size)
+        return questions(
+            batch, self.config.data.seq_len, self.mask.num_masked, m.hidden_size, compute_dtype(self.config).name
+        )
 
     def fill(self, client: ClientParams, server: ServerParams) -> tuple[ClientParams, ServerParams, list[str]]:
         """Fills a new model from the checkpoint that it starts from."""

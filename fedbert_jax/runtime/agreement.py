@@ -9,6 +9,7 @@ from typing import Any
 
 from fedbert_jax import __version__
 from fedbert_jax.config import Config, flatten, to_dict
+from fedbert_jax.devices.tuning import compute_dtype
 from fedbert_jax.runtime.calls import Hello
 
 SECTIONS = ("model", "federated", "client_optimizer", "server_optimizer", "aggregator", "mlm", "wire", "precision")
@@ -21,8 +22,11 @@ OWN = (
 
 
 def agreed(config: Config) -> dict[str, Any]:
-    """Returns the keys of a resolved config that all parties must have the same, with their values."""
-    values = flatten(to_dict(config))
+    """Returns the keys of a resolved config that all parties must have the same, with their values.
+
+    What `precision.compute_dtype=auto` is on this machine is among them: rows cross as they are computed.
+    """
+    values = flatten(to_dict(config)) | {"precision.compute_dtype": compute_dtype(config).name}
     return {k: v for k, v in values.items() if (k.split(".")[0] in SECTIONS or k in KEYS) and k not in OWN}
 
 

@@ -50,7 +50,7 @@ class Blinded:
     def mean(
         self, numbers: Any, state: Averaging, weight: float, id: Id, norm: np.ndarray, wire: Poster
     ) -> tuple[Any, Averaging]:
-        """Returns the clients' weighted mean of their gradients, or of their moves, and the state after it.
+        """Returns the clients' weighted mean of their gradients, or of their moves, and what averaging carries on then.
 
         Raises:
           UserError: for an answer that can't be one, or pads that were used before.

@@ -98,7 +98,7 @@ class Engine:
             keeps = self.opt_travels or self.how.averages_gradients
             opt = self.s.client_tx.init(segment) if keeps else ()
             outer = self.s.outer.init(segment) if self.s.outer else ()
-        return ServerState(segment, opt, body, self.programs.new_optimizer(body), outer)
+        return ServerState(segment, opt, body, () if self.programs.resets else self.programs.new_optimizer(body), outer)
 
     @property
     def first_segment(self) -> Any:
@@ -112,14 +112,15 @@ class Engine:
         assert self.state is not None
         body, opt = self.state.body, self.state.body_opt
         if self.programs.copies:
-            body, opt = self.programs.replicate(body), self.programs.replicate(opt)
+            opt = self.programs.new_optimizer(body) if self.programs.resets else opt
+            body, opt = map(self.programs.replicate, (body, opt))
         self.work = self.state._replace(body=body, body_opt=opt)
         self.round, self.slots = round, Slots(members, self.cohort, self.in_turn)
         self._share = dict(zip(members, self.weights(members, blocks), strict=True))
         self._kept: list[Any] = []
         self._grads: Any = None
         self._losses: dict[str, list[float]] = {c: [] for c in members}
-        self._norms: list[jax.Array] = []  # read at the round's end: whoever waits for an update answers nobody
+        self._norms: dict[str, list[tuple[float, jax.Array]]] = {"server": [], "mean": []}  # weighted; read at the end
         self._client_norms: dict[str, list[float]] = {c: [] for c in members}
         self.scores: dict[str, np.ndarray] = {}
 
@@ -146,19 +147,23 @@ class Engine:
         if self.programs.copies:
             shares = self.slots.at({c: self._share[c] for c in self._there})
             body = self.programs.average_states(work.body, shares)
-            work = work._replace(body=body, body_opt=self.programs.average_states(work.body_opt, shares))
+            opt = () if self.programs.resets else self.programs.average_states(work.body_opt, shares)
+            work = work._replace(body=body, body_opt=opt)
         self.state = jax.block_until_ready(work)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the numbers of the round that was computed last: means over steps, and over clients by weight."""
-        shares = {c: self._share[c] for c in self._losses if self._losses[c]}
+        """Returns the numbers of the round that was computed last: means over steps, and over clients by weight.
+
+        Where gradients are averaged, `grad_norm_client` is of their mean, as in a simulation. Under pads nobody here knows
+        that: `grad_norm_each_client` is of the clients' own.
+        """
+        shares = {c: self._share[c] for c in self._there}
         total = sum(shares.values()) or 1.0
         mean = lambda each: float(sum(shares[c] * np.mean(each[c]) for c in shares if each[c]) / total)  # noqa: E731
-        return {
-            "train_loss": mean(self._losses),
-            "grad_norm_client": mean(self._client_norms),
-            "grad_norm_server": float(np.mean([np.mean(norm) for norm in self._norms])) if self._norms else 0.0,
-        }
+        of_steps = lambda norms: sum(w * float(x) for w, x in norms) / (sum(w for w, _ in norms) or 1.0)  # noqa: E731
+        client = of_steps(self._norms["mean"]) if self._norms["mean"] else mean(self._client_norms)
+        name = "grad_norm_each_client" if self.s.blinded and self.how.averages_gradients else "grad_norm_client"
+        return {"train_loss": mean(self._losses), name: client, "grad_norm_server": of_steps(self._norms["server"])}
 
     def transform(self, tensors: Tensors) -> Tensors:
         """Runs the body on h [B, T, D], for evaluation: without dropout, and keeping nothing."""
@@ -169,7 +174,7 @@ class Engine:
             shares = self.slots.at({c: self._share.get(c, 0.0) for c in self._there})
             body = self.programs.average_states(body, shares)
         positions, lengths = tensors["positions"].astype(np.int32), tensors.get("lengths")
-        return {"z": np.asarray(self.programs.transform(body, tensors["h"], positions, lengths), np.float32)}
+        return {"z": np.asarray(self.programs.transform(body, tensors["h"], positions, lengths))}
 
     def segment(self) -> Tensors:
         """Returns what a client that comes, or comes back, begins a round with."""
@@ -233,7 +238,8 @@ class Engine:
             if after is not None:
                 body, opt, norm = after
                 self.work = self.work._replace(body=body, body_opt=opt)
-                self._norms.append(norm)
+                norm = self.programs.mean_of(weights, norm) if self.programs.copies else norm
+                self._norms["server"].append((self._share[what.barrier.who[0]] if self.in_turn else 1.0, norm))
 
         return replies, keep
 
@@ -247,11 +253,11 @@ class Engine:
         crossing = to_tensors("mean", mean)
         channel = self.s.cut().channels.mean
         received = mean if channel is None else channel.receive(mean)
-        segment, opt, _ = self.own_update(received, self.work.segment_opt, self.work.segment, self._step(what))
+        segment, opt, norm = self.own_update(received, self.work.segment_opt, self.work.segment, self._step(what))
 
         def keep() -> None:
             assert self.work is not None
-            self._note_norms(what)
+            self._norms["mean"].append((1.0, norm))
             self.work = self.work._replace(segment=segment, segment_opt=opt)
 
         return dict.fromkeys(what.messages, crossing), keep

@@ -1,6 +1,6 @@
 """A client's part in a federation: its rounds, step by step, against whatever carries its messages.
 
-It holds the client segment and its optimizer state between rounds. A round begins from what it held then, so a round that is
+It holds the client segment, its optimizer state and what averaging carries on between rounds. A round begins from what it held then, so a round that is
 begun again needs nothing but that.
 """
 
@@ -260,7 +260,7 @@ class Member:
         for n, (questions, beside) in enumerate(self.exam.questions()):
             asked = {"positions": questions.positions, "lengths": questions.lengths}
             message = {name: np.asarray(x, np.uint16) for name, x in asked.items() if x is not None}
-            h = np.asarray(self.programs.ask(segment, questions, round, n), np.float32)
+            h = np.asarray(self.programs.ask(segment, questions, round, n))
             z = wire.transform({"h": h} | message)["z"]
             marks.append(np.asarray(self._marks(segment, z, questions, beside)))
         return self.exam.total(marks)

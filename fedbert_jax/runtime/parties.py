@@ -53,10 +53,9 @@ class ClientPrograms:
             return Drawn(pick(batch, 0), keys._replace(server=None))
 
         def part_of(drawn: Drawn, part: jax.Array) -> MaskedBatch:
-            """Returns some rows of a batch, weighted so that the parts' losses add up to the batch's."""
+            """Returns some rows of a batch."""
             cut_out = lambda x: jax.lax.dynamic_slice_in_dim(x, part * share, share)  # noqa: E731
-            mine = jax.tree.map(cut_out, drawn.batch)
-            return mine
+            return jax.tree.map(cut_out, drawn.batch)
 
         def begin(params: Params, drawn: Drawn, part: jax.Array) -> tuple[Up, Any]:
             return client_begin(cut, params, part_of(drawn, part), drawn.keys)
@@ -159,7 +158,7 @@ class ServerPrograms:
         cut, how = s.cut(), s.how
         self.s, self.slots, self.copies = s, slots, how.body == "copies"
         coded, mean = cut.channels.gradient, cut.channels.mean
-        self.held = hold.holding(how, s.config.federated.client_optimizer_state)
+        self.resets = hold.holding(how, s.config.federated.client_optimizer_state).opt.server == "none"
 
         def keys(round: jax.Array, step: jax.Array, clients: jax.Array) -> StepKeys:
             model = s.config.model

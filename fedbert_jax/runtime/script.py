@@ -73,7 +73,7 @@ def expected(s: Setting, sh: Shapes, barrier: Barrier, lengths: tuple[int, ...],
     return merged(schema_of("segment", sh.upload if barrier.phase == UPLOAD else sh.segment), state, NORM)
 
 
-def questions(batch: int, length: int, masked: int, hidden: int) -> Schema:
-    """Returns what is expected of B blocks of T tokens that are evaluated, with M positions asked for."""
-    h, positions = TensorSpec("float32", (batch, length, hidden)), TensorSpec("uint16", (batch, masked))
+def questions(batch: int, length: int, masked: int, hidden: int, dtype: str = "float32") -> Schema:
+    """Returns what is expected of B blocks of T tokens that are evaluated, with M positions; `dtype` is that of h."""
+    h, positions = TensorSpec(dtype, (batch, length, hidden)), TensorSpec("uint16", (batch, masked))
     return {"h": h, "positions": positions}

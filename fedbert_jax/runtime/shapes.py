@@ -1,4 +1,4 @@
-"""What crosses between one client and the server, as shapes: from the setting alone, without computing anything."""
+"""What crosses between one client and the server, and what it carries on, as shapes: from the setting, without computing."""
 
 from __future__ import annotations
 

@@ -119,7 +119,8 @@ class Checkpoints:
     def _damaged(self, round: int, why: str) -> UserError:
         path = self.directory / str(round)
         return UserError(
-            f"checkpoint {path} is damaged or of another run ({why}); delete that directory to go on {self._back(round)}."
+            f"checkpoint {path} is damaged, or of another run or version ({why}); delete that directory to go on "
+            f"{self._back(round)}."
         )
 
     def _back(self, round: int) -> str:

@@ -123,6 +123,10 @@ def test_a_combination_without_a_row_is_refused_and_the_rows_are_listed(federate
         (dict(federated=dict(average="gradients", batch_by="size"), wire=dict(gradient_codec="int8")), "federated.batch_by"),
         (dict(federated=dict(average="gradients", batch_by="size"), wire=dict(gradient_clip=1.0)), "federated.batch_by"),
         (dict(federated=dict(average="gradients", batch_by="size"), wire=dict(gradient_noise=0.1)), "federated.batch_by"),
+        (
+            dict(federated=dict(average="gradients", batch_by="size"), privacy=dict(averaging="blinded")),
+            "federated.batch_by",
+        ),
         (dict(federated=dict(order="fixed")), "federated.order"),
         (dict(data=dict(seq_len=2**16), model=dict(max_position_embeddings=2**16)), "data.seq_len"),
         (dict(federated=dict(strategy="sequential"), privacy=dict(averaging="blinded")), "privacy.averaging"),

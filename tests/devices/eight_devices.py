@@ -60,6 +60,8 @@ CASES = [
     Case(average="gradients", also="int8"),
 ]
 ROUGHLY = {"int8": dict(rtol=0.02, atol=2e-3)}  # where a number rounds otherwise, a step is another by its 127th
+MOST = 0.9  # of what int8 has yet to send is the same, within
+ALIKE = dict(rtol=1e-3, atol=1e-6)
 # With one seed, each step's sequences are split over devices; with four seeds on data=4, the seeds are.
 FINETUNING = [("centralized", (0, 1, 2, 3)), ("parallel", (0,))]
 MESHES = {CASES[0]: [(4, 2), (8, 1)], CASES[1]: [(8, 1)]}  # of the others, the first
@@ -166,7 +168,10 @@ def main() -> None:
         for mesh in MESHES.get(case, [(4, 2)]):
             simulation, state, actual, same = end_of_run(case, *mesh)
             for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(a, b, **close, err_msg=f"{case} on {mesh}: {jax.tree_util.keystr(path)}")
+                at = f"{case} on {mesh}: {jax.tree_util.keystr(path)}"
+                np.testing.assert_allclose(a, b, **close, err_msg=at)
+                if "unsent" in at:
+                    assert np.mean(np.isclose(a, b, **ALIKE)) > MOST, at
             if scores:
                 np.testing.assert_allclose(same.by_text.loss, scores.by_text.loss, rtol=close["rtol"])
             kernel = state.model.server["layers"]["attention"]["qkv"]["kernel"]

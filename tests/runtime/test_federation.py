@@ -26,7 +26,9 @@ CASES = [
     (dict(local_steps=1, client_optimizer_state="keep", weighting="uniform"), {}, 1),
     (dict(average="gradients"), {}, 1),
     (dict(local_steps=1, average="gradients"), dict(wire=dict(gradient_codec="bfloat16")), 1),
+    (dict(), dict(precision=dict(compute_dtype="bfloat16")), 1),
     pytest.param(dict(body="merged"), {}, 1, marks=pytest.mark.slow),
+    (dict(local_steps=1, body="merged", client_optimizer_state="reset"), {}, 1),
     (dict(local_steps=1, average="gradients"), dict(privacy=dict(averaging="blinded")), 1),
     (
         dict(local_steps=1, client_optimizer_state="reset"),
@@ -48,14 +50,15 @@ CASES = [
 
 @pytest.mark.parametrize("federated, others, parts", CASES)
 def test_a_federation_equals_the_simulation(federated, others, parts):
-    evaluates = others.keys() <= {"model"} and "local_steps" not in federated
+    evaluates = others.keys() <= {"model", "precision"} and "local_steps" not in federated
     config = tiny_config(federated=dict(rounds=2) | federated, **others)
     federation = Federation(config, parts=parts, evaluates=evaluates)
     clients = federation.run()
     state, metrics = simulated(federation)
     work = federation.engine.state
     assert work is not None
-    loose = dict(rtol=2e-2, atol=2e-3) if "wire" in others else dict(rtol=1e-4, atol=2e-6)
+    rough = "wire" in others or "precision" in others  # bfloat16 rounds otherwise where clients are stacked otherwise
+    loose = dict(rtol=2e-2, atol=2e-3) if rough else dict(rtol=1e-4, atol=2e-6)
     assert_trees_close(jax.device_get(work.body), jax.device_get(state.model.server), **loose)
     if "privacy" not in others:
         assert_trees_close(jax.device_get(work.segment), jax.device_get(state.model.client), **loose)
@@ -66,10 +69,17 @@ def test_a_federation_equals_the_simulation(federated, others, parts):
             np.testing.assert_array_equal(held.averaging.ranges, state.averaging.ranges.client)
         if federated.get("strategy") != "sequential":
             assert_trees_close(jax.device_get(held.segment), jax.device_get(state.model.client), **loose)
-    losses = [numbers["train_loss"] for _, numbers in federation.rounds]
-    np.testing.assert_allclose(losses, [float(m.loss) for m in metrics], rtol=1e-3 if "wire" in others else 1e-5)
+    close = dict(rtol=1e-3 if rough else 1e-5)
+    found = lambda name: [numbers[name] for _, numbers in federation.rounds]  # noqa: E731
+    np.testing.assert_allclose(found("train_loss"), [float(m.loss) for m in metrics], **close)
+    close = dict(rtol=2e-2 if rough else 1e-3)
+    np.testing.assert_allclose(found("grad_norm_server"), [float(m[2]) for m in metrics], **close)
+    if federated.get("average") == "gradients" and "privacy" in others:  # nobody who writes them down knows the mean
+        assert not any("grad_norm_client" in numbers for _, numbers in federation.rounds)
+    else:
+        np.testing.assert_allclose(found("grad_norm_client"), [float(m[1]) for m in metrics], **close)
     if evaluates:
         sums = federation.rounds[-1][1]["scores"]
         scored = federation.simulation.evaluate(state).clients
         for n, name in enumerate(NAMES):
-            np.testing.assert_allclose(sums[name][:2] / sums[name][2], scored[n], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(sums[name][:2] / sums[name][2], scored[n], rtol=1e-3 if rough else 1e-5, err_msg=name)
