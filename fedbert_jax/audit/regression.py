@@ -58,8 +58,9 @@ def read_labels(view: View) -> np.ndarray:
         rest = unit(dz - features[:, rows.shape[1] :] @ by[rows.shape[1] :])
         scores = rest @ unit(rows @ by[: rows.shape[1]]).T + bias
         labels = np.where(sure, labels, scores.argmax(axis=1))
-        second, first = np.partition(scores, -2, axis=1)[:, -2:].T
-        weights = np.where(sure, TOLD, (first - second) / (np.mean(first - second) + 1e-12))
+        two = np.partition(scores, -2, axis=1)[:, -2:] if len(words) > 1 else scores
+        ahead = two.max(axis=1) - two.min(axis=1)
+        weights = np.where(sure, TOLD, ahead / (np.mean(ahead) + 1e-12))
     count = int(where[0].sum())
     best = words[np.argsort(-scores[:count], axis=1, kind="stable")[:, :GUESSES]]
     guesses = np.full((*where[0].shape, GUESSES), best[0, 0])

@@ -1,7 +1,7 @@
 """A client's part in a federation: its rounds, step by step, against whatever carries its messages.
 
-It holds the client segment, its optimizer state and what averaging carries on between rounds. A round begins from what it held then, so a round that is
-begun again needs nothing but that.
+It holds the client segment, its optimizer state and what averaging carries on between rounds. A round begins from what it
+held then, so a round that is begun again needs nothing but that.
 """
 
 from __future__ import annotations
