@@ -1,9 +1,9 @@
 """Reading labels without a segment: dL/dz depends on the row of its label, and the cipher names rows of words.
 
 Of the positions whose label is known, or guessed, dL/dz is regressed on the label's row and on z; each position then gets
-the word whose row explains its dL/dz best, and all is repeated with these, each counting by how far its word is ahead of the
-second. The first guesses are the labels of known text or, without any, what public text says stands between the words beside
-a position.
+the word whose row explains its dL/dz best, and all is repeated with these: once with each counting the same, and once by how
+far its word is ahead of the second, which finds more where there are many. What ends further ahead is taken. The first
+guesses are the labels of known text or, without any, what public text says stands between the words beside a position.
 """
 
 from __future__ import annotations
@@ -51,21 +51,61 @@ def read_labels(view: View) -> np.ndarray:
         found, sure = _told(view, where, words)
         enough = sure.sum() >= ENOUGH
         labels, weights = np.where(sure, found, labels), np.where(sure, TOLD, 0.0 if enough else weights)
-    for _ in range(SWEEPS):
-        features = np.concatenate([rows[labels], z, np.ones((len(z), 1))], axis=1)
-        heavy = features.T * weights
-        by = np.linalg.solve(heavy @ features + RIDGE * np.eye(features.shape[1]), heavy @ dz)
-        rest = unit(dz - features[:, rows.shape[1] :] @ by[rows.shape[1] :])
-        scores = rest @ unit(rows @ by[: rows.shape[1]]).T + bias
-        labels = np.where(sure, labels, scores.argmax(axis=1))
-        two = np.partition(scores, -2, axis=1)[:, -2:] if len(words) > 1 else scores
-        ahead = two.max(axis=1) - two.min(axis=1)
-        weights = np.where(sure, TOLD, ahead / (np.mean(ahead) + 1e-12))
+    scores = search(z, dz, rows, bias, labels, weights, sure)
     count = int(where[0].sum())
     best = words[np.argsort(-scores[:count], axis=1, kind="stable")[:, :GUESSES]]
     guesses = np.full((*where[0].shape, GUESSES), best[0, 0])
     guesses[where[0]] = np.pad(best, ((0, 0), (0, GUESSES - best.shape[1])), mode="edge")
     return guesses
+
+
+def search(
+    z: np.ndarray,
+    dz: np.ndarray,
+    rows: np.ndarray,
+    bias: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    sure: np.ndarray,
+) -> np.ndarray:
+    """Returns the score of each word at each of N positions, [N, W].
+
+    Args:
+      z: what the head saw, [N, D].
+      dz: what came back for it, of unit size.
+      rows: of the words, [W, D].
+      bias: added to a word's score, [N, W].
+      labels: the first guesses, as places in `rows`, [N].
+      weights: what each of them counts, [N].
+      sure: which of them are known, bool [N].
+    """
+    found = [_sweeps(z, dz, rows, bias, labels, weights, sure, alike) for alike in (True, False)]
+    return max(found, key=lambda scores_and_ahead: scores_and_ahead[1])[0]
+
+
+def _sweeps(
+    z: np.ndarray,
+    dz: np.ndarray,
+    rows: np.ndarray,
+    bias: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    sure: np.ndarray,
+    alike: bool,
+) -> tuple[np.ndarray, float]:
+    """Returns scores, and how far the best are ahead in the mean; `alike`: whether later guesses count the same."""
+    width = rows.shape[1]
+    for _ in range(SWEEPS):
+        features = np.concatenate([rows[labels], z, np.ones((len(z), 1))], axis=1)
+        heavy = features.T * weights
+        by = np.linalg.solve(heavy @ features + RIDGE * np.eye(features.shape[1]), heavy @ dz)
+        rest = unit(dz - features[:, width:] @ by[width:])
+        scores = rest @ unit(rows @ by[:width]).T + bias
+        labels = np.where(sure, labels, scores.argmax(axis=1))
+        two = np.partition(scores, -2, axis=1)[:, -2:] if len(rows) > 1 else scores
+        ahead = two.max(axis=1) - two.min(axis=1)
+        weights = np.where(sure, TOLD, 1.0 if alike else ahead / (np.mean(ahead) + 1e-12))
+    return scores, float(np.mean(ahead))
 
 
 def _crossed(messages: Messages) -> tuple[np.ndarray, np.ndarray]:

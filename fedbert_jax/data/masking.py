@@ -73,9 +73,8 @@ def mask_blocks(key: jax.Array, tokens: jax.Array, spec: MaskSpec, hide_all: boo
         start = jax.lax.cummax(jnp.where(begins, jnp.arange(length)[None], 0), axis=1)  # [B, T]
         scores = jnp.take_along_axis(scores, start, axis=1)
     scores = jnp.where(maskable, scores, 2.0)  # past every draw, so chosen last
-    positions = jnp.sort(
-        _smallest(scores, m, spec.by_sorting), axis=1
-    )  # in reading order, which doesn't reveal the order of the draw
+    # In reading order, which doesn't reveal the order of the draw.
+    positions = jnp.sort(_smallest(scores, m, spec.by_sorting), axis=1)
     weights = jnp.take_along_axis(maskable, positions, axis=1)
     if spec.continuation is not None:
         rank = jnp.sum(scores[:, None, :] <= scores[:, :, None], axis=2)  # [B, T]: tokens in all words drawn up to this one
