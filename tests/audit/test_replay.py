@@ -88,6 +88,13 @@ def test_who_adds_up_numbers_under_pads_sees_no_words(case):
         assert granted == ({} if name != "sequential" else "nobody adds the clients' segments up")
 
 
+def test_of_rows_drawn_by_size_nobody_is_said_to_add_up_clients_gradients():
+    """The simulation makes one gradient of them, which as the first client's would say who has which words."""
+    source, _ = source_of(rounds=0, federated=dict(average="gradients", batch_by="size"))
+    granted = Case(source, Sizes(), "", print).granted("aggregator")
+    assert isinstance(granted, str) and "one gradient of all clients' rows (federated.batch_by='size')" in granted
+
+
 def test_the_sizes_of_gradients_are_those_that_cross():
     """Behind int8 a small row of a large table's is what its own scale leaves of it."""
     table = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 5)), jnp.float32)

@@ -226,6 +226,14 @@ def test_clients_that_take_turns_find_their_own_moments_whoever_takes_part():
 
 
 @pytest.mark.usefixtures("registered")
+def test_a_server_with_a_body_a_client_keeps_no_optimizer_state_of_each():
+    values = dict(task="serve", data=dict(source="text:x", tokenizer="x"))
+    for state in ("average", "reset"):
+        from_dict(values | dict(federated=dict(num_clients=3, body="merged", client_optimizer_state=state)))
+    with pytest.raises(ConfigError, match=r"state='keep': accepted: 'average' or 'reset' with task='serve'"):
+        from_dict(values | dict(federated=dict(num_clients=3, body="merged", client_optimizer_state="keep")))
+
+
 def test_bodies_averaged_at_the_server_are_nothing_that_clients_send_under_pads():
     fedbert_jax.register("mine", clients="apart", client="own", body="copies")
     with pytest.raises(

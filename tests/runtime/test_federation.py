@@ -10,6 +10,8 @@ import pytest
 from federation import NAMES, Federation
 from tiny import assert_trees_close, tiny_config
 
+from fedbert_jax.runtime.agreement import agreed
+
 
 def simulated(federation: Federation) -> tuple[Any, list[Any]]:
     simulation = federation.simulation
@@ -83,3 +85,10 @@ def test_a_federation_equals_the_simulation(federated, others, parts):
         scored = federation.simulation.evaluate(state).clients
         for n, name in enumerate(NAMES):
             np.testing.assert_allclose(sums[name][:2] / sums[name][2], scored[n], rtol=1e-3 if rough else 1e-5, err_msg=name)
+
+
+def test_parties_that_would_compute_in_other_types_are_told_before_training(monkeypatch):
+    kind = lambda **precision: agreed(tiny_config(precision=precision))["precision.compute_dtype"]  # noqa: E731
+    assert kind() == kind(compute_dtype="float32") == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kind() == kind(compute_dtype="bfloat16") == "bfloat16" and kind(compute_dtype="float32") == "float32"
