@@ -25,6 +25,7 @@ from fedbert_jax.errors import DiskError, DivergedError, UserError
 from fedbert_jax.federated.finite import not_finite
 
 CHECKSUMS = "checksums"
+OTHER_FIELDS = "tree structures do not match"  # what orbax says
 
 
 class Checkpoints:
@@ -103,6 +104,11 @@ class Checkpoints:
             with _hushed(reading=True):
                 restored = self._manager.restore(round, args=args)
         except Exception as e:  # orbax and tensorstore raise many kinds
+            if OTHER_FIELDS in str(e):  # it may be whole: nobody is told to delete it
+                raise UserError(
+                    f"checkpoint {self.directory / str(round)} doesn't have the fields that this version of fedbert_jax "
+                    "keeps: the version that wrote it can go on with it, or read it."
+                ) from e
             raise self._damaged(round, _first_line(e)) from e
         meta = dict(restored.meta)
         saved, found = meta.pop(CHECKSUMS, {}), checksums(restored.state)
@@ -119,8 +125,7 @@ class Checkpoints:
     def _damaged(self, round: int, why: str) -> UserError:
         path = self.directory / str(round)
         return UserError(
-            f"checkpoint {path} is damaged, or of another run or version ({why}); delete that directory to go on "
-            f"{self._back(round)}."
+            f"checkpoint {path} is damaged or of another run ({why}); delete that directory to go on {self._back(round)}."
         )
 
     def _back(self, round: int) -> str:

@@ -71,6 +71,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, placed, damage):
         Checkpoints(tmp_path / "c").restore(8, shapes, shardings)
 
 
+def test_nobody_is_told_to_delete_a_checkpoint_of_another_version(tmp_path, placed):
+    """Its state has other fields, though they may hold nothing; whoever has the version that wrote it can read it."""
+    shapes, shardings = placed
+    for saved in (state() | {"outer": ()}, state() | {"outer": state()["w"]}):
+        checkpoints = Checkpoints(tmp_path / str(len(saved["outer"])), keep=1)
+        checkpoints.save(1, saved, {})
+        checkpoints.close()
+        checkpoints = Checkpoints(tmp_path / str(len(saved["outer"])))
+        with pytest.raises(UserError, match="the version that wrote it can go on with it") as refused:
+            checkpoints.restore(1, shapes | {"averaging": ()}, shardings | {"averaging": ()})
+        assert "delete that directory" not in str(refused.value)
+
+
 def test_a_read_that_ends_late_stays_unsaid_and_all_else_is_told(tmp_path, placed, monkeypatch):
     """Reads that are cut short by a damaged one find, some time later, in their own threads, their event loop closed."""
     told = []
