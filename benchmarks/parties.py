@@ -90,7 +90,7 @@ class Server:
         )  # fmt: skip
         service = Service(
             session, engine, Hello({}, "", "", ""), questions(1, 1, 1, 1),
-            segment=schema_of("segment", b.shapes.segment), on_segment=engine.begin_with,
+            segment=schema_of("first_segment", b.shapes.segment), on_segment=engine.begin_with,
         )  # fmt: skip
         folder = spec["credentials"] and Path(spec["credentials"]) / "server"
         who = (load_credentials(folder, "server"), lambda: load_roster(folder)) if folder else ()
@@ -148,7 +148,7 @@ class Server:
         vars(p).update(self.programs)
         if on:
             lift = lambda like: jax.tree.map(lambda x: np.stack([x] * slots), invented(like, 2))  # noqa: E731
-            z, dh = lift(self.b.shapes.hidden), lift(self.b.shapes.up.h)
+            z, dh = lift(self.b.shapes.hidden), lift(self.b.shapes.up.activations)
             p.forward = lambda *args: (z, None)
             p.backward = lambda *args: (0, dh)
             p.update = lambda grads, opt, body, step: (body, opt, np.zeros((), np.float32))
@@ -211,7 +211,7 @@ class Client:
         clock, p = Clock(PHASES[0]), self.programs
         held, length = self.member.fresh(), self.b.config.data.seq_len
         segment, opt = held.segment, held.opt or p["new_optimizer"](held.segment)
-        z, dh = invented(self.b.shapes.hidden, length), invented(self.b.shapes.up.h, length)
+        z, dh = invented(self.b.shapes.hidden, length), invented(self.b.shapes.up.activations, length)
         parts = [np.int32(n) for n in range(self.parts)]
         for k in range(self.steps):
             drawn = clock("draw", p["draw"], self.tokens[k], np.int32(0), np.int32(k))

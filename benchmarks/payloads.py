@@ -87,6 +87,9 @@ def frames_of(b: Built) -> dict[str, tuple[bytes, bytes]]:
 
     frame = lambda name, like, **more: frames.encode({}, to_tensors(name, invented(like, 2**15)) | more)  # noqa: E731
     return {
-        "message": (frame("up", b.shapes.up), frame("z", b.shapes.hidden)),
-        "transform": (frame("dz", b.shapes.gradient, loss=np.zeros((), np.float32)), frame("dh", b.shapes.up.h)),
+        "message": (frame("", b.shapes.up), frame("hidden_states", b.shapes.hidden)),
+        "transform": (
+            frame("head_gradient", b.shapes.gradient, loss=np.zeros((), np.float32)),
+            frame("input_gradient", b.shapes.up.activations),
+        ),
     }

@@ -210,7 +210,7 @@ class Serving:
             hello_of(config, job.tokenizer, None, job.agreed),
             job.questions(),
             self._evaluates,
-            segment=None if self.engine.state is not None else schema_of("segment", self.engine.first_segment),
+            segment=None if self.engine.state is not None else schema_of("first_segment", self.engine.first_segment),
             on_segment=self._begin_with,
             on_round=self._on_round,
             on_end=self._on_end,

@@ -74,7 +74,7 @@ class Federation:
         self.rounds: list[tuple[int, dict[str, float]]] = []
         self.service = Service(
             self.session, self.engine, HELLO._replace(secret=""), questions, evaluates=lambda round: evaluates,
-            segment=None if state else schema_of("segment", self.engine.first_segment),
+            segment=None if state else schema_of("first_segment", self.engine.first_segment),
             on_segment=self.engine.begin_with,
             on_round=self._on_round, in_turn=self.engine.in_turn,
         )  # fmt: skip

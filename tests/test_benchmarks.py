@@ -33,6 +33,7 @@ from benchmarks import (
     finetune,
     flops,
     jax_sides,
+    limits,
     link,
     measure,
     network,
@@ -877,3 +878,8 @@ def test_arms_take_turns_and_the_middle_round_counts(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         steps.main(["defences", "--seeds=2"])
     assert "--seeds=2: accepted: the options above and --config.KEY=VALUE" in capsys.readouterr().err
+
+
+def test_groups_called_by_their_commonest_words():
+    """Two of three rows of one group, and one of two of the other, are right."""
+    assert limits.named(np.array([0, 1, 1, 0, 0]), np.array([7, 7, 3, 7, 4])) == 3 / 5

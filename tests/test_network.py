@@ -65,7 +65,13 @@ def network(tmp_path: Path) -> Iterator[Network]:
 
 def test_what_crosses_holds_no_text_and_no_run_of_its_token_ids(undisturbed):
     """Of the real command, in clear, as somebody on the line would read it: names, headers, and all that gRPC adds."""
-    for word in (b"/fedbert.Federation/message", b"up/h", b"dz", b"segment/embeddings/word/embedding", b"sums"):
+    for word in (
+        b"/fedbert.Federation/message",
+        b"activations",
+        b"head_gradient",
+        b"trained_segment/embeddings/word/embedding",
+        b"sums",
+    ):
         assert word in undisturbed.bytes  # it is the whole of it, with nothing compressed
     assert len(undisturbed.bytes) > 200_000 and sum(map(len, undisturbed.ids)) > 2000
     for text, ids in zip(undisturbed.text, undisturbed.ids, strict=True):

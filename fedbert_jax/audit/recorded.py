@@ -20,6 +20,7 @@ from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.data.tokenizer import special_ids, vocab_size
 from fedbert_jax.devices.mesh import make_mesh
 from fedbert_jax.errors import UserError
+from fedbert_jax.federated.split import Up
 from fedbert_jax.federated.state import Averaging, Pair, State
 from fedbert_jax.finished import elsewhere
 from fedbert_jax.jobs import open_job
@@ -34,6 +35,7 @@ from fedbert_jax.runtime.recording import Recorded, read_recorded, recorded_roun
 from fedbert_jax.runtime.shapes import shapes_of
 from fedbert_jax.workdir.paths import Workdir
 
+CALLED = {"activations": "h", "hidden_states": "z", "head_gradient": "dz"}  # messages, and what attacks call them
 Rows = dict[str, np.ndarray]  # of blocks, by what it is: as in `replay`
 ALIKE = 0.1  # of a row's length: how far it may lie from the row made anew, on another device, and rounded by a codec
 
@@ -128,7 +130,7 @@ class Recordings:
 
     def replay(self) -> Replay:
         """Returns the round that is attacked, as `replay.replay` does, of the clients that are here."""
-        rows = self._rows(self._round, "up", "z", "dz")
+        rows = self._rows(self._round, *CALLED)
         if not rows:
             raise UserError(f"--clients: none of these took part in round {self._round.round + 1}, which was recorded.")
         joined = self._joined(rows)
@@ -144,10 +146,11 @@ class Recordings:
         for round in self.source.before:
             if sum(len(part["h"]) for part in rows) >= blocks:
                 break
-            found = self._round if round == self._round.round else read_recorded(self._folder, round, ("up", "segment"))
-            rows += self._rows(found, "up")
+            names = (*Up._fields, "trained_segment")
+            found = self._round if round == self._round.round else read_recorded(self._folder, round, names)
+            rows += self._rows(found, "activations")
         if not rows:
-            rows = self._rows(self._round, "up")
+            rows = self._rows(self._round, "activations")
         joined = self._joined(rows)
         joined = {name: x[:blocks] for name, x in joined.items()}
         return made.messages_of(joined), made.truth_of(self.source, joined)
@@ -189,8 +192,8 @@ class Recordings:
         """Returns what a client's messages of a step held, its microbatches one after another, as they are decoded."""
         shapes, channels, found = self._shapes, self._cut.channels, dict[str, np.ndarray]()
         join = lambda parts: np.concatenate([np.asarray(x) for x in parts])  # noqa: E731
-        ups = [from_tensors("up", shapes.up, message) for message in messages]
-        found["h"] = join(made.received(self._cut, up.h) for up in ups)
+        ups = [from_tensors("", shapes.up, message) for message in messages]
+        found["h"] = join(made.received(self._cut, up.activations) for up in ups)
         if ups[0].lengths is not None:
             found["lengths"] = join(up.lengths for up in ups)
         if ups[0].positions is not None:
@@ -198,12 +201,13 @@ class Recordings:
         elif (positions := made.asked(self._setting, batch)) is not None:  # the zeros of dz show them
             found["positions"] = np.asarray(positions)
         for name, like, channel in (
-            ("z", shapes.hidden, channels.hidden_states),
-            ("dz", shapes.gradient, channels.head_gradient),
+            ("hidden_states", shapes.hidden, channels.hidden_states),
+            ("head_gradient", shapes.gradient, channels.head_gradient),
         ):
             if name in names:
                 x = join(channel.receive(from_tensors(name, like, message)).astype(jnp.float32) for message in messages)
-                found[name] = x if self._cut.masked_only else np.asarray(take_positions(jnp.asarray(x), batch.positions))
+                asked = x if self._cut.masked_only else np.asarray(take_positions(jnp.asarray(x), batch.positions))
+                found[CALLED[name]] = asked
         return found
 
     # --- the truth ---
@@ -217,7 +221,7 @@ class Recordings:
                 same = np.array_equal(crossed[name], np.asarray(own))
         begun = self._begun(found, client) if step == 0 else None
         if same and begun is not None:
-            parts = [mine.programs.begin(begun, drawn, np.int32(part))[0].h for part in range(self._parts)]
+            parts = [mine.programs.begin(begun, drawn, np.int32(part))[0].activations for part in range(self._parts)]
             h = np.concatenate([np.asarray(made.received(self._cut, part)) for part in parts])
             apart, size = (np.linalg.norm(x, axis=-1) for x in (h - crossed["h"], h))
             same = bool((apart <= ALIKE * size).all())
@@ -241,8 +245,8 @@ class Recordings:
         places = [(found.roster.index(name), steps, 0) for name in before]
         if not places:
             return segment
-        ended = [found.messages[at] for at in places if found.has("segment")(at)]
-        return from_tensors("segment", self._shapes.segment, ended[-1]) if ended else None
+        ended = [found.messages[at] for at in places if found.has("trained_segment")(at)]
+        return from_tensors("trained_segment", self._shapes.segment, ended[-1]) if ended else None
 
     # --- whoever adds up ---
 
@@ -251,14 +255,15 @@ class Recordings:
         s, shapes, steps = self._setting, self._shapes, self.source.config.federated.local_steps
         if self._segment is None:
             return None
-        averages, kind = s.how.averages_gradients, "gradient" if s.how.averages_gradients else "segment"
+        averages = s.how.averages_gradients
+        kind = "segment_gradient" if averages else "trained_segment"
         at = range(steps) if averages else (steps,)
         whole = [c for c in map(found.roster.index, found.members) if all(found.has(kind)((c, k, 0)) for k in at)]
         held = np.zeros((len(whole), self.source.vocab_size), bool)
         for n, c in enumerate(whole):
             for row in (row for row in rows if row["client"][0] == c):
                 held[n] |= made.held_words(self.source, jax.tree.map(lambda x: x[None], row))[0]
-        like = shapes.contribution if averages else shapes.upload if s.how.client == "copies" else shapes.segment
+        like = shapes.contribution if averages else shapes.segment
         word = lambda c, k: np.asarray(  # noqa: E731
             made.word_table(self._added(from_tensors(kind, like, found.messages[c, k, 0]), found.shares[found.roster[c]]))
         )
@@ -269,8 +274,9 @@ class Recordings:
         if s.outer is not None and s.how.client == "copies":  # what is sent is how far it has moved
             words += np.asarray(made.word_table(self._segment))
         moments = None
-        if all(found.has("opt")((c, steps, 0)) for c in whole):
-            states = [from_tensors("opt", shapes.segment_opt, found.messages[c, steps, 0]) for c in whole]
+        if all(found.has("trained_segment_optimizer")((c, steps, 0)) for c in whole):
+            messages = [found.messages[c, steps, 0] for c in whole]
+            states = [from_tensors("trained_segment_optimizer", shapes.segment_opt, message) for message in messages]
             each = [made.moments_of(state) for state in states]
             moments = None if each[0] is None else np.stack([np.asarray(x) for x in each])
         return made.aggregate_of(self.source, steps, None, {"word": words, "moments": moments}, held)

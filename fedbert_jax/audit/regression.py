@@ -8,6 +8,8 @@ guesses are the labels of known text or, without any, what public text says stan
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fedbert_jax.audit import cipher, known
@@ -25,8 +27,37 @@ FREQUENT = 0.01  # of a logarithm of frequency, and of what the words beside say
 AT_ONCE = 256  # positions whose surroundings are looked up at a time
 
 
+class Asked(NamedTuple):
+    """The N positions at which labels are read, of the blocks that are attacked and then of the round's others."""
+
+    z: np.ndarray  # what the head saw, [N, D]
+    dz: np.ndarray  # what came back for it, of unit size
+    words: np.ndarray  # that a label may be, [W]
+    rows: np.ndarray  # theirs, [W, D]
+    bias: np.ndarray  # added to a word's score, [N, W]
+    beside: np.ndarray  # what public text says stands between the words beside, as logarithms, [N, W]
+    where: list[np.ndarray]  # which they are: of both, bool [R, M]
+
+
 def read_labels(view: View) -> np.ndarray:
     """Returns the likeliest labels, int [R, M, 5], by public text and, if the view has answers, by known text."""
+    asked = ask(view)
+    words, where, count = asked.words, asked.where, int(asked.where[0].sum())
+    weights = np.exp(asked.beside.max(axis=1))
+    labels, sure = asked.beside.argmax(axis=1), np.zeros(len(asked.z), bool)
+    if view.answers is not None:
+        found, sure = _told(view, where, words)
+        enough = sure.sum() >= ENOUGH
+        labels, weights = np.where(sure, found, labels), np.where(sure, TOLD, 0.0 if enough else weights)
+    scores = search(asked.z, asked.dz, asked.rows, asked.bias, labels, weights, sure)
+    best = words[np.argsort(-scores[:count], axis=1, kind="stable")[:, :GUESSES]]
+    guesses = np.full((*where[0].shape, GUESSES), best[0, 0])
+    guesses[where[0]] = np.pad(best, ((0, 0), (0, GUESSES - best.shape[1])), mode="edge")
+    return guesses
+
+
+def ask(view: View) -> Asked:
+    """Returns what is known of a round's positions before any label is guessed."""
     groups, answers, size = view.log.groups, view.answers, view.public.vocab_size
     assert view.text is not None
     if answers is None:
@@ -43,20 +74,7 @@ def read_labels(view: View) -> np.ndarray:
     )
     z, dz = (z - z.mean(axis=0)) / (z.std() + 1e-12), unit(dz)
     beside = np.concatenate([_beside(view, m, w, names, words, bigrams) for m, w in zip(parts, where, strict=True)])
-    bias = FREQUENT * (bigrams.log_prior[words] + beside)
-
-    weights = np.exp(beside.max(axis=1))
-    labels, sure = beside.argmax(axis=1), np.zeros(len(z), bool)
-    if answers is not None:
-        found, sure = _told(view, where, words)
-        enough = sure.sum() >= ENOUGH
-        labels, weights = np.where(sure, found, labels), np.where(sure, TOLD, 0.0 if enough else weights)
-    scores = search(z, dz, rows, bias, labels, weights, sure)
-    count = int(where[0].sum())
-    best = words[np.argsort(-scores[:count], axis=1, kind="stable")[:, :GUESSES]]
-    guesses = np.full((*where[0].shape, GUESSES), best[0, 0])
-    guesses[where[0]] = np.pad(best, ((0, 0), (0, GUESSES - best.shape[1])), mode="edge")
-    return guesses
+    return Asked(z, dz, words, rows, FREQUENT * (bigrams.log_prior[words] + beside), beside, where)
 
 
 def search(
@@ -94,18 +112,22 @@ def _sweeps(
     alike: bool,
 ) -> tuple[np.ndarray, float]:
     """Returns scores, and how far the best are ahead in the mean; `alike`: whether later guesses count the same."""
-    width = rows.shape[1]
     for _ in range(SWEEPS):
-        features = np.concatenate([rows[labels], z, np.ones((len(z), 1))], axis=1)
-        heavy = features.T * weights
-        by = np.linalg.solve(heavy @ features + RIDGE * np.eye(features.shape[1]), heavy @ dz)
-        rest = unit(dz - features[:, width:] @ by[width:])
-        scores = rest @ unit(rows @ by[:width]).T + bias
+        scores = fit(z, dz, rows, labels, weights) + bias
         labels = np.where(sure, labels, scores.argmax(axis=1))
         two = np.partition(scores, -2, axis=1)[:, -2:] if len(rows) > 1 else scores
         ahead = two.max(axis=1) - two.min(axis=1)
         weights = np.where(sure, TOLD, 1.0 if alike else ahead / (np.mean(ahead) + 1e-12))
     return scores, float(np.mean(ahead))
+
+
+def fit(z: np.ndarray, dz: np.ndarray, rows: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns how well each word's row explains each dL/dz, [N, W], by a regression on these labels' rows and z."""
+    width = rows.shape[1]
+    features = np.concatenate([rows[labels], z, np.ones((len(z), 1))], axis=1)
+    heavy = features.T * weights
+    by = np.linalg.solve(heavy @ features + RIDGE * np.eye(features.shape[1]), heavy @ dz)
+    return unit(dz - features[:, width:] @ by[width:]) @ unit(rows @ by[:width]).T
 
 
 def _crossed(messages: Messages) -> tuple[np.ndarray, np.ndarray]:

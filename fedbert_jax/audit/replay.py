@@ -66,7 +66,7 @@ def log(source: Source, blocks: int) -> tuple[Messages, Truth]:
             batch, keys = s.draw(rows, cohort.round, k, cohort.clients)
             mine = jax.tree.map(lambda x: x.reshape(len(cohort.clients), -1), keys._replace(server=None))
             up = jax.vmap(lambda b, k: client_begin(cut, params, b, k)[0], (0, 0))(batch, mine)
-            return rows_of(batch) | {"h": received(cut, up.h), "positions": asked(s, batch)}
+            return rows_of(batch) | {"h": received(cut, up.activations), "positions": asked(s, batch)}
 
         return jax.lax.map(lambda x: step(*x), (jnp.arange(num_steps(cohort.rows)), cohort.rows))
 

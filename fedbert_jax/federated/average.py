@@ -11,7 +11,7 @@ import optax
 
 from fedbert_jax.data.masking import MaskedBatch
 from fedbert_jax.devices import tuning
-from fedbert_jax.federated.wire import Channel
+from fedbert_jax.federated.wire import Channel, Payload
 from fedbert_jax.models.bert import Params
 
 
@@ -70,12 +70,21 @@ def add_up_with_feedback(channel: Channel | None, grads: Params, weights: jax.Ar
     """
     if channel is None or not jax.tree.leaves(unsent):
         return add_up(channel, grads, weights), unsent
-    wanted = jax.tree.map(jnp.add, jax.vmap(weighted)(grads, weights), unsent)
-    received = jax.vmap(lambda x: channel.receive(channel.send(x, None)))(wanted)
+    send = functools.partial(send_with_feedback, channel)
+    payload, lost = jax.vmap(send)(jax.vmap(weighted)(grads, weights), unsent)
     there = lambda x: (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))  # noqa: E731
-    total = jax.tree.map(lambda x: jnp.sum(jnp.where(there(x), x, 0.0), axis=0), received)
-    lost = lambda x, y, old: jnp.where(there(x), x - y, old)  # noqa: E731
-    return total, jax.tree.map(lost, wanted, received, unsent)
+    total = lambda x: jnp.sum(jnp.where(there(x), x, 0.0), axis=0)  # noqa: E731
+    received = jax.tree.map(total, jax.vmap(channel.receive)(payload))
+    return received, jax.tree.map(lambda new, old: jnp.where(there(new), new, old), lost, unsent)
+
+
+def send_with_feedback(channel: Channel, part: Params, unsent: Any) -> tuple[Payload, Any]:
+    """Returns what crosses of one client's part and of what it has yet to send, and what is lost; `unsent` may be ()."""
+    if not jax.tree.leaves(unsent):
+        return channel.send(part, None), unsent
+    wanted = jax.tree.map(jnp.add, part, unsent)
+    payload = channel.send(wanted, None)
+    return payload, jax.tree.map(jnp.subtract, wanted, channel.receive(payload))
 
 
 def pool(batch: MaskedBatch, weights: jax.Array) -> MaskedBatch:

@@ -1,4 +1,4 @@
-"""The end of a round in which clients trained copies: what of each is summed up, and what the sums make of the state."""
+"""What is made of sums over clients: of copies, at the end of a round, and of gradients, at every step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,38 @@ from typing import Any
 
 import jax
 
+from fedbert_jax.data.streams import Stream
 from fedbert_jax.federated.average import add_up, outer_update, weighted_average
 from fedbert_jax.federated.dp import add_noise, clipped_shares
 from fedbert_jax.federated.fixed_point import fixed_point, next_ranges
 from fedbert_jax.federated.holding import Holding, merge, only, sent_copies, sides
 from fedbert_jax.federated.setting import Setting
-from fedbert_jax.federated.state import Pair, State
+from fedbert_jax.federated.state import Averaging, Pair, State
+from fedbert_jax.federated.wire import Channel
 
 AT_REST = ("own", "one")
+
+
+def gradient_channel(s: Setting, averaging: Averaging) -> Channel | None:
+    """Returns the channel through which each client's gradient is summed up; None: as it is."""
+    return fixed_point(averaging.ranges.client) if s.blinded else s.cut().channels.gradient
+
+
+def mean_gradient(s: Setting, channel: Channel | None, sums: Pair, averaging: Averaging) -> tuple[Pair, Averaging]:
+    """Returns the mean gradient as every client receives it, and what averaging carries on.
+
+    Args:
+      s: the setting.
+      channel: from `gradient_channel`.
+      sums: over clients; the body's is its gradient already.
+      averaging: with which they were sent.
+    """
+    if channel is None:
+        return sums, averaging
+    back, grads = s.cut().channels.mean, channel.total(sums.client)
+    if s.blinded:
+        averaging = averaging._replace(ranges=Pair(next_ranges(averaging.ranges.client, sums.client), ()))
+    return Pair(grads if back is None else back.receive(back.send(grads, None)), sums.server), averaging
 
 
 def settle(s: Setting, held: Holding, state: State, model: Pair, opt: Pair, weights: jax.Array) -> tuple[Any, Any]:
@@ -41,7 +65,7 @@ def average(s: Setting, held: Holding, state: State, kept: Any, sums: Any, round
     privacy, channels = s.config.privacy, _channels(s, held, state)
     moved = sides(lambda channel, x: x if channel is None else channel.total(x), channels, sums[0])
     if s.noised:
-        moved = add_noise(moved, s.noise_key(round), privacy.dp_noise * privacy.dp_clip / s.cohort)
+        moved = add_noise(moved, s.key(Stream.DP_NOISE, round), privacy.dp_noise * privacy.dp_clip / s.cohort)
     new, outer = outer_update(s.outer, only(("copies",), held.model, state.model), moved, state.averaging.outer)
     averaging = state.averaging._replace(outer=outer)
     if s.blinded:

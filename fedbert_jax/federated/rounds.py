@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from fedbert_jax.devices.mesh import constrain, constrain_clients
 from fedbert_jax.federated import holding as hold
 from fedbert_jax.federated.average import add_up_with_feedback, pool, weighted_sum
-from fedbert_jax.federated.ending import average, settle
-from fedbert_jax.federated.fixed_point import fixed_point, next_ranges
+from fedbert_jax.federated.ending import average, gradient_channel, mean_gradient, settle
 from fedbert_jax.federated.joined import joined_loss
 from fedbert_jax.federated.metrics import NOTHING, Recorder, RoundMetrics, blame, lost, not_finite, of_steps, of_turns
 from fedbert_jax.federated.setting import Setting, over_slices
@@ -26,8 +25,7 @@ from fedbert_jax.federated.state import Averaging, Cohort, Pair, Rows, State, St
 def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
     """Returns the program of a setting's arrangement, with metrics that hold what `recorder` keeps."""
     how, cut = s.how, s.cut()
-    coded, mean = cut.channels.gradient, cut.channels.mean
-    each_sends = how.averages_gradients and (coded is not None or s.blinded)  # a gradient of its own, through a channel
+    each_sends = how.averages_gradients and (cut.channels.gradient is not None or s.blinded)  # a gradient of its own
     own_gradients = each_sends or s.guards_gradients or recorder is not NOTHING
     held = hold.holding(how, s.config.federated.client_optimizer_state)
 
@@ -60,19 +58,19 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         (model, opt), tail = jax.lax.scan(lambda c, x: step(c, x, True, True), carry, later)
         return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
 
-    def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, sent: Any = ()) -> Any:
+    def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, averaging: Averaging) -> Any:
         """All clients train one model: each step updates it with the weighted mean of their gradients. Metrics are [K]."""
 
         def step(carry: Any, x: Any) -> Any:
-            (model, opt, sent), (k, rows) = carry, x  # `sent`: gradients' ranges, or what of them is yet to be sent
-            channel, unsent = (fixed_point(sent), ()) if s.blinded else (coded, sent)
+            (model, opt, averaging), (k, rows) = carry, x
+            channel = gradient_channel(s, averaging) if each_sends else None
 
             def gradients(part: Any) -> Any:
                 rows, ids, weights, unsent = part
                 batch, keys = s.draw(rows, cohort.round, k, ids)
                 if not how.cut:
-                    loss = lambda m: joined_loss(s.segments, m.client, m.server, pick(batch, 0), keys)  # noqa: E731
-                    return (unsent, jnp.zeros(len(ids), jnp.int32), ()), jax.value_and_grad(loss)(model)
+                    loss, grads = jax.value_and_grad(joined_loss, (1, 2))(s.segments, *model, pick(batch, 0), keys)
+                    return (unsent, jnp.zeros(len(ids), jnp.int32), ()), (loss, Pair(*grads))
                 as_one = (len(cohort.weights) == 1 and not each_sends) or not own_gradients
                 if as_one and len(cohort.weights) > 1:  # only the sum is needed, so none has a gradient of its own
                     batch, weights = pool(batch, weights), jnp.ones(1)
@@ -86,22 +84,20 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
 
             if len(cohort.weights) > 1:
                 rows = constrain(rows, "data")
-            (unsent, whose, seen), (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], unsent))
-            sent = next_ranges(sent, grads.client) if s.blinded and each_sends else unsent
-            if each_sends and channel is not None:
-                total = channel.total(grads.client)
-                grads = grads._replace(client=total if mean is None else mean.receive(mean.send(total, None)))
+            (unsent, whose, seen), (loss, grads) = over_slices(s, gradients, (rows, *cohort[1:3], averaging.unsent))
+            averaging = averaging._replace(unsent=unsent)
+            grads, averaging = mean_gradient(s, channel, grads, averaging)
             model, opt, norms = s.update(model, opt, grads, first + k)
-            return (model, opt, sent), (RoundMetrics(loss, *norms, not_finite(loss, norms.client), seen), whose)
+            return (model, opt, averaging), (RoundMetrics(loss, *norms, not_finite(loss, norms.client), seen), whose)
 
         steps = (jnp.arange(num_steps(cohort.rows)), cohort.rows)
-        (model, opt, sent), (metrics, whose) = jax.lax.scan(step, (model, opt, sent), steps)
-        return model, opt, metrics._replace(failed=blame(metrics.failed, whose, cohort.weights)), sent
+        (model, opt, averaging), (metrics, whose) = jax.lax.scan(step, (model, opt, averaging), steps)
+        return model, opt, metrics._replace(failed=blame(metrics.failed, whose, cohort.weights)), averaging
 
     def train_alone(model: Pair, opt: Pair, rows: Rows, client: jax.Array, round: jax.Array, first: jax.Array) -> Any:
         """One client trains a model on its own rows [K, B, ...]: a cohort of one."""
         alone = Cohort(jax.tree.map(lambda x: x[:, None], rows), client[None], jnp.ones(1), round)
-        model, opt, metrics, _ = train_one(model, opt, alone, first)
+        model, opt, metrics, _ = train_one(model, opt, alone, first, Averaging())
         own = jax.tree.map(lambda x: x[:, 0], (metrics.failed, metrics.seen))
         return model, opt, metrics._replace(failed=own[0], seen=own[1], ended=recorder.end(model.client, opt.client))
 
@@ -116,14 +112,12 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
             cohort = Cohort(jax.tree.map(lambda x: x[:, :1], cohort.rows), cohort.clients[:1], jnp.ones(1), cohort.round)
         if len(cohort.weights) == 1:
             cohort = cohort._replace(rows=constrain(cohort.rows, None, None, "data"))
-        averaging = state.averaging
-        sent = averaging.ranges.client if s.blinded else pick(averaging.unsent, cohort.clients)
-        model, opt, metrics, sent = train_one(state.model, state.opt, cohort, first, sent)
-        if s.blinded:
-            return State(model, opt, averaging._replace(ranges=Pair(sent, ()))), of_steps(metrics)
+        theirs = state.averaging._replace(unsent=pick(state.averaging.unsent, cohort.clients))
+        model, opt, metrics, ended = train_one(state.model, state.opt, cohort, first, theirs)
         there = jnp.where(cohort.weights > 0, cohort.clients, s.num_clients)  # absent clients keep theirs
         put = lambda all_, x: all_.at[there].set(x, mode="drop")  # noqa: E731
-        return State(model, opt, averaging._replace(unsent=jax.tree.map(put, averaging.unsent, sent))), of_steps(metrics)
+        unsent = jax.tree.map(put, state.averaging.unsent, ended.unsent)
+        return State(model, opt, ended._replace(unsent=unsent)), of_steps(metrics)
 
     def apart(state: State, cohort: Cohort, first: jax.Array) -> tuple[State, RoundMetrics]:
         def train(part: Any) -> Any:

@@ -53,10 +53,9 @@ class Setting:
         """Whether the averages of clients' moves are noised."""
         return self.config.privacy.dp != "none"
 
-    def noise_key(self, round: jax.Array) -> jax.Array:
-        """Returns the key of the noise on a round's averages, which the server draws."""
-        of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
-        return streams.key(of, Stream.DP_NOISE, round)
+    def key(self, stream: Stream, *numbers: Any) -> jax.Array:
+        """Returns the key of a draw, from its party's secret and the numbers that the stream is a function of."""
+        return streams.key(self.secrets or streams.secrets(seeds_of(self.config)), stream, *numbers)
 
     def cut(self) -> Cut:
         """Returns what clients and server agree on."""
@@ -65,8 +64,7 @@ class Setting:
     @jax.named_scope("mask")
     def draw(self, rows: Rows, round: jax.Array, step: jax.Array, clients: jax.Array) -> tuple[MaskedBatch, StepKeys]:
         """Makes the batches [C, B, ...] of clients [C] and their keys: functions of (secrets, round, step, client) alone."""
-        of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
-        draws = lambda stream: jax.vmap(lambda c: streams.key(of, stream, round, step, c))(clients)  # noqa: E731
+        draws = lambda stream: jax.vmap(lambda c: self.key(stream, round, step, c))(clients)  # noqa: E731
         model, wire = self.config.model, self.config.wire
         keys = StepKeys()
         if model.hidden_dropout > 0 or model.attention_dropout > 0:
@@ -77,8 +75,7 @@ class Setting:
 
     def fresh(self) -> Pair:
         """Returns a new model: its client segment is drawn with the clients' secret, its body with the server's."""
-        of = streams.secrets(seeds_of(self.config)) if self.secrets is None else self.secrets
-        return Pair(*self.segments.init(streams.key(of, Stream.SEGMENT), streams.key(of, Stream.BODY)))
+        return Pair(*self.segments.init(self.key(Stream.SEGMENT), self.key(Stream.BODY)))
 
     def init_opt(self, model: Pair) -> Pair:
         return Pair(self.client_tx.init(model.client), self.server_tx.init(model.server))

@@ -13,6 +13,7 @@ network, the two sides' processes call their own (`runtime/parties.py`). Nothing
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ EMBED, HEAD = 0, 1  # tags that keep the dropout draws of a client's two segment
 class Up(NamedTuple):
     """Message 1 of a client. Tokens and labels have no field here."""
 
-    h: Payload  # [B, T, D]
+    activations: Payload  # h [B, T, D]
     positions: jax.Array | None  # uint16 [B, M]; None: all hidden states are wanted back
     lengths: jax.Array | None  # uint16 [B]; None: nothing is padded
 
@@ -77,7 +78,7 @@ def server_forward(cut: Cut, params: ServerParams, up: Up, weights: jax.Array, k
 
     with jax.named_scope("transform"):
         # Clients of weight 0 are left out rather than multiplied by 0: 0 times a number that is not finite is not finite.
-        received = jnp.where(_share(weights) > 0, cut.channels.activations.receive(up.h), 0.0)
+        received = jnp.where(_share(weights) > 0, cut.channels.activations.receive(up.activations), 0.0)
         z, kept = jax.vjp(transform, params, received)
     with jax.named_scope("downlink"):
         return cut.channels.hidden_states.send(z, None), kept
@@ -145,23 +146,13 @@ def split_step(
     """
     own, clients = None if shared_client else 0, len(weights)
     mine = jax.tree.map(lambda k: k.reshape(clients, -1), keys._replace(server=None))
-    begin = lambda p, b, k: client_begin(cut, p, b, k)  # noqa: E731
-    head = lambda p, b, z, k: client_head(cut, p, b, z, k)  # noqa: E731
-    finish = lambda kept, dh, grads: client_finish(cut, kept, dh, grads)  # noqa: E731
 
-    up, kept = jax.vmap(begin, (own, 0, 0))(client_params, batch, mine)
+    up, kept = jax.vmap(functools.partial(client_begin, cut), (own, 0, 0))(client_params, batch, mine)
     z, body_kept = server_forward(cut, server_params, up, weights, keys)
-    loss, head_grads, dz = jax.vmap(head, (own, 0, 0, 0))(client_params, batch, z, mine)
+    loss, head_grads, dz = jax.vmap(functools.partial(client_head, cut), (own, 0, 0, 0))(client_params, batch, z, mine)
     server_grads, dh = server_backward(cut, body_kept, dz, weights)
-    client_grads = jax.vmap(finish)(kept, dh, head_grads)
-    named = {
-        "activations": up.h,
-        "positions": up.positions,
-        "lengths": up.lengths,
-        "hidden_states": z,
-        "head_gradient": dz,
-        "input_gradient": dh,
-    }
+    client_grads = jax.vmap(functools.partial(client_finish, cut))(kept, dh, head_grads)
+    named = {**up._asdict(), "hidden_states": z, "head_gradient": dz, "input_gradient": dh}
     messages = {name: payload for name, payload in named.items() if payload is not None}
     return StepResult(loss, client_grads, server_grads, messages)
 

@@ -30,7 +30,8 @@ class Averaging(NamedTuple):
 
     Attributes:
       outer: the state of the optimizer that takes averages (`aggregator`).
-      unsent: what the codec of gradients has yet to send: of each client's, [N, ...], or at a client, of its own.
+      unsent: what the codec of gradients has yet to send: of each client's, [N, ...]; in a round, of the cohort's, [C, ...];
+        at a client, of its own.
       ranges: with which numbers are sent in fixed point, int32 [L] for L tensors: a `Pair`, or at a client, the segment's.
     """
 

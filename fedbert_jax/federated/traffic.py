@@ -35,21 +35,23 @@ def round_traffic(s: Setting, rows: Rows) -> dict[str, int]:
 
         sizes |= {name: num_bytes(shape) * steps for name, shape in jax.eval_shape(messages, rows).items()}
         if how.averages_gradients:
-            gradient, mean = cut.channels.gradient, cut.channels.mean
+            names, gradient, mean = ("segment_gradient", "mean_gradient"), cut.channels.gradient, cut.channels.mean
             if s.blinded:
-                gradient = mean = blind(model.client)
-            up, down = through(gradient, model.client), through(mean, model.client)
-            sizes |= {"segment_gradient": num_bytes(up) * steps, "mean_gradient": num_bytes(down) * steps}
+                names, gradient, mean = ("padded", "padded_sum"), blind(model.client), blind(model.client)
+            crossing = through(gradient, model.client), through(mean, model.client)
+            sizes |= {name: num_bytes(shape) * steps for name, shape in zip(names, crossing, strict=True)}
 
     def travels(name: str, params: object, state: object, back: bool = True) -> None:
-        averaged = blind(params) if s.blinded else None
-        parts = [(name, params, averaged)]
-        if f.client_optimizer_state == "average":
-            parts.append((f"{name}_optimizer", state, None))
-        for part, tree, channel in parts:
+        if s.blinded and back:  # every client makes the average of the sum, and needs nothing else if it was there
+            size = num_bytes(through(blind(params), params)) * s.cohort
+            sizes.update({part: sizes.get(part, 0) + size for part in ("padded", "padded_sum")})
+            if s.cohort == s.num_clients:
+                return
+        parts = [(name, params)] + ([(f"{name}_optimizer", state)] if f.client_optimizer_state == "average" else [])
+        for part, tree in parts:
             sizes[part] = num_bytes(tree) * s.cohort
-            if back:
-                sizes[f"trained_{part}"] = num_bytes(through(channel, tree)) * s.cohort
+            if back and not s.blinded:
+                sizes[f"trained_{part}"] = sizes[part]
 
     if how.client == "copies" or (how.clients == "in turn" and how.client == "one"):
         travels("segment", model.client, opt.client)

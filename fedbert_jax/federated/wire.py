@@ -18,7 +18,7 @@ from fedbert_jax.models.bert import Keys, Segments
 Payload = Any  # a pytree of arrays: what crosses, and whose bytes are counted
 Way = Literal["up", "down"]  # to the server, or to the clients
 
-# Everything that crosses, and its direction. Tokens and labels are not in it.
+# Everything that crosses, and its direction. Tokens and labels are not in it. A network's tensors have these names.
 MESSAGES: dict[str, Way] = {
     # In each step; over a network, at an evaluation as well, where held-out text makes the activations. Positions are those
     # whose hidden states are asked for (`wire.downlink=masked`). They are drawn at random among those without a special
@@ -33,6 +33,13 @@ MESSAGES: dict[str, Way] = {
     # In each step, if gradients are averaged.
     "segment_gradient": "up",
     "mean_gradient": "down",
+    # The same if averages are blinded, or at a round's end: numbers under pads, and whose pads are in their sum.
+    "padded": "up",
+    "nonce": "up",  # uint8 [16]
+    "padded_sum": "down",
+    "places": "down",  # int32 [C], in the roster; -1: nobody's
+    "nonces": "down",  # uint8 [C, 16]
+    "share": "down",  # float32, of those whose numbers are in the sum
     # In each round, from one client, if averages are blinded: what the next one begins with, sealed, for who comes back.
     "snapshot": "up",
     # In each round, for the clients that take part: what they begin with, and what they end with.
@@ -44,6 +51,12 @@ MESSAGES: dict[str, Way] = {
     "body_optimizer": "down",
     "trained_body": "up",
     "trained_body_optimizer": "up",
+    # Over a network alone, and not counted in a simulation's bytes, like nonces and the places of who is in a sum: before
+    # the first round, from one client; in each step; in each round; after an evaluation.
+    "first_segment": "up",
+    "loss": "up",  # float32
+    "norm": "up",  # float32, of the client's gradient: of this step if gradients are averaged, else the mean over steps
+    "sums": "up",  # float32, of the answers' scores
 }
 
 

@@ -74,7 +74,7 @@ class Classifying:
         size, wide = self.config.eval.batch_size, self.config.model.hidden_size
         assert wide is not None
         return {
-            "h": TensorSpec(compute_dtype(self.config).name, (size, self.lengths, wide)),
+            "activations": TensorSpec(compute_dtype(self.config).name, (size, self.lengths, wide)),
             "positions": TensorSpec("uint16", (size, 1)),
             "lengths": TensorSpec("uint16", (size,)),
         }

@@ -10,7 +10,7 @@ from typing import Any
 from fedbert_jax import __version__
 from fedbert_jax.config import Config, flatten, to_dict
 from fedbert_jax.devices.tuning import compute_dtype
-from fedbert_jax.runtime.calls import Hello
+from fedbert_jax.runtime.calls import PROTOCOL, Hello
 
 SECTIONS = ("model", "federated", "client_optimizer", "server_optimizer", "aggregator", "mlm", "wire", "precision")
 KEYS = ("data.seq_len", "privacy.averaging", "eval.every_rounds", "eval.batch_size", "eval.max_blocks")
@@ -43,7 +43,8 @@ def hello_of(config: Config, tokenizer: Any, client_seed: int | None, also: Mapp
     text.pop("padding", None)  # what was last asked of it, not what it is
     text.pop("truncation", None)
     secret = "" if client_seed is None else _digest(f"fedbert_jax client secret {client_seed}")
-    return Hello(agreed(config) | dict(also or {}), _digest(json.dumps(text, sort_keys=True)), secret, __version__)
+    version = f"{__version__} (messages {PROTOCOL})"
+    return Hello(agreed(config) | dict(also or {}), _digest(json.dumps(text, sort_keys=True)), secret, version)
 
 
 def _digest(text: str) -> str:

@@ -21,7 +21,7 @@ from fedbert_jax.runtime.payloads import from_tensors, merged, schema_of, to_ten
 from fedbert_jax.runtime.shapes import Shapes
 from fedbert_jax.runtime.turns import Id
 
-HIDDEN = "hidden"  # prefix of the names of numbers under a pad, and of their sum
+PADDED, SUM = "padded", "padded_sum"  # numbers under a pad, and their sum
 SNAPSHOT, ROUND = "snapshot", "round"  # what a client has sealed, and which round begins with it
 
 
@@ -56,17 +56,17 @@ class Blinded:
           UserError: for an answer that can't be one, or pads that were used before.
         """
         like, programs = self._shapes.contribution, self._programs
-        whole = to_tensors(HIDDEN, programs.whole(numbers, state.ranges, np.float32(weight)))
+        whole = to_tensors(PADDED, programs.whole(numbers, state.ranges, np.float32(weight)))
         answer = wire.post(id, self._pads.hide(whole, id, self._index) | {"norm": norm}).result()
         slots = answer["places"].size if "places" in answer else 0
         if why := frames.check(answer, answer_schema(like, slots)):
             raise UserError(f"the server's sum isn't one: {why}.")
         there = answer["places"] >= 0
         places = answer["places"][there].tolist()
-        total = {name: x for name, x in answer.items() if name.startswith(HIDDEN)}
+        total = {name: x for name, x in answer.items() if name.startswith(SUM)}
         total = self._pads.show(total, id, places, answer["nonces"][there])
         self._first = bool(places) and places[0] == self._index
-        mean, ranges = programs.mean_of(from_tensors(HIDDEN, like, total), state.ranges, answer["share"])
+        mean, ranges = programs.mean_of(from_tensors(SUM, like, total), state.ranges, answer["share"])
         return mean, state._replace(ranges=ranges)
 
     def keep(self, held: Any, round: int, id: Id, wire: Poster) -> None:
@@ -92,7 +92,7 @@ class Blinded:
 
 def message_schema(shapes: Shapes) -> Schema:
     """Returns what is expected of a client's numbers under a pad."""
-    return merged(schema_of(HIDDEN, shapes.contribution), {"nonce": TensorSpec("uint8", (NONCE,))})
+    return merged(schema_of(PADDED, shapes.contribution), {"nonce": TensorSpec("uint8", (NONCE,))})
 
 
 def kept(segment: Any, opt: Any, averaging: Averaging, how: Arrangement) -> Any:
@@ -124,7 +124,7 @@ def answer_schema(like: Any, slots: int) -> Schema:
         "nonces": TensorSpec("uint8", (slots, NONCE)),
         "share": TensorSpec("float32", ()),
     }
-    return merged(schema_of(HIDDEN, like), beside)
+    return merged(schema_of(SUM, like), beside)
 
 
 def answer(
@@ -143,4 +143,4 @@ def answer(
     for n, (client, message) in enumerate(messages.items()):
         places[n], nonces[n] = roster.index(client), message["nonce"]
     beside: Tensors = {"places": places, "nonces": nonces, "share": np.asarray(np.sum(shares), np.float32)}
-    return to_tensors(HIDDEN, total) | beside
+    return to_tensors(SUM, total) | beside

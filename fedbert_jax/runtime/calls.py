@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 METHODS = ("enrol", "status", "bye", "join", "bring", "turn", "segment", "message", "transform", "body", "leave")
 HEADER = 1 << 16  # bytes that the header of a message may have beside its tensors
+PROTOCOL = 2  # grows with what messages are called and mean; parties have the same
 POLL = 0.05  # seconds between two looks at the clock
 
 

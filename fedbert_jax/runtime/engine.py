@@ -174,14 +174,13 @@ class Engine:
             shares = self.slots.at({c: self._share.get(c, 0.0) for c in self._there})
             body = self.programs.average_states(body, shares)
         positions, lengths = tensors["positions"].astype(np.int32), tensors.get("lengths")
-        return {"z": np.asarray(self.programs.transform(body, tensors["h"], positions, lengths))}
+        return {"hidden_states": np.asarray(self.programs.transform(body, tensors["activations"], positions, lengths))}
 
     def segment(self) -> Tensors:
         """Returns what a client that comes, or comes back, begins a round with."""
         assert self.state is not None
         state = self.work if self.in_turn and self.work is not None else self.state
-        tensors = to_tensors("segment", state.segment)
-        return tensors | (to_tensors("opt", state.segment_opt) if jax.tree.leaves(state.segment_opt) else {})
+        return to_tensors("segment", state.segment) | to_tensors("segment_optimizer", state.segment_opt)
 
     def body(self) -> Tensors:
         """Returns the body, as clients get it when training is over."""
@@ -190,21 +189,22 @@ class Engine:
 
     def begin_with(self, tensors: Tensors) -> None:
         """Takes the segment that the clients have drawn, before the first round."""
-        self.state = self._first_state(from_tensors("segment", self.first_segment, tensors))
+        self.state = self._first_state(from_tensors("first_segment", self.first_segment, tensors))
 
     # --- barrier by barrier ---
 
     def _forward(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
-        given = {c: from_tensors("up", self.shapes.up, m) for c, m in what.messages.items()}
-        lengths = {c: jax.tree.leaves(up.h)[0].shape[1] for c, up in given.items()}
+        given = {c: from_tensors("", self.shapes.up, m) for c, m in what.messages.items()}
+        lengths = {c: jax.tree.leaves(up.activations)[0].shape[1] for c, up in given.items()}
         longest = max(lengths.values())
-        ups = self.slots.fill({c: up._replace(h=fitted(up.h, longest)) for c, up in given.items()})
+        fit = {c: up._replace(activations=fitted(up.activations, longest)) for c, up in given.items()}
         weights = self._weights_of(what.messages)
         ids = np.array([self.roster.index(c) for c in self.slots.names(what.barrier.who)], np.int32)
-        z, kept = self.programs.forward(self.work.body, ups, weights, np.int32(self.round), np.int32(what.barrier.step), ids)
+        when = np.int32(self.round), np.int32(what.barrier.step)
+        z, kept = self.programs.forward(self.work.body, self.slots.fill(fit), weights, *when, ids)
         z = jax.tree.map(np.asarray, z)
-        replies = {c: to_tensors("z", self._hidden(self.slots.of(z, c), lengths[c])) for c in what.messages}
+        replies = {c: to_tensors("hidden_states", self._hidden(self.slots.of(z, c), lengths[c])) for c in what.messages}
 
         def keep() -> None:
             self._kept.append((kept, lengths))
@@ -215,14 +215,13 @@ class Engine:
         assert self.work is not None
         (kept, lengths), like = self._kept[0], self.shapes.gradient
         longest = max(lengths.values())
-        given = {c: self._hidden(from_tensors("dz", like, m), longest) for c, m in what.messages.items()}
-        dz = self.slots.fill(given)
+        given = {c: self._hidden(from_tensors("head_gradient", like, m), longest) for c, m in what.messages.items()}
         weights = self._weights_of(what.messages)
-        grads, dh = self.programs.backward(kept, dz, weights)
+        grads, dh = self.programs.backward(kept, self.slots.fill(given), weights)
         if self._grads is not None:
             grads = self.programs.add(self._grads, grads)
         dh = jax.tree.map(np.asarray, dh)
-        replies = {c: to_tensors("dh", fitted(self.slots.of(dh, c), lengths[c])) for c in what.messages}
+        replies = {c: to_tensors("input_gradient", fitted(self.slots.of(dh, c), lengths[c])) for c in what.messages}
         last = what.barrier.part == self.parts - 1
         after = self.programs.update(grads, self.work.body_opt, self.work.body, self._step(what)) if last else None
 
@@ -248,9 +247,8 @@ class Engine:
         if self.s.blinded:
             return self._add_up(what)
         like = self.shapes.contribution
-        given = self.slots.fill({c: from_tensors("gradient", like, m) for c, m in what.messages.items()})
+        given = self.slots.fill({c: from_tensors("segment_gradient", like, m) for c, m in what.messages.items()})
         mean = self.programs.gradient(given, self.slots.at({c: self._share[c] for c in what.messages}))
-        crossing = to_tensors("mean", mean)
         channel = self.s.cut().channels.mean
         received = mean if channel is None else channel.receive(mean)
         segment, opt, norm = self.own_update(received, self.work.segment_opt, self.work.segment, self._step(what))
@@ -260,20 +258,20 @@ class Engine:
             self._norms["mean"].append((1.0, norm))
             self.work = self.work._replace(segment=segment, segment_opt=opt)
 
-        return dict.fromkeys(what.messages, crossing), keep
+        return dict.fromkeys(what.messages, to_tensors("mean_gradient", mean)), keep
 
     def _upload(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         assert self.work is not None
         if self.s.blinded:
             return self._add_up(what)
-        like, shares = self.shapes.upload, self.slots.at({c: self._share[c] for c in what.messages})
-        given = self.slots.fill({c: from_tensors("segment", like, m) for c, m in what.messages.items()})
+        like, shares = self.shapes.segment, self.slots.at({c: self._share[c] for c in what.messages})
+        given = self.slots.fill({c: from_tensors("trained_segment", like, m) for c, m in what.messages.items()})
         segment, outer = self.programs.average(self.work.segment, given, shares, self.work.outer)
         opt = self.work.segment_opt
         if self.opt_travels:
-            states = {c: from_tensors("opt", self.shapes.segment_opt, m) for c, m in what.messages.items()}
-            opt = self.programs.average_states(self.slots.fill(states), shares)
-        answer = to_tensors("segment", segment) | (to_tensors("opt", opt) if self.opt_travels else {})
+            states = self.slots.fill({c: self._opt_of(m) for c, m in what.messages.items()})
+            opt = self.programs.average_states(states, shares)
+        answer = to_tensors("segment", segment) | (to_tensors("segment_optimizer", opt) if self.opt_travels else {})
 
         def keep() -> None:
             assert self.work is not None
@@ -285,9 +283,8 @@ class Engine:
     def _add_up(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         """Adds up numbers under pads, which the server can't take off."""
         shares = {c: self._share[c] for c in what.messages}
-        like = self.shapes.contribution
-        given = self.slots.fill({c: from_tensors(blinded.HIDDEN, like, m) for c, m in what.messages.items()})
-        total = self.programs.total(given, self.slots.at(shares))
+        numbers = {c: from_tensors(blinded.PADDED, self.shapes.contribution, m) for c, m in what.messages.items()}
+        total = self.programs.total(self.slots.fill(numbers), self.slots.at(shares))
         answer = blinded.answer(total, what.messages, self.roster, self.cohort, list(shares.values()))
         return dict.fromkeys(what.messages, answer), lambda: self._note_norms(what)
 
@@ -306,8 +303,8 @@ class Engine:
 
     def _hand_on(self, what: Compute) -> tuple[dict[str, Tensors], Callable[[], None]]:
         (message,) = what.messages.values()
-        segment = from_tensors("segment", self.shapes.segment, message)
-        opt = from_tensors("opt", self.shapes.segment_opt, message) if self.opt_travels else ()
+        segment = from_tensors("trained_segment", self.shapes.segment, message)
+        opt = self._opt_of(message) if self.opt_travels else ()
 
         def keep() -> None:
             assert self.work is not None
@@ -334,6 +331,9 @@ class Engine:
             return np.ones(1, np.float32)
         weights = self.slots.at({c: self._share[c] for c in there})
         return weights if set(there) == set(self.slots.members) else weights / weights.sum()
+
+    def _opt_of(self, message: Tensors) -> Any:
+        return from_tensors("trained_segment_optimizer", self.shapes.segment_opt, message)
 
     def _hidden(self, x: Any, length: int) -> Any:
         """Pads or cuts hidden states, or their gradient, where they are those of all positions."""

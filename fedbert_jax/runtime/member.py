@@ -138,17 +138,17 @@ class Member:
     def brought(self, held: Held) -> Tensors:
         """Returns what the server gets of the first segment."""
         if self.blinded is None:
-            return to_tensors("segment", held.segment)
+            return to_tensors("first_segment", held.segment)
         found = kept(held.segment, held.opt, held.averaging, self.s.how)
-        return to_tensors("segment", self.blinded.sealed(found, held.round))
+        return to_tensors("first_segment", self.blinded.sealed(found, held.round))
 
     def received(self, tensors: Tensors, held: Held | None, round: int) -> Held:
         """Returns what a client holds that was sent the segment, as it comes or comes back."""
         if self.blinded is not None:
             return self._opened(self.blinded, tensors, held, round)
         segment = from_tensors("segment", self.shapes.segment, tensors)
-        if any(name.startswith("opt/") for name in tensors):
-            opt = from_tensors("opt", self.shapes.segment_opt, tensors)
+        if any(name.startswith("segment_optimizer/") for name in tensors):
+            opt = from_tensors("segment_optimizer", self.shapes.segment_opt, tensors)
         else:
             opt = held.opt if held is not None else self.programs.new_optimizer(segment)
         averaging = held.averaging if held is not None else self.programs.new_averaging(segment)
@@ -168,9 +168,9 @@ class Member:
             up, kept = self.programs.begin(held.segment, drawn, zero)
             z = zeros_like(self.shapes.hidden)
             if not self.shapes.masked_only:
-                z = fitted(z, jax.tree.leaves(up.h)[0].shape[1])
+                z = fitted(z, jax.tree.leaves(up.activations)[0].shape[1])
             _, grads, _ = self.programs.head(held.segment, drawn, zero, z)
-            grads = self.programs.finish(kept, zeros_like(up.h), grads)
+            grads = self.programs.finish(kept, zeros_like(up.activations), grads)
         opt = held.opt if jax.tree.leaves(held.opt) else self.programs.new_optimizer(held.segment)
         jax.block_until_ready(self.programs.update(grads, opt, held.segment, zero))
 
@@ -227,9 +227,9 @@ class Member:
             norms.append(norm)  # read at the end: whoever waits for an update begins no other step
         norm = np.asarray(np.mean([float(norm) for norm in norms]), np.float32)
         own = () if f.client_optimizer_state == "reset" else opt
-        state = to_tensors("opt", opt) if self.opt_travels else {}
+        state = to_tensors("trained_segment_optimizer", opt) if self.opt_travels else {}
         if in_turn:
-            wire.post(id._replace(at=at), to_tensors("segment", segment) | state | {"norm": norm}).result()
+            wire.post(id._replace(at=at), to_tensors("trained_segment", segment) | state | {"norm": norm}).result()
         elif how.client == "copies":
             upload = p.upload(segment, held.segment)
             if self.blinded is not None:
@@ -237,7 +237,8 @@ class Member:
                 segment, outer = p.moved(held.segment, mean, averaging.outer)
                 averaging, at = averaging._replace(outer=outer), at + 1
             else:
-                answer = wire.post(id._replace(at=at), to_tensors("segment", upload) | state | {"norm": norm}).result()
+                message = to_tensors("trained_segment", upload) | state | {"norm": norm}
+                answer = wire.post(id._replace(at=at), message).result()
                 after = self.received(answer, Held(segment, own, averaging, id.round), id.round + 1)
                 segment, own = after.segment, after.opt
         if self.blinded is not None:
@@ -261,7 +262,7 @@ class Member:
             asked = {"positions": questions.positions, "lengths": questions.lengths}
             message = {name: np.asarray(x, np.uint16) for name, x in asked.items() if x is not None}
             h = np.asarray(self.programs.ask(segment, questions, round, n))
-            z = wire.transform({"h": h} | message)["z"]
+            z = wire.transform({"activations": h} | message)["hidden_states"]
             marks.append(np.asarray(self._marks(segment, z, questions, beside)))
         return self.exam.total(marks)
 
@@ -272,16 +273,16 @@ class Member:
         for n in parts:
             up, kept = p.begin(segment, drawn, n)
             begun.append(kept)
-            asked.append(wire.post(id._replace(at=id.at + int(n)), to_tensors("up", up)))
+            asked.append(wire.post(id._replace(at=id.at + int(n)), to_tensors("", up)))
         for n in parts:
-            z = from_tensors("z", self.shapes.hidden, asked[n].result())
+            z = from_tensors("hidden_states", self.shapes.hidden, asked[n].result())
             value, grads, dz = p.head(segment, drawn, n, z)
             mine = np.asarray(value, np.float32)
-            message = to_tensors("dz", dz) | {"loss": mine}
+            message = to_tensors("head_gradient", dz) | {"loss": mine}
             answered.append((grads, wire.post(id._replace(at=id.at + self.parts + int(n)), message)))
             loss += float(mine)
         for kept, (head_grads, future) in zip(begun, answered, strict=True):
-            dh = from_tensors("dh", self.shapes.up.h, future.result())
+            dh = from_tensors("input_gradient", self.shapes.up.activations, future.result())
             grads = p.finish(kept, dh, head_grads)
             total = grads if total is None else p.add(total, grads)
         return total, loss
@@ -292,8 +293,9 @@ class Member:
         if self.blinded is not None:
             return self.blinded.mean(grads, averaging, weight, id, norm, wire)
         payload, unsent = p.contribution(grads, averaging.unsent, np.float32(weight))
-        answer = wire.post(id, to_tensors("gradient", payload) | {"norm": norm}).result()
-        return p.mean_gradient(from_tensors("mean", self.shapes.mean, answer)), averaging._replace(unsent=unsent)
+        answer = wire.post(id, to_tensors("segment_gradient", payload) | {"norm": norm}).result()
+        mean = p.mean_gradient(from_tensors("mean_gradient", self.shapes.mean, answer))
+        return mean, averaging._replace(unsent=unsent)
 
 
 @jax.jit

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedbert_jax.data import streams
 from fedbert_jax.data.masking import MaskedBatch
-from fedbert_jax.data.streams import Stream, seeds_of
+from fedbert_jax.data.streams import Stream
 from fedbert_jax.federated import holding as hold
-from fedbert_jax.federated.average import outer_update, weighted_average, weighted_sum
+from fedbert_jax.federated.average import outer_update, send_with_feedback, weighted_average, weighted_sum
 from fedbert_jax.federated.fixed_point import NARROWEST, WIDEST, first_ranges, fixed_point, next_ranges
 from fedbert_jax.federated.setting import Setting
 from fedbert_jax.federated.split import Up, client_begin, client_finish, client_head, server_backward, server_forward
@@ -77,13 +76,7 @@ class ClientPrograms:
         def contribution(grads: Params, unsent: Any, weight: jax.Array) -> tuple[Any, Any]:
             """Returns what crosses of a step's weighted gradient, and what the codec has lost of it."""
             channel, mine = cut.channels.gradient, jax.tree.map(lambda g: weight * g, grads)
-            if channel is None:
-                return mine, unsent
-            wanted = jax.tree.map(jnp.add, mine, unsent) if jax.tree.leaves(unsent) else mine
-            sent = channel.send(wanted, None)
-            if not jax.tree.leaves(unsent):
-                return sent, unsent
-            return sent, jax.tree.map(jnp.subtract, wanted, channel.receive(sent))
+            return (mine, unsent) if channel is None else send_with_feedback(channel, mine, unsent)
 
         def mean_gradient(payload: Any) -> Params:
             return payload if cut.channels.mean is None else cut.channels.mean.receive(payload)
@@ -105,7 +98,7 @@ class ClientPrograms:
             return jax.tree.map(lambda x: x / share, found), jnp.clip(after, NARROWEST, WIDEST)
 
         def ask(index: Any, params: Params, questions: MaskedBatch, round: Any, batch: Any) -> jax.Array:
-            key = self._key(Stream.EVAL_NOISE, round, index, batch)
+            key = s.key(Stream.EVAL_NOISE, round, index, batch)
             return cut.channels.questions.send(s.segments.embed(params, questions), key[None])
 
         self._ask = jax.jit(ask)
@@ -115,7 +108,7 @@ class ClientPrograms:
         self.upload, self.whole, self.mean_of = jax.jit(upload), jax.jit(whole), jax.jit(mean_of)
         self.moved = jax.jit(lambda begun, mean, outer: outer_update(s.outer, begun, mean, outer))
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-        self.new_segment = jax.jit(lambda: s.segments.init(self._key(Stream.SEGMENT), jax.random.key(0))[0])
+        self.new_segment = jax.jit(lambda: s.segments.init(s.key(Stream.SEGMENT), jax.random.key(0))[0])
         self.new_optimizer = jax.jit(s.client_tx.init)
 
         def new_averaging(segment: Params) -> Averaging:
@@ -141,10 +134,6 @@ class ClientPrograms:
         other.index = index
         return other
 
-    def _key(self, stream: Stream, *numbers: Any) -> jax.Array:
-        of = streams.secrets(seeds_of(self.s.config)) if self.s.secrets is None else self.s.secrets
-        return streams.key(of, stream, *numbers)
-
 
 class ServerPrograms:
     """The server's programs, for C clients at a time; one that isn't there has weight 0 and zeros for a message.
@@ -164,9 +153,7 @@ class ServerPrograms:
             model = s.config.model
             if not (model.hidden_dropout > 0 or model.attention_dropout > 0):
                 return StepKeys()
-            of = streams.secrets(seeds_of(s.config))
-            draw = lambda c: streams.key(of, Stream.BODY_DROPOUT, round, step, c)  # noqa: E731
-            return StepKeys(server=jax.vmap(draw)(clients))
+            return StepKeys(server=jax.vmap(lambda c: s.key(Stream.BODY_DROPOUT, round, step, c))(clients))
 
         one = jnp.ones(1)
         lift = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
@@ -219,12 +206,8 @@ class ServerPrograms:
         self.transform = jax.jit(s.segments.transform)
         self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self.replicate = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), tree))
-        self.new_body = jax.jit(lambda: s.segments.init(jax.random.key(0), self._body_key())[1])
+        self.new_body = jax.jit(lambda: s.segments.init(jax.random.key(0), s.key(Stream.BODY))[1])
         self.new_optimizer = jax.jit(s.server_tx.init)
-
-    def _body_key(self) -> jax.Array:
-        of = streams.secrets(seeds_of(self.s.config)) if self.s.secrets is None else self.s.secrets
-        return streams.key(of, Stream.BODY)
 
 
 def host(tree: Any) -> Any:

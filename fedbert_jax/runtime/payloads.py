@@ -11,12 +11,13 @@ from fedbert_jax.runtime.frames import Schema, Tensors, TensorSpec
 
 
 def name_of(prefix: str, path: tuple[Any, ...]) -> str:
-    """Returns the name of a leaf: "h", "h/int8", "segment/embeddings/word/embedding"."""
-    return "/".join([prefix, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
+    """Returns the name of a leaf: "activations", "activations/int8", "segment/embeddings/word/embedding"."""
+    parts = (str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+    return "/".join([prefix, *parts] if prefix else parts)
 
 
 def to_tensors(prefix: str, tree: Any) -> Tensors:
-    """Returns the leaves of a pytree of arrays as tensors of this host, by name; None is no tensor."""
+    """Returns the leaves of a pytree of arrays as tensors of this host, by name; None is no tensor. `prefix` may be ""."""
     return {name_of(prefix, path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

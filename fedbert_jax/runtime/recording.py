@@ -19,6 +19,7 @@ import numpy as np
 
 from fedbert_jax import disk
 from fedbert_jax.errors import UserError
+from fedbert_jax.federated.wire import MESSAGES
 from fedbert_jax.runtime.engine import FORWARD, Engine
 from fedbert_jax.runtime.frames import Tensors
 from fedbert_jax.runtime.payloads import to_tensors
@@ -142,7 +143,9 @@ def read_recorded(folder: Path, round: int, names: Sequence[str] | None = None) 
                     continue
                 *place, name = key.split("/", 3)
                 client, step, part = map(int, place)
-                if names is None or name.split("/")[0] in names:
+                if (kind := name.split("/")[0]) not in MESSAGES:
+                    raise UserError(f"{path} was recorded by another version of fedbert_jax: it knows a message {kind!r}.")
+                if names is None or kind in names:
                     messages.setdefault((client, step, part), {})[name] = file.get_tensor(key)
         shares = dict(zip(said["members"], said["shares"], strict=True))
         return Recorded(round, tuple(said["roster"]), tuple(said["members"]), shares, said["run"], began, messages)

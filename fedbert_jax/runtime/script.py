@@ -58,9 +58,10 @@ def expected(s: Setting, sh: Shapes, barrier: Barrier, lengths: tuple[int, ...],
     if barrier.phase == KEEP and not s.blinded:
         raise KeyError(KEEP)
     if barrier.phase == FORWARD:
-        return schema_of("up", sh.up, lengths)
+        return schema_of("", sh.up, lengths)
     if barrier.phase == BACKWARD:
-        return merged(schema_of("dz", sh.gradient, () if sh.masked_only else lengths), {"loss": TensorSpec("float32", ())})
+        gradient = schema_of("head_gradient", sh.gradient, () if sh.masked_only else lengths)
+        return merged(gradient, {"loss": TensorSpec("float32", ())})
     if barrier.phase == SCORES:
         return {"sums": TensorSpec("float32", sums)}
     if barrier.phase == KEEP:
@@ -68,12 +69,12 @@ def expected(s: Setting, sh: Shapes, barrier: Barrier, lengths: tuple[int, ...],
     if s.blinded:
         return merged(blinded.message_schema(sh), NORM)
     if barrier.phase == CONTRIBUTE:
-        return merged(schema_of("gradient", sh.contribution), NORM)
-    state = schema_of("opt", sh.segment_opt) if opt_travels(s) else {}
-    return merged(schema_of("segment", sh.upload if barrier.phase == UPLOAD else sh.segment), state, NORM)
+        return merged(schema_of("segment_gradient", sh.contribution), NORM)
+    state = schema_of("trained_segment_optimizer", sh.segment_opt) if opt_travels(s) else {}
+    return merged(schema_of("trained_segment", sh.segment), state, NORM)
 
 
 def questions(batch: int, length: int, masked: int, hidden: int, dtype: str = "float32") -> Schema:
     """Returns what is expected of B blocks of T tokens that are evaluated, with M positions; `dtype` is that of h."""
     h, positions = TensorSpec(dtype, (batch, length, hidden)), TensorSpec("uint16", (batch, masked))
-    return {"h": h, "positions": positions}
+    return {"activations": h, "positions": positions}

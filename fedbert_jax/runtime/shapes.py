@@ -23,7 +23,6 @@ class Shapes(NamedTuple):
     segment: Any
     segment_opt: Any
     contribution: Any
-    upload: Any
     mean: Any
     averaging: Averaging  # what a client carries on of it
 
@@ -48,12 +47,11 @@ def shapes_of(s: Setting, rows: Rows, parts: int) -> Shapes:
     z, _ = jax.eval_shape(server.forward, body, lifted, jnp.ones(1), zero, zero, jnp.zeros(1, jnp.int32))
     z = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
     _, _, dz = jax.eval_shape(programs.head, segment, drawn, zero, z)
-    upload = jax.eval_shape(programs.upload, segment, segment)
     averaging = jax.eval_shape(programs.new_averaging, segment)
     if s.blinded:
         contribution = jax.eval_shape(programs.whole, segment, averaging.ranges, weight)
-        return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, (), averaging)
+        return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, (), averaging)
     contribution, _ = jax.eval_shape(programs.contribution, segment, averaging.unsent, weight)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), contribution)
     mean = jax.eval_shape(server.gradient, one, jnp.ones(1)) if s.how.averages_gradients else ()
-    return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, upload, mean, averaging)
+    return Shapes(s.cut().masked_only, up, z, dz, segment, opt, contribution, mean, averaging)

@@ -560,12 +560,17 @@ def test_traffic_of_each_row_by_what_travels():
 def test_bytes_of_an_average_in_fixed_point_are_those_of_its_payload():
     """An integer for each number, and for each tensor the 4 bytes that say whether all its numbers are finite."""
     federated, privacy = dict(client_optimizer_state="reset"), dict(averaging="blinded")
+    traffic = lambda config: round_traffic(make_setting(config), jax.ShapeDtypeStruct((2, 12), jnp.int32))  # noqa: E731
     config = tiny_config(federated=federated, privacy=privacy)
-    setting, _, state, _ = program(config)
-    found = round_traffic(setting, jax.ShapeDtypeStruct((2, 12), jnp.int32))
-    leaves = jax.tree.leaves(state.model.client)
-    assert found["segment"] == 3 * sum(x.nbytes for x in leaves)
-    assert found["trained_segment"] == found["segment"] + 3 * 4 * len(leaves)
+    found, leaves = traffic(config), jax.tree.leaves(program(config)[2].model.client)
+    client = sum(x.nbytes for x in leaves)
+    assert found["padded"] == found["padded_sum"] == 3 * (client + 4 * len(leaves))
+    assert not {"segment", "trained_segment"} & set(found)  # the segment follows from the sum
+    away = traffic(tiny_config(federated=federated | dict(clients_per_round=2), privacy=privacy))
+    assert away["segment"] == 2 * client and away["padded"] == 2 * (client + 4 * len(leaves))
+    gradients = traffic(tiny_config(federated=dict(average="gradients"), privacy=privacy))
+    assert gradients["padded"] == gradients["padded_sum"] == config.federated.local_steps * found["padded"]
+    assert not {"segment_gradient", "mean_gradient"} & set(gradients)
 
 
 def test_optimizer_states_of_bodies_that_are_copies_go_by_the_same_setting():

@@ -346,9 +346,7 @@ def test_the_halves_in_five_programs_are_the_one_step(dropping, config, batch, c
 
     begun = [begin(cut, params, b, k) for params, b, k in clients]
     up = stack(*jax.device_get([up for up, _ in begun]))
-    sent = {
-        name: x for name, x in (("activations", up.h), ("positions", up.positions), ("lengths", up.lengths)) if x is not None
-    }
+    sent = {name: x for name, x in up._asdict().items() if x is not None}
     sent = cross(sent, *sent)
     up = split.Up(sent["activations"], sent.get("positions"), sent.get("lengths"))
     z, kept = forward(cut, server, up, weights, StepKeys(server=keys.server))

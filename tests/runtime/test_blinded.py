@@ -14,13 +14,17 @@ from tiny import assert_trees_close, tiny_config
 
 from fedbert_jax.data.streams import seeds_of
 from fedbert_jax.errors import UserError
+from fedbert_jax.federated.wire import MESSAGES
 from fedbert_jax.privacy.pads import Pads
 from fedbert_jax.runtime import frames
-from fedbert_jax.runtime.blinded import HIDDEN, ROUND, SNAPSHOT
+from fedbert_jax.runtime.blinded import PADDED, ROUND, SNAPSHOT, SUM
 from fedbert_jax.runtime.participant import Participant
 from fedbert_jax.runtime.turns import Barrier
 
-SEALED = (f"segment/{SNAPSHOT}", f"segment/{ROUND}")
+SEALED = {f"{name}/{part}" for name in ("segment", "first_segment") for part in (SNAPSHOT, ROUND)}
+# What else may cross: of a step, under pads, and sealed.
+CLEAR = {"activations", "positions", "lengths", "hidden_states", "head_gradient", "input_gradient", "loss", "norm", "sums"}
+CLEAR |= {PADDED, "nonce", SUM, "places", "nonces", "share", SNAPSHOT}
 BLINDED = dict(averaging="blinded")
 RESET = dict(client_optimizer_state="reset")
 GRADIENTS = dict(average="gradients")
@@ -115,9 +119,11 @@ def test_the_server_holds_and_is_sent_no_segment_no_average_and_no_gradient(fede
     downs: dict[str, list[list[np.ndarray]]] = {name: [] for name in NAMES}
     for method, name, data in kept:
         _, tensors = frames.decode(data, 1 << 26)
-        assert not any(n.startswith(("gradient", "mean", "opt")) for n in tensors), (method, sorted(tensors))
-        assert not any(n.startswith("segment/") and n not in SEALED for n in tensors), (method, sorted(tensors))
-        whole = [x.ravel() for n, x in tensors.items() if n.startswith(f"{HIDDEN}/") and n.endswith("int32")]
+        sealed = {n for n in tensors if n.split("/")[0] in ("segment", "first_segment")}
+        assert sealed <= SEALED, (method, sorted(tensors))
+        assert {n.split("/")[0] for n in tensors.keys() - sealed} <= CLEAR, (method, sorted(tensors))
+        assert {MESSAGES[n.split("/")[0]] for n in tensors} <= {"down" if method.endswith("down") else "up"}
+        whole = [x.ravel() for n, x in tensors.items() if n.startswith((f"{PADDED}/", f"{SUM}/")) and n.endswith("int32")]
         if whole:
             assert [*map(len, whole)] == [*map(len, means[0])]
             (downs if method.endswith("down") else ups)[name].append(whole)
@@ -125,26 +131,38 @@ def test_the_server_holds_and_is_sent_no_segment_no_average_and_no_gradient(fede
     per_round = len(means) // len(ends)
     segments = [ends[n // per_round] for n in range(len(means))]
     assert all(len(ups[name]) == len(downs[name]) == len(sent[name]) == len(means) for name in NAMES)
+    together: list[tuple[float, int]] = []
     for name in NAMES:
         for there in (sent[name], means, segments):
             for hidden in (ups[name], downs[name]):
                 found = [*correlations(hidden, there)]
+                together.append(found[-1])
                 assert found[-1][1] > 25_000 and abs(found[-1][0]) < 0.01 + 3 / np.sqrt(found[-1][1])
                 assert all(abs(r) < 0.01 + 5 / np.sqrt(n) for r, n in found), (
                     name
                 )  # of some thousand, one is that far at 5e-7
+    rs, counts = zip(*together, strict=True)  # of ranks, whose spread is always the same: so r of all is the mean
+    assert sum(counts) > 400_000 and abs(np.average(rs, weights=counts)) < 0.01
     # What is looked for is found where it is: of the sum of what was sent, without the pads, in every tensor.
     some = sent[NAMES[0]]
     for n in range(len(some[0])):
         leaky = [xs[:n] + [np.round(2.0**20 * ys[n])] + xs[n + 1 :] for xs, ys in zip(ups[NAMES[0]], some, strict=True)]
         assert any(abs(r) > 0.01 + 5 / np.sqrt(size) for r, size in correlations(leaky, some)), n
-    # The bytes of no tensor of a segment lie in a frame or in the server's state.
+    # The bytes of no tensor of a segment, and of no gradient, move or mean of them, lie in a frame or in the server's state.
     state = f.engine.state
     assert state is not None and sorted(state.segment) == [ROUND, SNAPSHOT] and state.outer == () and state.segment_opt == ()
     memory = b"".join(data for _, _, data in kept) + b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))
     for segment in held:
         for path, x in jax.tree_util.tree_leaves_with_path(segment):
             assert np.asarray(x).size < 8 or np.asarray(x).tobytes()[:32] not in memory, path
+    looked = 0
+    for tensors in [means[0], means[-1], *(own[n] for own in sent.values() for n in (0, -1))]:
+        for x in tensors:
+            eight = next((x[n : n + 8] for n in range(0, len(x) - 7, 8) if x[n : n + 8].all()), None)  # zeros lie anywhere
+            if eight is not None:
+                looked += 1
+                assert eight.astype(np.float32).tobytes() not in memory
+    assert looked > 50
 
 
 class Leaving(Local):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy
+from safetensors.numpy import save_file
 from toy import NAMES, SIZE, STEPS
 
 from fedbert_jax.errors import UserError
@@ -21,9 +23,10 @@ from fedbert_jax.runtime.service import Service
 from fedbert_jax.runtime.session import Session
 from fedbert_jax.runtime.turns import Barrier, Compute, Id, Rules
 
-SENT = {"forward": "up/h", "backward": "dz", "upload": "segment/x"}
-ANSWERED = {"forward": "z", "backward": "dh", "upload": "segment/x"}
-EPOCH = {"epoch": TensorSpec("int32", ())}
+SENT = {"forward": "activations", "backward": "head_gradient", "upload": "trained_segment/x"}
+ANSWERED = {"forward": "hidden_states", "backward": "input_gradient", "upload": "segment/x"}
+SAID = json.dumps({"members": ["a"], "shares": [1.0], "roster": ["a"], "run": "r"})
+EPOCH = {"sums": TensorSpec("int32", ())}
 
 
 class Engine(toy.Work):
@@ -52,7 +55,7 @@ class Part(toy.Part):
     def run_round(self, held: Any, id: Any, members: Any, me: Any, weight: Any, evaluates: bool, wire: Any) -> Any:
         def post(at: Any, tensors: Any) -> Any:
             phase = "upload" if at.at == 2 * STEPS else ("forward", "backward")[at.at % 2]
-            sent = {SENT[phase]: tensors["x"], "epoch": np.asarray(at.epoch, np.int32)}
+            sent = {SENT[phase]: tensors["x"], "sums": np.asarray(at.epoch, np.int32)}
             future = wire.post(at, sent)
             return SimpleNamespace(result=lambda: {"x": future.result()[ANSWERED[phase]]})
 
@@ -73,7 +76,7 @@ def train(service: Service, **parts: Part) -> dict[str, Any]:
 
 
 def epochs(folder: Path, round: int) -> set[int]:
-    return {int(m["epoch"]) for m in read_recorded(folder, round).messages.values()}
+    return {int(m["sums"]) for m in read_recorded(folder, round).messages.values()}
 
 
 def test_a_round_is_kept_as_it_came(tmp_path):
@@ -84,16 +87,20 @@ def test_a_round_is_kept_as_it_came(tmp_path):
     assert found.messages.keys() == {(c, k, 0) for c in range(3) for k in range(STEPS + 1)}
     for c in range(3):
         h = np.random.default_rng([0, c]).normal(size=(4, SIZE)).astype(np.float32)  # as `toy.Part` draws it
-        np.testing.assert_array_equal(found.messages[c, 0, 0]["up/h"], h)
-        np.testing.assert_array_equal(found.messages[c, 0, 0]["z"], h)  # plus a body of zeros
-        np.testing.assert_array_equal(found.messages[c, 0, 0]["dz"], h / 2)
-        assert found.messages[c, STEPS, 0].keys() == {"segment/x", "epoch"}
+        np.testing.assert_array_equal(found.messages[c, 0, 0]["activations"], h)
+        np.testing.assert_array_equal(found.messages[c, 0, 0]["hidden_states"], h)  # plus a body of zeros
+        np.testing.assert_array_equal(found.messages[c, 0, 0]["head_gradient"], h / 2)
+        assert found.messages[c, STEPS, 0].keys() == {"trained_segment/x", "sums"}
     np.testing.assert_array_equal(found.began["began/segment/x"], np.ones(SIZE))
     np.testing.assert_array_equal(found.began["began/body/y"], np.zeros(SIZE))
-    later = read_recorded(tmp_path / "r", 1, ("up",))
+    later = read_recorded(tmp_path / "r", 1, ("activations",))
     assert not np.array_equal(later.began["began/body/y"], np.zeros(SIZE))
-    assert {name for message in later.messages.values() for name in message} == {"up/h"}
-    assert later.has("up")((0, 0, 0)) and not later.has("up", "dz")((0, 0, 0)) and not later.has("up")((0, STEPS, 0))
+    assert {name for message in later.messages.values() for name in message} == {"activations"}
+    assert (
+        later.has("activations")((0, 0, 0))
+        and not later.has("activations", "head_gradient")((0, 0, 0))
+        and not later.has("activations")((0, STEPS, 0))
+    )
 
 
 def test_kept_are_the_first_round_those_after_checkpoints_and_the_last_as_many_as_checkpoints(tmp_path):
@@ -130,7 +137,7 @@ def test_nothing_is_kept_of_what_did_not_count(tmp_path):
 
     def forward(epoch: int, who: tuple[str, ...], step: int) -> Callable[[], None]:
         every_other = np.arange(8 * SIZE, dtype=np.float32).reshape(4, -1)[:, ::2]
-        messages = {c: {"up/h": every_other, "epoch": np.asarray(epoch, np.int32)} for c in who}
+        messages = {c: {"activations": every_other, "sums": np.asarray(epoch, np.int32)} for c in who}
         return recorder.compute(Compute(Id(epoch, 0, 0), Barrier("forward", step, who), who, messages))[1]
 
     recorder.begin(0, NAMES, toy.BLOCKS)
@@ -146,7 +153,7 @@ def test_nothing_is_kept_of_what_did_not_count(tmp_path):
         and found.shares.keys() == set(NAMES[:2])
     )
     assert epochs(tmp_path / "r", 0) == {2}
-    np.testing.assert_array_equal(found.messages[0, 0, 0]["up/h"][0], np.arange(0, 2 * SIZE, 2))
+    np.testing.assert_array_equal(found.messages[0, 0, 0]["activations"][0], np.arange(0, 2 * SIZE, 2))
 
 
 def test_a_server_that_comes_back_makes_the_rounds_after_its_checkpoint_again(tmp_path):
@@ -163,6 +170,13 @@ def test_a_server_that_comes_back_makes_the_rounds_after_its_checkpoint_again(tm
     assert recorded_rounds(folder) == [0, 1, 2] and (folder / "round_000000.safetensors").read_bytes() == kept
     assert len(set.union(*(epochs(folder, round) for round in range(3)))) == 3
     assert min(epochs(folder, 1)) > max(epochs(folder, 0)) + 1
+
+
+def test_what_another_version_recorded_is_one_sentence(tmp_path):
+    """Whose messages had other names: that is no client without messages."""
+    save_file({"0/0/0/up/h": np.zeros(2, np.float32)}, tmp_path / "round_000000.safetensors", {"said": SAID})
+    with pytest.raises(UserError, match=r"was recorded by another version of fedbert_jax: it knows a message 'up'"):
+        read_recorded(tmp_path, 0)
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path):

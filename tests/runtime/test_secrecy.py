@@ -14,7 +14,8 @@ from leaks import runs_in, text_in, windows
 from tiny import tiny_config
 
 import fedbert_jax
-from fedbert_jax.runtime.frames import encode
+from fedbert_jax.federated.wire import MESSAGES
+from fedbert_jax.runtime.frames import decode, encode
 
 RUN = 8  # consecutive ids: that such a run lies in numbers by chance is out of the question
 
@@ -68,6 +69,9 @@ def test_no_token_id_and_no_label_is_in_any_frame(federated):
     assert len(frames) > 2 * len(NAMES) * federation.config.federated.rounds * len(phases)
     assert sum(map(len, frames)) > 100_000 and len(runs) > 100 and labels.shape[-1] == 3
     assert runs_in(frames, runs) == []
+    for way, sent in (("up", frames[::2]), ("down", frames[1::2])):  # and all that crosses is in the table of messages
+        names = {name.partition("/")[0] for frame in sent for name in decode(frame, 1 << 24)[1]}
+        assert names and {MESSAGES.get(name) for name in names} == {way}, names
     # Three small numbers as single bytes do lie in floats by chance; as wider ones they don't.
     assert [found for found in runs_in(frames, np.unique(labels, axis=0)) if not found.startswith("uint8")] == []
     for dtype in ("<u2", "<i4"):  # what is looked for is found where it is: in a frame with one row of a batch in it
@@ -111,7 +115,7 @@ def test_what_an_evaluation_asks_is_clipped_and_noised():
     transform = federation.engine.transform
 
     def noted(tensors: Any) -> Any:
-        asked.append(np.asarray(tensors["h"]))
+        asked.append(np.asarray(tensors["activations"]))
         return transform(tensors)
 
     federation.engine.transform = noted
