@@ -31,9 +31,10 @@ class Recording(Local):
         return answer
 
 
-def recorded(**federated: Any) -> tuple[Federation, list[bytes]]:
+def recorded(wire: dict[str, Any], **federated: Any) -> tuple[Federation, list[bytes]]:
     """A federation of the real model, evaluated too, with all the frames of its training."""
-    federation, frames = Federation(tiny_config(federated=dict(rounds=2) | federated), evaluates=True), list[bytes]()
+    config = tiny_config(federated=dict(rounds=2) | federated, wire=wire)
+    federation, frames = Federation(config, evaluates=True), list[bytes]()
 
     def transport(name: str) -> Recording:
         made = Recording(federation.service, name)
@@ -61,9 +62,18 @@ def secrets(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
     return runs, np.concatenate(labels)
 
 
-@pytest.mark.parametrize("federated", [dict(), dict(average="gradients"), dict(strategy="sequential")])
-def test_no_token_id_and_no_label_is_in_any_frame(federated):
-    federation, frames = recorded(**federated)
+@pytest.mark.parametrize(
+    ("federated", "wire"),
+    [
+        (dict(), dict()),
+        (dict(average="gradients"), dict(codec="int8", gradient_codec="int8")),
+        (dict(strategy="sequential"), dict(downlink="all")),
+        (dict(body="merged"), dict()),
+    ],
+    ids=str,
+)
+def test_no_token_id_and_no_label_is_in_any_frame(federated, wire):
+    federation, frames = recorded(wire, **federated)
     runs, labels = secrets(federation)
     phases = {barrier.phase for barrier in federation.engine.script(NAMES, 0, True)}
     assert len(frames) > 2 * len(NAMES) * federation.config.federated.rounds * len(phases)
