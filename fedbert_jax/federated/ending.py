@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from fedbert_jax.data.streams import Stream
@@ -16,6 +14,7 @@ from fedbert_jax.federated.state import Averaging, Pair, State
 from fedbert_jax.federated.wire import Channel
 
 AT_REST = ("own", "one")
+Parts = tuple[Pair, Pair]  # of models and of optimizer states; () for a side that has none
 
 
 def gradient_channel(s: Setting, averaging: Averaging) -> Channel | None:
@@ -40,7 +39,7 @@ def mean_gradient(s: Setting, channel: Channel | None, sums: Pair, averaging: Av
     return Pair(grads if back is None else back.receive(back.send(grads, None)), sums.server), averaging
 
 
-def settle(s: Setting, held: Holding, state: State, model: Pair, opt: Pair, weights: jax.Array) -> tuple[Any, Any]:
+def settle(s: Setting, held: Holding, state: State, model: Pair, opt: Pair, weights: jax.Array) -> tuple[Parts, Parts]:
     """Returns the parts kept as they are at the end of a round, and the sums over clients that make the averages.
 
     Args:
@@ -60,7 +59,7 @@ def settle(s: Setting, held: Holding, state: State, model: Pair, opt: Pair, weig
     return (only(AT_REST, held.model, model), only(AT_REST, held.opt, opt)), sums
 
 
-def average(s: Setting, held: Holding, state: State, kept: Any, sums: Any, round: jax.Array) -> State:
+def average(s: Setting, held: Holding, state: State, kept: Parts, sums: Parts, round: jax.Array) -> State:
     """Returns the state after a round, from what `settle` has made of it."""
     privacy, channels = s.config.privacy, _channels(s, held, state)
     moved = sides(lambda channel, x: x if channel is None else channel.total(x), channels, sums[0])

@@ -21,6 +21,8 @@ from fedbert_jax.federated.setting import Setting, over_slices
 from fedbert_jax.federated.split import split_step
 from fedbert_jax.federated.state import Averaging, Cohort, Pair, Rows, State, Strategy, clients_first, num_steps, pick
 
+Trained = tuple[Pair, Pair, RoundMetrics]  # model, optimizer states and metrics after some steps
+
 
 def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
     """Returns the program of a setting's arrangement, with metrics that hold what `recorder` keeps."""
@@ -29,10 +31,10 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
     own_gradients = each_sends or s.guards_gradients or recorder is not NOTHING
     held = hold.holding(how, s.config.federated.client_optimizer_state)
 
-    def train_together(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array) -> tuple[Pair, Pair, RoundMetrics]:
+    def train_together(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array) -> Trained:
         """C clients step side by side against one body; their segments and optimizers end as [C, ...]. Metrics are [K]."""
 
-        def step(carry: Any, x: Any, own_params: bool, own_opt: bool) -> Any:
+        def step(carry: tuple[Pair, Pair], x: tuple[jax.Array, Rows], own_params: bool, own_opt: bool) -> Any:
             (model, opt), (k, rows) = carry, x
 
             def clients(part: Any) -> Any:
@@ -58,10 +60,12 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         (model, opt), tail = jax.lax.scan(lambda c, x: step(c, x, True, True), carry, later)
         return model, opt, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
 
-    def train_one(model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, averaging: Averaging) -> Any:
+    def train_one(
+        model: Pair, opt: Pair, cohort: Cohort, first: jax.Array, averaging: Averaging
+    ) -> tuple[*Trained, Averaging]:
         """All clients train one model: each step updates it with the weighted mean of their gradients. Metrics are [K]."""
 
-        def step(carry: Any, x: Any) -> Any:
+        def step(carry: tuple[Pair, Pair, Averaging], x: tuple[jax.Array, Rows]) -> Any:
             (model, opt, averaging), (k, rows) = carry, x
             channel = gradient_channel(s, averaging) if each_sends else None
 
@@ -94,7 +98,7 @@ def make_strategy(s: Setting, recorder: Recorder = NOTHING) -> Strategy:
         (model, opt, averaging), (metrics, whose) = jax.lax.scan(step, (model, opt, averaging), steps)
         return model, opt, metrics._replace(failed=blame(metrics.failed, whose, cohort.weights)), averaging
 
-    def train_alone(model: Pair, opt: Pair, rows: Rows, client: jax.Array, round: jax.Array, first: jax.Array) -> Any:
+    def train_alone(model: Pair, opt: Pair, rows: Rows, client: jax.Array, round: jax.Array, first: jax.Array) -> Trained:
         """One client trains a model on its own rows [K, B, ...]: a cohort of one."""
         alone = Cohort(jax.tree.map(lambda x: x[:, None], rows), client[None], jnp.ones(1), round)
         model, opt, metrics, _ = train_one(model, opt, alone, first, Averaging())
