@@ -309,7 +309,8 @@ def test_who_comes_back_has_the_others_optimizer_and_ranges():
     moved = held._replace(
         opt=jax.tree.map(lambda x: x + 3, held.opt), averaging=jax.tree.map(lambda x: x - 5, held.averaging), round=7
     )
-    found = other.received(one.brought(moved), None, 9)
+    f.engine.begin_with(one.brought(moved))
+    found = other.received(f.engine.segment(), None, 9)
     assert found.round == 9  # rounds may have been skipped
     assert_trees_close(
         (found.segment, found.opt, found.averaging), (moved.segment, moved.opt, moved.averaging), rtol=0, atol=0
