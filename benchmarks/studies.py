@@ -205,7 +205,6 @@ STUDIES = {
         arms=DEPTHS,
         baseline="client-0",
         changes=QUIET,
-        seeds=2,
         audited=True,
     ),
     "labels": Study(
@@ -217,7 +216,6 @@ STUDIES = {
         },
         baseline="clear",
         changes=QUIET,
-        seeds=2,
         audited=True,
     ),
     "averages": Study(
