@@ -64,6 +64,8 @@ class Run:
     def messages(self) -> dict[str, dict[str, int]]:
         """Bytes of a round's messages, {"up": {"activations": 3000, ...}, "down": ...}, without empty ones."""
         known = self.facts.get("bytes_per_round") or {}
+        if "up" not in known:  # an older run's: activations_up and so on
+            known = {w: {k.removesuffix(f"_{w}"): n for k, n in known.items() if k.endswith(w)} for w in ("up", "down")}
         return {way: {name: size for name, size in messages.items() if size} for way, messages in known.items()}
 
     @property

@@ -244,8 +244,12 @@ def test_the_page_says_in_words_what_its_plots_show(tmp_path: Path) -> None:
     assert traffic.endswith(", hidden states down 2 kB.")
 
 
-def test_messages_are_told_without_empty_ones(tmp_path: Path) -> None:
-    known = SENT | {"up": SENT["up"] | {"lengths": 0}}
+EMPTY = {"up": SENT["up"] | {"lengths": 0}, "down": SENT["down"]}
+OLDER = {"activations_up": 3000, "hidden_states_down": 2000, "lengths_up": 0}
+
+
+@pytest.mark.parametrize("known", [SENT, EMPTY, OLDER])
+def test_messages_are_told_as_older_runs_wrote_them_too(tmp_path: Path, known: dict[str, Any]) -> None:
     run = report.load_run(make_workdir(tmp_path, ["a"], facts={"bytes_per_round": known}))
     assert run.messages == SENT
     names = [label.get_text() for label in plots.bytes_figure(run).axes[1].get_yticklabels()]

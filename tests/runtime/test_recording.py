@@ -26,6 +26,7 @@ from fedbert_jax.runtime.turns import Barrier, Compute, Id, Rules
 SENT = {"forward": "activations", "backward": "head_gradient", "upload": "trained_segment/x"}
 ANSWERED = {"forward": "hidden_states", "backward": "input_gradient", "upload": "segment/x"}
 SAID = json.dumps({"members": ["a"], "shares": [1.0], "roster": ["a"], "run": "r"})
+# The epoch crosses as a number that no message of a step has.
 EPOCH = {"sums": TensorSpec("int32", ())}
 
 
