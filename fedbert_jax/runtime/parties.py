@@ -44,7 +44,7 @@ class ClientPrograms:
     """
 
     def __init__(self, s: Setting, index: int, parts: int = 1):
-        cut, self.s, self.index, self.parts = s.cut(), s, index, parts
+        cut, self.index = s.cut(), index
         share = s.config.federated.batch_size // parts
 
         def draw(index: jax.Array, rows: Rows, round: jax.Array, step: jax.Array) -> Drawn:
@@ -145,7 +145,7 @@ class ServerPrograms:
 
     def __init__(self, s: Setting, slots: int):
         cut, how = s.cut(), s.how
-        self.s, self.slots, self.copies = s, slots, how.body == "copies"
+        self.copies = how.body == "copies"
         coded, mean = cut.channels.gradient, cut.channels.mean
         self.resets = hold.holding(how, s.config.federated.client_optimizer_state).opt.server == "none"
 
