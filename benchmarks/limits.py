@@ -1,7 +1,8 @@
 """`python -m benchmarks.limits DIR`: how far attacks that have no segment could get, if they guessed as well as can be.
 
 The cipher names groups of rows: with each group called by its commonest word, so many tokens would be right. Labels are read
-by a regression on guessed labels: fitted to the true labels of the blocks that aren't attacked, or of all, it reads so many.
+by a regression on guessed labels: fitted to the true labels of the blocks that aren't attacked, or of all other positions
+(but for a fifth, among which a position is), it reads so many.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place[asked.words] = np.arange(len(asked.words))
     labels, count = place[true], int(asked.where[0].sum())
     attacked = np.arange(len(labels)) < count
-    for what, some in (("of the blocks that aren't attacked", ~attacked), ("of all", attacked | True)):
-        weights = (some & (labels >= 0)).astype(float)
-        scores = regression.fit(asked.z, asked.dz, asked.rows, np.maximum(labels, 0), weights) + asked.bias
+    chances = (labels[:, None] == np.arange(len(asked.words))).astype(np.float32)
+    for what, some in (("of the blocks that aren't attacked", ~attacked), ("of all other positions", attacked | True)):
+        squares = regression.distances(asked, chances, (some & (labels >= 0)).astype(float))
+        scores = regression.plausible(squares, asked.dz.shape[1]) + asked.beside
         right = float((scores[:count].argmax(axis=1) == labels[:count]).mean())
         rows.append(("labels", f"fitted to the true labels {what}", right))
     print(markdown(("of", "at best", "right"), [(*row[:2], f"{row[2]:.1%}") for row in rows]))

@@ -202,6 +202,11 @@ def regressed(view: View) -> np.ndarray:
     return regression.read_labels(view)
 
 
+def between(view: View) -> np.ndarray:
+    """The label that public text has between the words beside it, as the cipher names rows: no gradient is looked at."""
+    return regression.read_beside(view)
+
+
 TABLES = ("segment", "old_segment", "seed", "checkpoint")
 
 ATTACKS: list[Attack] = [
@@ -216,6 +221,8 @@ ATTACKS: list[Attack] = [
     Attack("known words", ("known_text",), by_known_text),
     Attack("known words and cipher", ("known_text",), by_both_texts, needs_text=True),
     Attack("cipher", ("public_text",), by_public_text, needs_text=True),
+    Attack("known words beside", ("known_text",), between, of="labels", needs_text=True, works=_answered),
+    Attack("words beside", ("public_text",), between, of="labels", needs_text=True, works=_placed),
     Attack("known words and gradient", ("known_text",), regressed, of="labels", needs_text=True, works=_answered),
     Attack("cipher and gradient", ("public_text",), regressed, of="labels", needs_text=True, works=_placed),
 ]  # and those that are registered

@@ -1,9 +1,10 @@
 """Reading labels without a segment: dL/dz depends on the row of its label, and the cipher names rows of words.
 
-Of the positions whose label is known, or guessed, dL/dz is regressed on the label's row and on z; each position then gets
-the word whose row explains its dL/dz best, and all is repeated with these: once with each counting the same, and once by how
-far its word is ahead of the second, which finds more where there are many. What ends further ahead is taken. The first
-guesses are the labels of known text or, without any, what public text says stands between the words beside a position.
+dL/dz, made of unit size, is taken for a linear function of its label's row and of z, and what is left for a draw from a
+multivariate t distribution. That function and the labels are found together, by expectation maximisation: it is fitted to
+rows weighted by how likely each is to be the label's, and what it leaves of dL/dz tells how likely each is. A position is
+judged by what is fitted to the others, so that no guess confirms itself. At first a label is as likely as public text has it
+between the words beside its position; labels of known text stay what they are.
 """
 
 from __future__ import annotations
@@ -20,114 +21,136 @@ from fedbert_jax.audit.views import Messages, View
 
 WORDS = 4096  # the most frequent words that a label may be
 SWEEPS = 20
-RIDGE = 100.0
+HEAT, COOLED = 3.0, 12  # what likelihoods are at first held back by, and the sweeps after which they no longer are
+FOLDS = 5  # parts of the positions, each of which is judged by what is fitted to the others
+RIDGE = 300.0
+SHARED = 0.2  # of what is left, that is taken to be alike in all directions
+DEGREES = 30.0  # of freedom, of the t distribution
 TOLD = 3.0  # mean guesses that a known label counts for
-ENOUGH = 100  # known labels, from which on they are a better start alone
-FREQUENT = 0.01  # of a logarithm of frequency, and of what the words beside say, that counts as much as a cosine
 AT_ONCE = 256  # positions whose surroundings are looked up at a time
 
 
 class Asked(NamedTuple):
     """The N positions at which labels are read, of the blocks that are attacked and then of the round's others."""
 
-    z: np.ndarray  # what the head saw, [N, D]
-    dz: np.ndarray  # what came back for it, of unit size
+    z: np.ndarray  # what the head saw, float32 [N, D]
+    dz: np.ndarray  # what came back for it, of unit size, float32 [N, D]
     words: np.ndarray  # that a label may be, [W]
-    rows: np.ndarray  # theirs, [W, D]
-    bias: np.ndarray  # added to a word's score, [N, W]
-    beside: np.ndarray  # what public text says stands between the words beside, as logarithms, [N, W]
+    rows: np.ndarray  # theirs, float32 [W, D]
+    beside: np.ndarray  # what public text says stands between the words beside, as logarithms, float32 [N, W]
     where: list[np.ndarray]  # which they are: of both, bool [R, M]
+
+
+class Named(NamedTuple):
+    """The words that a log's groups are taken for."""
+
+    names: np.ndarray  # of each group, [K]
+    words: np.ndarray  # those that have rows, the most frequent, [W]
+    rows: np.ndarray  # theirs, of unit size, [W, D]
 
 
 def read_labels(view: View) -> np.ndarray:
     """Returns the likeliest labels, int [R, M, 5], by public text and, if the view has answers, by known text."""
     asked = ask(view)
-    words, where, count = asked.words, asked.where, int(asked.where[0].sum())
-    weights = np.exp(asked.beside.max(axis=1))
-    labels, sure = asked.beside.argmax(axis=1), np.zeros(len(asked.z), bool)
+    labels, sure = np.zeros(len(asked.z), int), np.zeros(len(asked.z), bool)
     if view.answers is not None:
-        found, sure = _told(view, where, words)
-        enough = sure.sum() >= ENOUGH
-        labels, weights = np.where(sure, found, labels), np.where(sure, TOLD, 0.0 if enough else weights)
-    scores = search(asked.z, asked.dz, asked.rows, asked.bias, labels, weights, sure)
-    best = words[np.argsort(-scores[:count], axis=1, kind="stable")[:, :GUESSES]]
-    guesses = np.full((*where[0].shape, GUESSES), best[0, 0])
-    guesses[where[0]] = np.pad(best, ((0, 0), (0, GUESSES - best.shape[1])), mode="edge")
-    return guesses
+        labels, sure = _told(view, asked.where, asked.words)
+    return _best(search(asked, labels, sure), asked.words, asked.where[0])
+
+
+def read_beside(view: View) -> np.ndarray:
+    """Returns the likeliest labels, int [R, M, 5], by the words beside alone: what can be guessed without message 3."""
+    named, where = _name(view), _asked(view.messages)
+    assert view.text is not None
+    beside = _beside(view, view.messages, where, named, Bigrams(view.text, view.public.vocab_size))
+    return _best(beside, named.words, where)
 
 
 def ask(view: View) -> Asked:
     """Returns what is known of a round's positions before any label is guessed."""
-    groups, answers, size = view.log.groups, view.answers, view.public.vocab_size
+    named = _name(view)
     assert view.text is not None
-    if answers is None:
-        names = view.log.names[:, 0]
-    else:
-        told = known.words_of(groups, view.log.geometry, answers.blocks)
-        names = cipher.solve(groups.of, view.text, size, told)[:, 0]
-    words, rows = _rows(view, names)
-    bigrams = Bigrams(view.text, size)
+    bigrams = Bigrams(view.text, view.public.vocab_size)
     parts = [view.messages] if view.others is None else [view.messages, view.others]
-    where = [np.any(m.dz != 0, axis=-1) for m in parts]  # elsewhere is padding
+    where = [_asked(m) for m in parts]
     z, dz = (
         np.concatenate([x[w] for x, w in zip(of, where, strict=True)]) for of in zip(*map(_crossed, parts), strict=True)
     )
     z, dz = (z - z.mean(axis=0)) / (z.std() + 1e-12), unit(dz)
-    beside = np.concatenate([_beside(view, m, w, names, words, bigrams) for m, w in zip(parts, where, strict=True)])
-    return Asked(z, dz, words, rows, FREQUENT * (bigrams.log_prior[words] + beside), beside, where)
+    beside = np.concatenate([_beside(view, m, w, named, bigrams) for m, w in zip(parts, where, strict=True)])
+    return Asked(z.astype(np.float32), dz.astype(np.float32), named.words, named.rows.astype(np.float32), beside, where)
 
 
-def search(
-    z: np.ndarray,
-    dz: np.ndarray,
-    rows: np.ndarray,
-    bias: np.ndarray,
-    labels: np.ndarray,
-    weights: np.ndarray,
-    sure: np.ndarray,
-) -> np.ndarray:
-    """Returns the score of each word at each of N positions, [N, W].
+def search(asked: Asked, labels: np.ndarray, sure: np.ndarray) -> np.ndarray:
+    """Returns how likely each word is to be each position's label: logarithms, but for what a position adds to all, [N, W].
 
     Args:
-      z: what the head saw, [N, D].
-      dz: what came back for it, of unit size.
-      rows: of the words, [W, D].
-      bias: added to a word's score, [N, W].
-      labels: the first guesses, as places in `rows`, [N].
-      weights: what each of them counts, [N].
-      sure: which of them are known, bool [N].
+      asked: what is known of the positions.
+      labels: the labels that are known, as places in `asked.rows`, int [N].
+      sure: which those are, bool [N].
     """
-    found = [_sweeps(z, dz, rows, bias, labels, weights, sure, alike) for alike in (True, False)]
-    return max(found, key=lambda scores_and_ahead: scores_and_ahead[1])[0]
+    chances, width = np.exp(asked.beside), asked.dz.shape[1]
+    places = np.flatnonzero(sure)
+    chances[places] = 0
+    chances[places, labels[places]] = 1
+    weights = np.where(sure, TOLD, chances.max(axis=1))
+    for sweep in range(SWEEPS):
+        squares = distances(asked, chances, weights)
+        scores = plausible(squares, width) / max(1.0, HEAT + (1 - HEAT) * sweep / COOLED) + asked.beside
+        guessed = np.exp(scores - scores.max(axis=1, keepdims=True))
+        guessed /= guessed.sum(axis=1, keepdims=True)
+        guessed[places] = chances[places]
+        chances = guessed
+        weights = np.where(sure, TOLD, 1.0) * (DEGREES + width) / (DEGREES + (chances * squares).sum(axis=1))
+    return scores
 
 
-def _sweeps(
-    z: np.ndarray,
-    dz: np.ndarray,
-    rows: np.ndarray,
-    bias: np.ndarray,
-    labels: np.ndarray,
-    weights: np.ndarray,
-    sure: np.ndarray,
-    alike: bool,
-) -> tuple[np.ndarray, float]:
-    """Returns scores, and how far the best are ahead in the mean; `alike`: whether later guesses count the same."""
-    for _ in range(SWEEPS):
-        scores = fit(z, dz, rows, labels, weights) + bias
-        labels = np.where(sure, labels, scores.argmax(axis=1))
-        two = np.partition(scores, -2, axis=1)[:, -2:] if len(rows) > 1 else scores
-        ahead = two.max(axis=1) - two.min(axis=1)
-        weights = np.where(sure, TOLD, 1.0 if alike else ahead / (np.mean(ahead) + 1e-12))
-    return scores, float(np.mean(ahead))
+def plausible(squares: np.ndarray, width: int) -> np.ndarray:
+    """Returns the logarithm of the t distribution's density at squared distances in `width` dimensions, but for a term."""
+    return -0.5 * (DEGREES + width) * np.log1p(squares / DEGREES)
 
 
-def fit(z: np.ndarray, dz: np.ndarray, rows: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns how well each word's row explains each dL/dz, [N, W], by a regression on these labels' rows and z."""
-    width = rows.shape[1]
-    features = np.concatenate([rows[labels], z, np.ones((len(z), 1))], axis=1)
-    heavy = features.T * weights
-    by = np.linalg.solve(heavy @ features + RIDGE * np.eye(features.shape[1]), heavy @ dz)
-    return unit(dz - features[:, width:] @ by[width:]) @ unit(rows @ by[:width]).T
+def distances(asked: Asked, chances: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns how far each dL/dz is from what each word's row would make it, in squared standard deviations, float32 [N, W].
+
+    Args:
+      asked: what is known of the positions.
+      chances: of each word to be a position's label, float32 [N, W].
+      weights: what each position counts, [N].
+    """
+    rows, size, width = asked.rows, len(asked.z), asked.dz.shape[1]
+    folds = [np.arange(fold, size, FOLDS) for fold in range(FOLDS)]
+    beside = np.concatenate([asked.z, np.ones((size, 1), np.float32)], axis=1)
+    sums = []
+    for of in folds:
+        features = np.concatenate([chances[of] @ rows, beside[of]], axis=1).astype(np.float64)
+        heavy = features.T * weights[of]
+        products = heavy @ features
+        products[:width, :width] += _spread(rows, chances[of], weights[of])
+        sums.append((products, heavy @ asked.dz[of]))
+    products, targets = (sum(of) for of in zip(*sums, strict=True))
+    left, made, spread = [], [], np.zeros((width, width))
+    for of, (own, own_targets) in zip(folds, sums, strict=True):
+        by = np.linalg.solve(products - own + RIDGE * np.eye(len(products)), targets - own_targets).astype(np.float32)
+        left.append(asked.dz[of] - beside[of] @ by[width:])
+        made.append(rows @ by[:width])
+        apart = left[-1] - chances[of] @ made[-1]
+        spread += (apart.T * weights[of]) @ apart + _spread(made[-1], chances[of], weights[of])
+    spread = spread / weights.sum()
+    spread += SHARED * np.trace(spread) / width * np.eye(width)
+    whiten = np.linalg.cholesky(np.linalg.inv(spread)).astype(np.float32)
+    squares = np.empty_like(chances)
+    for of, here, there in zip(folds, left, made, strict=True):
+        here, there = here @ whiten, there @ whiten
+        between = np.sum(here**2, axis=1, keepdims=True) + np.sum(there**2, axis=1) - 2 * here @ there.T
+        squares[of] = np.maximum(between, 0)
+    return squares
+
+
+def _spread(rows: np.ndarray, chances: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns how far rows [W, D] lie about the mean that chances [N, W] make of them, as a weighted sum, [D, D]."""
+    means = chances @ rows
+    return (rows.T * (weights @ chances)) @ rows - (means.T * weights) @ means
 
 
 def _crossed(messages: Messages) -> tuple[np.ndarray, np.ndarray]:
@@ -135,31 +158,68 @@ def _crossed(messages: Messages) -> tuple[np.ndarray, np.ndarray]:
     return messages.z, messages.dz
 
 
-def _rows(view: View, names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the words that have rows, [W], and their mean rows, of unit size, [W, D]."""
+def _asked(messages: Messages) -> np.ndarray:
+    """Returns which of a block's positions are predicted, bool [R, M]; the others are padding."""
+    return np.any(_crossed(messages)[1] != 0, axis=-1)
+
+
+def _best(scores: np.ndarray, words: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Returns the best words at the positions that are `where`, int [R, M, 5]; `scores` may go on with other positions."""
+    best = words[np.argsort(-scores[: where.sum()], axis=1, kind="stable")[:, :GUESSES]]
+    guesses = np.full((*where.shape, GUESSES), best[0, 0])
+    guesses[where] = np.pad(best, ((0, 0), (0, GUESSES - best.shape[1])), mode="edge")
+    return guesses
+
+
+def _name(view: View) -> Named:
+    """Returns what public text, and known text if the view has answers, calls the groups of its log."""
+    groups = view.log.groups
+    assert view.text is not None
+    if view.answers is None:
+        told = np.full(len(groups.means), -1)
+        names = view.log.names[:, 0]
+    else:
+        told = known.words_of(groups, view.log.geometry, view.answers.blocks)
+        names = cipher.solve(groups.of, view.text, view.public.vocab_size, told)[:, 0]
+    return Named(names, *_rows(view, names, told))
+
+
+def _rows(view: View, names: np.ndarray, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the words that have rows, [W], and their mean rows, of unit size, [W, D].
+
+    Args:
+      view: what is known.
+      names: the word of each group, [K].
+      told: the word of each group that known text tells, [K]; -1 for the others.
+    """
     groups, size = view.log.groups, view.public.vocab_size
     counts = np.bincount(groups.of[groups.of >= 0], minlength=len(groups.means)).astype(np.float64)
     total, sums = np.zeros(size), np.zeros((size, groups.means.shape[1]))
     np.add.at(total, names, counts)
     np.add.at(sums, names, groups.means * counts[:, None])
+    frequency = total.copy()
     if view.answers is not None:
         blocks = view.answers.blocks
         tokens, rows = blocks.tokens[blocks.where], view.log.geometry.centred(blocks.h)[blocks.where]
-        total[tokens], sums[tokens] = 0, 0  # what is known needs no guesses
-        np.add.at(total, tokens, 1)
-        np.add.at(sums, tokens, rows)
+        total[tokens], sums[tokens] = 0, 0  # a guessed name may be wrong
+        some = told >= 0
+        np.add.at(total, told[some], counts[some])
+        np.add.at(sums, told[some], groups.means[some] * counts[some, None])
+        alone = ~np.isin(tokens, told)
+        np.add.at(total, tokens[alone], 1)
+        np.add.at(sums, tokens[alone], rows[alone])
+        frequency = np.maximum(frequency, total)
     words = np.flatnonzero(total)
-    words = words[np.argsort(-total[words], kind="stable")[:WORDS]]
+    words = words[np.argsort(-frequency[words], kind="stable")[:WORDS]]
     rows = sums[words] / total[words, None]
     rows -= rows.mean(axis=0)
     return words, rows / (np.sqrt(np.mean(rows**2)) + 1e-12)
 
 
-def _beside(
-    view: View, messages: Messages, where: np.ndarray, names: np.ndarray, words: np.ndarray, bigrams: Bigrams
-) -> np.ndarray:
+def _beside(view: View, messages: Messages, where: np.ndarray, named: Named, bigrams: Bigrams) -> np.ndarray:
     """Returns log-probabilities of words at the places that are `where`, by the words beside them, float32 [N, W]."""
     assert messages.positions is not None
+    names, words = named.names, named.words
     tokens = names[view.log.groups.nearest(view.log.geometry.centred(messages.h))]
     tokens = np.pad(np.where(messages.unasked, tokens, -1), ((0, 0), (1, 1)), constant_values=-1)
     block, place = np.nonzero(where)[0], messages.positions[where].astype(np.int64) + 1
