@@ -1,8 +1,8 @@
 """`python -m benchmarks.limits DIR`: how far attacks that have no segment could get, if they guessed as well as can be.
 
 The cipher names groups of rows: with each group called by its commonest word, so many tokens would be right. Labels are read
-by a regression on guessed labels: fitted to the true labels of the blocks that aren't attacked, or of all other positions
-(but for a fifth, among which a position is), it reads so many.
+by a regression on guessed labels: fitted to the true labels of the blocks that aren't attacked, or of all, but each
+time for the fifth of the positions that is judged, it reads so many.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     attacked = np.arange(len(labels)) < count
     chances = (labels[:, None] == np.arange(len(asked.words))).astype(np.float32)
     for what, some in (("of the blocks that aren't attacked", ~attacked), ("of all other positions", attacked | True)):
-        squares = regression.distances(asked, chances, (some & (labels >= 0)).astype(float))
+        weights = (some & (labels >= 0)).astype(float)
+        if not weights.any():
+            continue
+        squares = regression.distances(asked, chances, weights)
         scores = regression.plausible(squares, asked.dz.shape[1]) + asked.beside
         right = float((scores[:count].argmax(axis=1) == labels[:count]).mean())
         rows.append(("labels", f"fitted to the true labels {what}", right))

@@ -198,12 +198,12 @@ def by_public_text(view: View) -> np.ndarray:
 
 
 def regressed(view: View) -> np.ndarray:
-    """The label whose row, as the cipher names rows, explains dL/dz best."""
+    """The label that dL/dz, by its row as the cipher names rows, and the words beside it make likeliest."""
     return regression.read_labels(view)
 
 
 def between(view: View) -> np.ndarray:
-    """The label that public text has between the words beside it, as the cipher names rows: no gradient is looked at."""
+    """The label that public text has between the words beside it, as the cipher names rows. No gradient is looked at."""
     return regression.read_beside(view)
 
 

@@ -1,10 +1,10 @@
 """Reading labels without a segment: dL/dz depends on the row of its label, and the cipher names rows of words.
 
-dL/dz, made of unit size, is taken for a linear function of its label's row and of z, and what is left for a draw from a
-multivariate t distribution. That function and the labels are found together, by expectation maximisation: it is fitted to
-rows weighted by how likely each is to be the label's, and what it leaves of dL/dz tells how likely each is. A position is
-judged by what is fitted to the others, so that no guess confirms itself. At first a label is as likely as public text has it
-between the words beside its position; labels of known text stay what they are.
+The direction of dL/dz is taken for a linear function of its label's row and of z, with a rest that follows a multivariate t
+distribution. That function and the labels are found together, in steps like those of expectation maximisation: the function
+is fitted to rows weighted by how likely each is to be the label's; how far it then is from dL/dz, and which words public
+text has between the words beside the position, say how likely each is. A position is judged by a function that is fitted to
+others, so that a guess confirms itself as little as can be. Labels of known text that have a row stay what they are.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ WORDS = 4096  # the most frequent words that a label may be
 SWEEPS = 20
 HEAT, COOLED = 3.0, 12  # what likelihoods are at first held back by, and the sweeps after which they no longer are
 FOLDS = 5  # parts of the positions, each of which is judged by what is fitted to the others
-RIDGE = 300.0
-SHARED = 0.2  # of what is left, that is taken to be alike in all directions
+RIDGE = 300.0  # what is added to the squares of each feature, of N positions
+SHARED = 0.2  # of the rest's mean variance, that is added in all directions
 DEGREES = 30.0  # of freedom, of the t distribution
-TOLD = 3.0  # mean guesses that a known label counts for
+TOLD = 3.0  # guesses that a known label counts for
 AT_ONCE = 256  # positions whose surroundings are looked up at a time
 
 
 class Asked(NamedTuple):
     """The N positions at which labels are read, of the blocks that are attacked and then of the round's others."""
 
-    z: np.ndarray  # what the head saw, float32 [N, D]
-    dz: np.ndarray  # what came back for it, of unit size, float32 [N, D]
+    z: np.ndarray  # what the head saw, centred and scaled, float32 [N, D]
+    dz: np.ndarray  # what came back for it, of norm 1, float32 [N, D]
     words: np.ndarray  # that a label may be, [W]
-    rows: np.ndarray  # theirs, float32 [W, D]
+    rows: np.ndarray  # theirs, centred, with a mean square of 1, float32 [W, D]
     beside: np.ndarray  # what public text says stands between the words beside, as logarithms, float32 [N, W]
-    where: list[np.ndarray]  # which they are: of both, bool [R, M]
+    where: list[np.ndarray]  # which of them they are, bool [R, M] for each
 
 
 class Named(NamedTuple):
@@ -46,7 +46,7 @@ class Named(NamedTuple):
 
     names: np.ndarray  # of each group, [K]
     words: np.ndarray  # those that have rows, the most frequent, [W]
-    rows: np.ndarray  # theirs, of unit size, [W, D]
+    rows: np.ndarray  # theirs, centred, with a mean square of 1, [W, D]
 
 
 def read_labels(view: View) -> np.ndarray:
@@ -59,7 +59,7 @@ def read_labels(view: View) -> np.ndarray:
 
 
 def read_beside(view: View) -> np.ndarray:
-    """Returns the likeliest labels, int [R, M, 5], by the words beside alone: what can be guessed without message 3."""
+    """Returns the likeliest labels, int [R, M, 5], by the words beside alone: of dL/dz, only where it is 0 is used."""
     named, where = _name(view), _asked(view.messages)
     assert view.text is not None
     beside = _beside(view, view.messages, where, named, Bigrams(view.text, view.public.vocab_size))
@@ -82,7 +82,7 @@ def ask(view: View) -> Asked:
 
 
 def search(asked: Asked, labels: np.ndarray, sure: np.ndarray) -> np.ndarray:
-    """Returns how likely each word is to be each position's label: logarithms, but for what a position adds to all, [N, W].
+    """Returns the log-probability of each word at each position, up to a constant of the position, [N, W].
 
     Args:
       asked: what is known of the positions.
@@ -106,24 +106,24 @@ def search(asked: Asked, labels: np.ndarray, sure: np.ndarray) -> np.ndarray:
 
 
 def plausible(squares: np.ndarray, width: int) -> np.ndarray:
-    """Returns the logarithm of the t distribution's density at squared distances in `width` dimensions, but for a term."""
+    """Returns the t distribution's log-density at squared distances, in `width` dimensions, up to a constant."""
     return -0.5 * (DEGREES + width) * np.log1p(squares / DEGREES)
 
 
 def distances(asked: Asked, chances: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns how far each dL/dz is from what each word's row would make it, in squared standard deviations, float32 [N, W].
+    """Returns squared Mahalanobis distances of each dL/dz from what each word's row would make it, float32 [N, W].
 
     Args:
       asked: what is known of the positions.
       chances: of each word to be a position's label, float32 [N, W].
-      weights: what each position counts, [N].
+      weights: what each position counts, [N]; not all 0.
     """
     rows, size, width = asked.rows, len(asked.z), asked.dz.shape[1]
     folds = [np.arange(fold, size, FOLDS) for fold in range(FOLDS)]
-    beside = np.concatenate([asked.z, np.ones((size, 1), np.float32)], axis=1)
+    around = np.concatenate([asked.z, np.ones((size, 1), np.float32)], axis=1)
     sums = []
     for of in folds:
-        features = np.concatenate([chances[of] @ rows, beside[of]], axis=1).astype(np.float64)
+        features = np.concatenate([chances[of] @ rows, around[of]], axis=1).astype(np.float64)
         heavy = features.T * weights[of]
         products = heavy @ features
         products[:width, :width] += _spread(rows, chances[of], weights[of])
@@ -132,7 +132,7 @@ def distances(asked: Asked, chances: np.ndarray, weights: np.ndarray) -> np.ndar
     left, made, spread = [], [], np.zeros((width, width))
     for of, (own, own_targets) in zip(folds, sums, strict=True):
         by = np.linalg.solve(products - own + RIDGE * np.eye(len(products)), targets - own_targets).astype(np.float32)
-        left.append(asked.dz[of] - beside[of] @ by[width:])
+        left.append(asked.dz[of] - around[of] @ by[width:])
         made.append(rows @ by[:width])
         apart = left[-1] - chances[of] @ made[-1]
         spread += (apart.T * weights[of]) @ apart + _spread(made[-1], chances[of], weights[of])
@@ -159,7 +159,7 @@ def _crossed(messages: Messages) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _asked(messages: Messages) -> np.ndarray:
-    """Returns which of a block's positions are predicted, bool [R, M]; the others are padding."""
+    """Returns which of a block's positions are predicted, bool [R, M]; for the others, padding, nothing came back."""
     return np.any(_crossed(messages)[1] != 0, axis=-1)
 
 
@@ -185,7 +185,7 @@ def _name(view: View) -> Named:
 
 
 def _rows(view: View, names: np.ndarray, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the words that have rows, [W], and their mean rows, of unit size, [W, D].
+    """Returns the words that have rows, [W], and their mean rows, centred, with a mean square of 1, [W, D].
 
     Args:
       view: what is known.
