@@ -139,6 +139,7 @@ DEFENCES = {
     "eight-steps-keep": Arm("configs/parallel.py", SECRET | {"federated.client_optimizer_state": "keep"}),
     "thirty-two-steps": Arm("configs/parallel.py", SECRET | LONG),
     "turns": Arm("configs/sequential.py", SECRET),
+    "blinded": Arm("configs/demo.py", SECRET | {"privacy.averaging": "blinded"}),
 }
 
 # Noise on averages grows with how many numbers there are, and falls with how many clients are in a round.
